@@ -1,0 +1,59 @@
+# Two commands for a newcomer: `make serve` and `make test`. Both make .venv/ first; the second time that takes a second.
+VENV   := .venv
+PY     := $(VENV)/bin/python
+PYTHON ?= python3
+# The build of torch is yours to pick: TORCH="torch==2.13.0 --index-url ..." make install
+TORCH  ?= torch==2.13.0
+MODEL  ?= demo
+DEVICE ?= auto
+ARGS   ?=
+
+.PHONY: install serve test lint types test-core test-slow test-conformance test-xeon format clean
+
+install: $(VENV)/.installed
+
+$(VENV)/.torch:
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or newer is needed, this is " + sys.version'
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --upgrade pip "setuptools>=77" wheel
+	$(PY) -m pip install --quiet $(TORCH)
+	touch $@
+
+$(VENV)/.installed: $(VENV)/.torch pyproject.toml plugins/xeon/pyproject.toml $(wildcard plugins/xeon/setup.py plugins/xeon/csrc/*) conformance/pyproject.toml compat/pyproject.toml tests/toy_vendor/pyproject.toml
+	$(PY) -m pip install --quiet -e ".[dev]"
+	$(PY) -m pip install --quiet --no-build-isolation -e plugins/xeon
+	$(PY) -m pip install --quiet --no-build-isolation --no-deps -e conformance -e compat -e tests/toy_vendor
+	touch $@
+
+serve: install
+	$(VENV)/bin/sglang-core serve --model-path $(MODEL) --device $(DEVICE) $(ARGS)
+
+test: lint types test-core test-xeon test-conformance
+
+lint: install
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/lint-imports
+
+types: install
+	$(VENV)/bin/mypy
+
+test-core: install
+	$(PY) -m pytest tests
+
+test-xeon: install
+	$(PY) -m pytest plugins/xeon/tests
+
+test-conformance: install
+	$(VENV)/bin/sglang-conformance run cpu
+	$(VENV)/bin/sglang-conformance run xeon
+
+test-slow: install
+	$(PY) -m pytest tests plugins/xeon/tests -m slow
+
+format: install
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

@@ -1,0 +1,270 @@
+"""The words the engine speaks: sampling parameters, requests, batches, step plans and results. No torch here."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import msgspec
+
+PoolGroup = str  # pages, page tables and radix nodes are keyed by pool group: "full", later "window", "state", ...
+FULL: PoolGroup = "full"
+
+GREEDY_TEMPERATURE = 1e-5  # below it a temperature means argmax
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """How one req picks its tokens. Field names are SGLang's; bounds are checked by `validate`."""
+
+    max_new_tokens: int = 128
+    min_new_tokens: int = 0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = -1  # -1 means all
+    min_p: float = 0.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[int, float] = {}
+    stop: tuple[str, ...] = ()  # checked by the detokenizer, on text
+    stop_token_ids: tuple[int, ...] = ()  # checked by the scheduler, on ids
+    ignore_eos: bool = False
+    skip_special_tokens: bool = True
+    spaces_between_special_tokens: bool = True
+    no_stop_trim: bool = False  # keep the matched stop string or token in the text
+    n: int = 1
+    seed: int | None = None  # None: drawn by the engine when the req arrives
+
+    @property
+    def is_greedy(self) -> bool:
+        return self.temperature < GREEDY_TEMPERATURE or self.top_k == 1
+
+    @property
+    def has_adjustments(self) -> bool:
+        """Whether logits depend on the tokens so far or on a bias, so that sampling needs host-known tokens."""
+        return bool(
+            self.frequency_penalty
+            or self.presence_penalty
+            or self.repetition_penalty != 1.0
+            or self.logit_bias
+            or self.min_new_tokens
+        )
+
+
+class LogprobParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Which log-probabilities a req asks for."""
+
+    top_logprobs_num: int = 0
+    logprob_start_len: int = -1  # first input position with logprobs; -1: output tokens only
+
+
+class FinishReason(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Why a req ended. `matched` is the stop id or string; `message` and `status` belong to aborts."""
+
+    type: Literal["stop", "length", "abort"]
+    matched: int | str | None = None
+    message: str | None = None
+    status: int | None = None
+
+
+class ReqStatus(enum.Enum):
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+@dataclass(eq=False, kw_only=True, slots=True)
+class Req:
+    """One generation request and its token state. Changed only by the scheduler.
+
+    Token positions `[0, committed_len)` have their KV in pages of `pages`; `[committed_len, reserved_len)` are being
+    computed by steps in flight. The radix tree owns the pages of `[0, cached_len)`, which `node` pins; the req owns the rest.
+    """
+
+    rid: str
+    input_ids: list[int]
+    sampling: SamplingParams
+    logprob: LogprobParams | None = None
+    cache_ids: list[int] | None = None  # what the radix tree is keyed by where it differs from input_ids (images)
+    namespace: tuple[str, ...] = ()  # (salt, adapter@version, weights version)
+    priority: int = 0
+    arrival: float = 0.0  # scheduler clock, seconds
+    eos_ids: frozenset[int] = frozenset()
+    holds: set[str] = field(default_factory=set)  # reasons it may not start yet: grammar, adapter, encoder, kv_transfer
+
+    status: ReqStatus = ReqStatus.WAITING
+    output_ids: list[int] = field(default_factory=list)
+    num_in_flight: int = 0  # output tokens being computed whose ids the host does not know yet
+    slot: int = -1  # row in the per-req device tables while running
+    pages: dict[PoolGroup, list[int]] = field(default_factory=dict)  # in position order, group by group
+    committed_len: int = 0
+    reserved_len: int = 0
+    cached_len: int = 0  # tokens whose pages the radix tree owns and `node` pins
+    node: Any = None  # the radix node it pins; only scheduler and cache look inside
+    num_cached_tokens: int = 0  # prompt tokens served from the cache at first admission, for usage
+    num_retractions: int = 0
+    max_len: int = 0  # tokens it may hold in all: prompt and outputs, within context length and pool; set on arrival
+    stop_ids: frozenset[int] = frozenset()  # eos_ids unless ignored, and sampling.stop_token_ids; set on arrival
+    seed: int = 0  # of its sampling, resolved on arrival so that a retraction does not change it
+    sent_pages: int = 0  # page-table columns that the runner has right
+    finish_reason: FinishReason | None = None
+    abort_requested: bool = False
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens whose ids the host knows."""
+        return len(self.input_ids) + len(self.output_ids)
+
+    def token_ids(self, start: int, stop: int) -> list[int]:
+        """Known ids of positions `[start, stop)`, prompt then output."""
+        n = len(self.input_ids)
+        if stop <= n:
+            return self.input_ids[start:stop]
+        if start >= n:
+            return self.output_ids[start - n : stop - n]
+        return self.input_ids[start:] + self.output_ids[: stop - n]
+
+
+class ForwardMode(enum.Enum):
+    PREFILL = "prefill"  # every req extends by known prompt tokens
+    DECODE = "decode"  # every req extends by one token
+    MIXED = "mixed"
+
+
+class SlotInit(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A req that enters a slot with this step: what the runner keeps for it until the slot is reused."""
+
+    slot: int
+    sampling: SamplingParams
+    seed: int
+    num_prompt_tokens: int
+    history: list[int] = []  # known tokens, sent only where penalties need them
+    stop_ids: list[int] = []  # masked until min_new_tokens
+    logprob: LogprobParams | None = None
+
+
+class StepPlan(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One step in host integers: what rank 0's scheduler decides and every rank's runner executes.
+
+    Lists are per req in batch order, R long, unless said otherwise. The runner keeps each slot's page table;
+    a plan carries only the pages that are new (or all of them, at `page_starts` 0, after a slot changed hands).
+    """
+
+    step: int
+    mode: str  # ForwardMode value
+    slots: list[int]
+    prefix_lens: list[int]
+    extend_lens: list[int]
+    token_ids: list[int]  # [T] packed; -1 where the id is still on the device, in next_token_ids[slot]
+    sample: list[bool]  # whether this step ends with a sampled token for the req (not a middle chunk)
+    page_starts: list[int]  # page-table column at which new_pages begins
+    new_pages: dict[PoolGroup, list[list[int]]]
+    inits: list[SlotInit] = []
+    # Input logprobs, [] if no req wants any. A step gives those of positions p >= logprob_starts[r] (-1: none) whose hidden
+    # state p - 1 it computes; the last of them is the token after this extend, next_ids[r], -1 where the prompt ends here.
+    logprob_starts: list[int] = []
+    next_ids: list[int] = []
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Batch:
+    """The reqs of one step and its plan. `reqs[i]` is row i of the plan."""
+
+    reqs: tuple[Req, ...]
+    plan: StepPlan
+
+
+class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    """Log-probabilities (natural log) at one position: the token's own, then the top alternatives, best first."""
+
+    token_id: int
+    logprob: float | None  # None: the first prompt token has no distribution
+    top_ids: list[int] = []
+    top_logprobs: list[float] = []
+
+
+class StepResult(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What a step gave, on the host. Rows follow the plan's; S = 1 without speculation."""
+
+    step: int
+    token_ids: list[list[int]]  # [R, S]; row empty where `sample` was false
+    num_accepted: list[int]  # [R] how many of token_ids[r] count
+    logprobs: list[list[TokenLogprobs]] | None = None  # [R, S] for reqs that asked, [] for the others
+    input_logprobs: list[list[TokenLogprobs]] | None = None  # [R] of the positions asked for in this extend
+
+
+# What the engine process and its clients say to each other, msgspec over ZMQ (or a queue, in process).
+
+
+class AddReq(msgspec.Struct, frozen=True, kw_only=True, tag=True, omit_defaults=True):
+    rid: str
+    input_ids: list[int]
+    sampling: SamplingParams
+    logprob: LogprobParams | None = None
+    salt: str = ""
+    priority: int = 0
+
+
+class AbortReq(msgspec.Struct, frozen=True, tag=True):
+    rid: str  # exact match; "" aborts every req
+
+
+class FinishReqAt(msgspec.Struct, frozen=True, tag=True):
+    """The detokenizer met a stop string: the req ends after `num_output_tokens` tokens."""
+
+    rid: str
+    num_output_tokens: int
+    matched: str
+
+
+class Control(msgspec.Struct, frozen=True, kw_only=True, tag=True, omit_defaults=True):
+    """A question to the engine, answered by one ControlReply with the same id."""
+
+    id: int
+    action: Literal["flush_cache", "stats", "info", "shutdown"]
+
+
+class ControlReply(msgspec.Struct, frozen=True, kw_only=True, tag=True, omit_defaults=True):
+    id: int
+    ok: bool
+    message: str = ""
+    data: dict[str, object] = {}
+
+
+class ReqOutput(msgspec.Struct, frozen=True, kw_only=True, tag=True, omit_defaults=True):
+    """New tokens of one req; `finish_reason` is set on the last of them, exactly once a req."""
+
+    rid: str
+    token_ids: list[int] = []
+    finish_reason: FinishReason | None = None
+    num_cached_tokens: int = 0
+    logprobs: list[TokenLogprobs] = []
+    input_logprobs: list[TokenLogprobs] = []
+
+
+class EngineReady(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Sent once by rank 0 when the model is loaded and the pools are allocated."""
+
+    info: dict[str, object]
+
+
+class EngineFailed(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Sent when the engine cannot go on; every running req ends with it."""
+
+    error: str
+    detail: str = ""
+
+
+class OutputBatch(msgspec.Struct, frozen=True, kw_only=True, tag=True, omit_defaults=True):
+    """Every req's news from one step, with the engine's gauges."""
+
+    outputs: list[ReqOutput]
+    stats: dict[str, float] = {}
+
+
+ToEngine = AddReq | AbortReq | FinishReqAt | Control
+FromEngine = OutputBatch | ControlReply | EngineReady | EngineFailed
+
+Stats = Mapping[str, float]
