@@ -1,0 +1,102 @@
+"""`Communicator`: the collectives of one group of ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class Communicator(Protocol):
+    """Collectives over one group. Tensors live on the group's device; ranks are group ranks."""
+
+    rank: int
+    size: int
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """Sum over ranks; may work in place, the result is what counts."""
+
+    def all_gather(self, x: Tensor, dim: int = -1) -> Tensor:
+        """Concatenate every rank's x along dim, in rank order."""
+
+    def reduce_scatter(self, x: Tensor, dim: int = 0) -> Tensor:
+        """Sum over ranks, then this rank's slice along dim."""
+
+    def all_to_all(self, x: Tensor) -> Tensor:
+        """x: [size, ...] -> [size, ...]: row j goes to rank j, row i comes from rank i."""
+
+    def broadcast(self, x: Tensor, src: int = 0) -> Tensor: ...
+    def send(self, x: Tensor, dst: int) -> None: ...
+    def recv(self, x: Tensor, src: int) -> Tensor: ...
+    def barrier(self) -> None: ...
+
+
+class LocalCommunicator:
+    """One rank: every collective is the identity."""
+
+    rank, size = 0, 1
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        return x
+
+    def all_gather(self, x: Tensor, dim: int = -1) -> Tensor:
+        return x
+
+    def reduce_scatter(self, x: Tensor, dim: int = 0) -> Tensor:
+        return x
+
+    def all_to_all(self, x: Tensor) -> Tensor:
+        return x
+
+    def broadcast(self, x: Tensor, src: int = 0) -> Tensor:
+        return x
+
+    def send(self, x: Tensor, dst: int) -> None:
+        raise ValueError(f"send to rank {dst}: this group has one rank")
+
+    def recv(self, x: Tensor, src: int) -> Tensor:
+        raise ValueError(f"recv from rank {src}: this group has one rank")
+
+    def barrier(self) -> None:
+        return
+
+
+class TorchCommunicator:
+    """torch.distributed on any of its backends (gloo on a host)."""
+
+    def __init__(self, group: dist.ProcessGroup, ranks: Sequence[int], rank: int) -> None:
+        self.group, self.ranks = group, tuple(ranks)
+        self.rank, self.size = self.ranks.index(rank), len(ranks)
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        dist.all_reduce(x, group=self.group)
+        return x
+
+    def all_gather(self, x: Tensor, dim: int = -1) -> Tensor:
+        parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(self.size)]
+        dist.all_gather(parts, x.contiguous(), group=self.group)
+        return torch.cat(parts, dim=dim)
+
+    def reduce_scatter(self, x: Tensor, dim: int = 0) -> Tensor:
+        return self.all_reduce(x).chunk(self.size, dim=dim)[self.rank].contiguous()
+
+    def all_to_all(self, x: Tensor) -> Tensor:
+        gathered = self.all_gather(x[None], dim=0)  # gloo has no all_to_all for every dtype
+        return gathered[:, self.rank].contiguous()
+
+    def broadcast(self, x: Tensor, src: int = 0) -> Tensor:
+        dist.broadcast(x, src=self.ranks[src], group=self.group)
+        return x
+
+    def send(self, x: Tensor, dst: int) -> None:
+        dist.send(x.contiguous(), dst=self.ranks[dst], group=self.group)
+
+    def recv(self, x: Tensor, src: int) -> Tensor:
+        dist.recv(x, src=self.ranks[src], group=self.group)
+        return x
+
+    def barrier(self) -> None:
+        dist.barrier(group=self.group)

@@ -1,0 +1,165 @@
+"""The two classes a device plugin writes: `Backend` (cheap, opens nothing) and `DeviceRuntime` (one opened device).
+
+Methods take one frozen context object each, so that a new fact is a minor version. Importing this imports no torch.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+from sglang_core.backend.claims import Claims
+from sglang_core.backend.kernel import Kernel
+
+if TYPE_CHECKING:  # torch is heavy, and a plugin is probed without it
+    import torch
+
+    from sglang_core.backend.communicator import Communicator
+    from sglang_core.backend.pool import Pool, PoolSpec
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DeviceInfo:
+    """One device that a backend's probe found.
+
+    `path` names the device from family to model, like "cuda/sm_90": a kernel says for which path prefixes it is written.
+    `score` ranks devices of all backends for `--device auto`: 0 reference, 10-99 host CPUs, 100 and up accelerators.
+    """
+
+    backend: str
+    index: int = 0
+    path: str
+    name: str
+    score: int = 0
+    total_memory: int = 0  # bytes
+    facts: Mapping[str, str | int | float | bool] = field(default_factory=dict)
+
+    @property
+    def label(self) -> str:
+        return f"{self.backend}:{self.index}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MemoryInfo:
+    """Bytes on the device: all of it, and what is free to this process now."""
+
+    total: int
+    free: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RuntimeContext:
+    """What a runtime is opened with: one device, or the mesh that this rank drives."""
+
+    devices: tuple[DeviceInfo, ...]
+    rank: int = 0
+    world_size: int = 1
+    num_threads: int | None = None  # host threads it may compute with; None: as it sees fit
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KernelContext:
+    """What a backend may look at to list its kernels and claims."""
+
+    device: DeviceInfo
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DefaultsContext:
+    """What a backend may look at to choose its defaults."""
+
+    device: DeviceInfo
+    model: Mapping[str, Any]  # the checkpoint's config.json
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Bucket:
+    """One static shape of a compiled step: T tokens, R reqs, Q longest extend, C page-table columns."""
+
+    num_tokens: int
+    num_reqs: int
+    max_extend: int
+    num_pages: int
+
+
+class Work(Protocol):
+    """Something submitted to a stream. `result` waits for it and returns what it returned, or raises what it raised."""
+
+    def result(self, timeout: float | None = None) -> Any: ...
+    def done(self) -> bool: ...
+
+
+class Stream(Protocol):
+    """An in-order queue of device work. What is submitted runs after all that was submitted before it."""
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any) -> Work: ...
+    def close(self) -> None: ...
+
+
+class DeviceRuntime(ABC):
+    """One opened device (or mesh): memory, streams, compiled steps, pools, collectives.
+
+    `TorchRuntime` gives every method a default that holds on any device PyTorch can address.
+    """
+
+    infos: tuple[DeviceInfo, ...]
+    torch_device: torch.device
+
+    @abstractmethod
+    def memory(self) -> MemoryInfo: ...
+
+    @abstractmethod
+    def synchronize(self) -> None: ...
+
+    @abstractmethod
+    def stream(self) -> Stream: ...
+
+    @abstractmethod
+    def buckets(self, *, max_num_tokens: int, max_num_reqs: int, max_num_pages: int) -> Sequence[Bucket]:
+        """The shapes it compiles at start; empty for a runtime that runs exact shapes, with no padding."""
+
+    @abstractmethod
+    def compile_step(self, fn: Callable[..., Any], state: Any, buckets: Sequence[Bucket]) -> Callable[..., Any]:
+        """`fn(state, forward_batch)` ready to be called: eager, captured, or compiled. Only `state` may change in it."""
+
+    @abstractmethod
+    def alloc_pool(self, spec: PoolSpec, num_pages: int) -> Pool:
+        """The backend owns the bytes, the core owns the page ids."""
+
+    @abstractmethod
+    def communicator(self, ranks: Sequence[int], rank: int, store: Any) -> Communicator:
+        """Collectives over `ranks`; `store` is a torch.distributed Store that they all reach."""
+
+    def close(self) -> None:  # noqa: B027  most devices have nothing to give back
+        """Give everything back. The runtime is not used afterwards."""
+
+
+class Backend(ABC):
+    """One kind of device. An instance is cheap: it is made to list devices, and opens none until `create_runtime`."""
+
+    name: str
+
+    @abstractmethod
+    def probe(self) -> list[DeviceInfo]:
+        """The devices here, best first. Cheap, opens no context, never raises; empty where there are none."""
+
+    @abstractmethod
+    def create_runtime(self, ctx: RuntimeContext) -> DeviceRuntime: ...
+
+    def kernels(self, ctx: KernelContext) -> list[Kernel]:
+        """The kernels it brings. None is a valid answer: every op then runs its reference body."""
+        return []
+
+    def claims(self, ctx: KernelContext) -> Claims:
+        """What conformance holds it to. Unsaid means REFERENCE."""
+        return Claims()
+
+    def config_defaults(self, ctx: DefaultsContext) -> dict[str, Any]:
+        """Settings (by flat name) it prefers where the user says nothing; the core logs what they changed."""
+        return {}
+
+    def absent_reason(self) -> str:
+        """Why `probe` found nothing and what to do, for the error that names this backend."""
+        return "its probe found no device"

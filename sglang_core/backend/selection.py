@@ -1,0 +1,340 @@
+"""`OpTable`: for each site of a model, the kernel that runs there, and why. Made once a model; nothing here is per step."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+from sglang_core.backend.binding import bind_kernels, import_target
+from sglang_core.backend.candidates import Refusals, kernel_title
+from sglang_core.backend.claims import Claims, Support
+from sglang_core.backend.interface import Backend, DeviceInfo, KernelContext
+from sglang_core.backend.kernel import Kernel, OpSite, SelectionContext
+from sglang_core.backend.offers import GroupOffer, Offer, group_offer, winner
+from sglang_core.backend.providers import collect_kernels
+from sglang_core.errors import ConfigError, KernelSelectionError, PluginError
+
+logger = logging.getLogger(__name__)
+
+REFERENCE = "reference"  # the op's body
+DECOMPOSED = "decomposed"  # a composite's body over the kernels of its parts
+CANONICAL = "canonical"
+
+
+class OpLike(Protocol):
+    """What selection needs of an op's definition; `sglang_core.ops.registry.OpDef` is one."""
+
+    @property
+    def body(self) -> Callable[..., Any]: ...
+    @property
+    def strict(self) -> bool: ...
+    @property
+    def parts(self) -> Mapping[str, str]: ...
+    def decompose(self, bind: Callable[[str], Callable[..., Any]]) -> Callable[..., Any]: ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BoundOp:
+    """The answer at one site. `fn` is what a layer calls; `pack` and `unpack` belong to it."""
+
+    site: OpSite
+    fn: Callable[..., Any]
+    provider: str
+    reason: str
+    kernels: tuple[Kernel, ...] = ()  # empty: the op's body; several: variants by T
+    refused: Refusals = ()
+    fallback: bool = False
+    pack: Callable[..., Any] | None = None
+    unpack: Callable[..., Any] | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExplainRow:
+    """One line of `explain`: an op of a layer class, who runs it, why, and why each other candidate does not."""
+
+    op: str
+    layer: str
+    fmt: str
+    dtype: str
+    provider: str
+    why: str
+    refused: Refusals
+    fallback: bool
+
+
+class OpTable:
+    """The bound ops of one model on one device."""
+
+    def __init__(
+        self,
+        device: DeviceInfo,
+        backend: Backend,
+        *,
+        ops: Mapping[str, OpLike],
+        kernels: Iterable[Kernel] | None = None,
+        claims: Claims | None = None,
+        overrides: Mapping[str, str] | None = None,
+        fallback: str = "auto",
+        deterministic: bool = False,
+        page_size: int = 0,
+        kv_layout: str = "auto",
+    ) -> None:
+        """`kernels` and `claims` are the backend's own by default. `kv_layout` "auto" takes what the kernels prefer.
+
+        Raises PluginError where a kernel or claim is malformed, KernelSelectionError where an override names an unknown.
+        """
+        ctx = KernelContext(device=device)
+        self.device, self.backend, self.ops = device, backend, ops
+        self.claims = backend.claims(ctx) if claims is None else claims
+        self.overrides, self.fallback = dict(overrides or {}), fallback
+        self.deterministic, self.page_size, self.kv_layout = deterministic, page_size, kv_layout
+        self._kernels: dict[str, dict[str, list[Kernel]]] = {}  # op -> provider -> its kernels
+        for kernel in collect_kernels(backend, ctx) if kernels is None else kernels:
+            kernel = kernel if kernel.provider else replace(kernel, provider=backend.name)
+            _check_kernel(kernel, ops)
+            self._kernels.setdefault(kernel.op, {}).setdefault(kernel.provider, []).append(kernel)
+        for claim in self.claims.claims:
+            if claim.op != "*" and claim.op not in ops:
+                raise PluginError(f"backend {backend.name!r} claims an op that is none: {_unknown_op(claim.op, ops)}")
+        for op, provider in self.overrides.items():
+            self._check_override(op, provider)
+        self._layouts: dict[str, str] = {}  # pool -> layout, once a kernel was chosen for it
+        self._bound: dict[object, tuple[BoundOp, ...]] = {}
+
+    def bind(self, site: OpSite) -> BoundOp:
+        """The kernel for a site: override, then longest device path, then priority; else the body, as claims allow.
+
+        Raises KernelSelectionError on a tie, a refused override, a fallback that is not allowed, and what is unsupported.
+        """
+        return self._memo((site,), None)[0]
+
+    def bind_group(self, sites: Sequence[OpSite], *, pool: str = "full") -> dict[str, BoundOp]:
+        """Bind ops that only work together, like attn.paged, attn.plan and kv.write on one pool: op -> BoundOp.
+
+        The most important site comes first. One provider serves all, in one pool layout; where it brings no kernel at all for
+        an op, that op's body serves it. Every group of a pool gets the layout of the first: see `pool_layout`.
+        """
+        assert len({site.op for site in sites}) == len(sites), "a group has one site an op"
+        return {bound.site.op: bound for bound in self._memo(tuple(sites), pool)}
+
+    def pool_layout(self, pool: str = "full") -> str:
+        """The layout to allocate a pool with, once its groups are bound."""
+        return self._settled_layout(pool) or CANONICAL
+
+    def explain(self) -> list[ExplainRow]:
+        """Every op and layer class bound so far, in the order of binding."""
+        return [
+            ExplainRow(
+                op=b.site.op,
+                layer=b.site.layer,
+                fmt=b.site.fmt,
+                dtype=b.site.dtype,
+                provider=b.provider,
+                why=b.reason,
+                refused=b.refused,
+                fallback=b.fallback,
+            )
+            for group in self._bound.values()
+            for b in group
+        ]
+
+    @property
+    def fallbacks(self) -> int:
+        """How many ops of layer classes are claimed natively and run the body here."""
+        return sum(b.fallback for group in self._bound.values() for b in group)
+
+    def _memo(self, sites: tuple[OpSite, ...], pool: str | None) -> tuple[BoundOp, ...]:
+        key = (pool, *((s.op, s.layer, s.dtype, s.fmt, s.spec, tuple(sorted(s.dims.items()))) for s in sites))
+        if key not in self._bound:
+            self._bound[key] = self._select(sites, pool)
+        return self._bound[key]
+
+    def _select(self, sites: tuple[OpSite, ...], pool: str | None) -> tuple[BoundOp, ...]:
+        for site in sites:
+            self._check_supported(site)
+        wanted = self._override_of(sites)
+        if wanted == REFERENCE:
+            return tuple(self._run_body(site, "asked for with --kernel", ()) for site in sites)
+        layout = CANONICAL if pool is None else self._settled_layout(pool)
+        offers = self._offers(sites, layout)
+        refused = [tuple(row for offer in offers for row in offer.refused[i]) for i in range(len(sites))]
+        accepted = [offer for offer in offers if offer.accepted and wanted in (None, offer.provider)]
+        if wanted is not None and not accepted:
+            raise _override_refused(sites[0], wanted, next((o for o in offers if o.provider == wanted), None))
+        if not accepted:
+            return tuple(self._no_kernel(site, why_not) for site, why_not in zip(sites, refused, strict=True))
+        best, why = winner(accepted)
+        if wanted is not None:
+            why = "asked for with --kernel"
+        if pool is not None:
+            self._layouts[pool] = best.kv_layout
+            why += f"; pool layout {best.kv_layout}"
+        bound = []
+        for i, (site, offer) in enumerate(zip(sites, best.offers, strict=True)):
+            losers = [o.offers[i] for o in offers if o.accepted and o is not best]
+            why_not = refused[i] + tuple(
+                (kernel_title(kernel), f"outranked by {best.provider}")
+                for o in losers
+                if o is not None
+                for kernel in o.kernels
+            )
+            if offer is not None:
+                bound.append(self._run_kernels(site, offer, why, why_not))
+            else:
+                bound.append(
+                    self._no_kernel(site, why_not, f"{best.provider!r} runs {sites[0].op} here and brings none")
+                )
+        return tuple(bound)
+
+    def _offers(self, sites: Sequence[OpSite], layout: str | None) -> list[GroupOffer]:
+        """One offer a provider, in order of its name."""
+
+        def context(site: OpSite, kv_layout: str) -> SelectionContext:
+            return SelectionContext(
+                device=self.device,
+                site=site,
+                page_size=self.page_size,
+                kv_layout=kv_layout,
+                deterministic=self.deterministic,
+            )
+
+        by_site = [self._kernels.get(site.op, {}) for site in sites]
+        providers = sorted({provider for mine in by_site for provider in mine})
+        return [group_offer(sites, [mine.get(p, []) for mine in by_site], layout, context) for p in providers]
+
+    def _run_kernels(self, site: OpSite, offer: Offer, reason: str, refused: Refusals) -> BoundOp:
+        first, fallback = offer.kernels[0], False
+        if offer.hole is not None:
+            reason += f"; the body where no variant takes T, as T={offer.hole}"
+            fallback = self._claimed(site)
+        if fallback:
+            self._apply_policy(site, f"no kernel takes T={offer.hole}")
+        return BoundOp(
+            site=site,
+            fn=bind_kernels(offer.kernels, self.ops[site.op].body),
+            provider=first.provider,
+            reason=reason,
+            kernels=offer.kernels,
+            refused=refused,
+            fallback=fallback,
+            pack=import_target(first, first.pack) if first.pack else None,
+            unpack=import_target(first, first.unpack) if first.unpack else None,
+        )
+
+    def _no_kernel(self, site: OpSite, refused: Refusals, why: str = "") -> BoundOp:
+        """The body: a fallback where the backend claims the op, else simply what is not claimed."""
+        if not self._claimed(site):
+            return self._run_body(site, why or f"{self.backend.name!r} does not claim it", refused)
+        why = why or (f"every kernel refuses: {_reasons(refused)}" if refused else "no kernel for it is installed")
+        self._apply_policy(site, why)
+        return self._run_body(site, f"fallback: {self.backend.name!r} claims it, but {why}", refused, fallback=True)
+
+    def _run_body(self, site: OpSite, reason: str, refused: Refusals, *, fallback: bool = False) -> BoundOp:
+        op = self.ops[site.op]
+        fn, provider = op.body, REFERENCE
+        if op.parts and self.overrides.get(site.op) != REFERENCE:
+            parts = {part: self.bind(replace(site, op=part)) for part in op.parts.values()}
+            if any(part.provider != REFERENCE for part in parts.values()):
+                fn, provider = op.decompose(lambda part: parts[part].fn), DECOMPOSED
+                reason += "; made of " + ", ".join(f"{name} ({part.provider})" for name, part in parts.items())
+        return BoundOp(site=site, fn=fn, provider=provider, reason=reason, refused=refused, fallback=fallback)
+
+    def _claimed(self, site: OpSite) -> bool:
+        return self.claims.support(site.op, fmt=site.fmt, dtype=site.dtype) is Support.NATIVE
+
+    def _settled_layout(self, pool: str) -> str | None:
+        return self._layouts.get(pool) or (None if self.kv_layout == "auto" else self.kv_layout)
+
+    def _apply_policy(self, site: OpSite, why: str) -> None:
+        """A claimed op is about to run its body: raise, warn, or let it be."""
+        policy = self.fallback
+        if policy == "auto":
+            policy = "error" if self.ops[site.op].strict else "warn"
+        message = f"{_title(site)}: {self.backend.name!r} claims it natively, but {why}"
+        if policy == "error":
+            raise KernelSelectionError(
+                f"{message}; let the reference body run with --fallback warn, or ask for it with --kernel {site.op}={REFERENCE}"
+            )
+        if policy == "warn":
+            logger.warning("%s; the reference body runs", message)
+
+    def _check_supported(self, site: OpSite) -> None:
+        if site.op not in self.ops:
+            raise KernelSelectionError(f"{site.layer} asks for an op that is none: {_unknown_op(site.op, self.ops)}")
+        if self.claims.support(site.op, fmt=site.fmt, dtype=site.dtype) is Support.UNSUPPORTED:
+            raise KernelSelectionError(
+                f"{_title(site)}: backend {self.backend.name!r} cannot run it with this dtype and format; set another --dtype,"
+                " or take a checkpoint in another format"
+            )
+
+    def _check_override(self, op: str, provider: str) -> None:
+        if op not in self.ops:
+            raise KernelSelectionError(f"--kernel {op}={provider}: {_unknown_op(op, self.ops)}")
+        known = [*sorted(self._kernels.get(op, {})), REFERENCE]
+        if provider not in known:
+            raise KernelSelectionError(f"--kernel {op}={provider}: {op} is provided by {', '.join(known)}")
+
+    def _override_of(self, sites: Sequence[OpSite]) -> str | None:
+        wanted = {site.op: self.overrides[site.op] for site in sites if site.op in self.overrides}
+        if len(set(wanted.values())) > 1:
+            given = " and ".join(f"--kernel {op}={provider}" for op, provider in wanted.items())
+            raise KernelSelectionError(
+                f"{given}: {', '.join(s.op for s in sites)} are selected together; name one provider"
+            )
+        return next(iter(wanted.values()), None)
+
+
+def parse_overrides(flags: Iterable[str]) -> dict[str, str]:
+    """["attn.paged=triton"] -> {"attn.paged": "triton"}. Raises ConfigError on what is not OP=PROVIDER, or given twice."""
+    found: dict[str, str] = {}
+    for flag in flags:
+        op, equals, provider = flag.partition("=")
+        if not (op and equals and provider):
+            raise ConfigError(f"--kernel {flag!r} is not OP=PROVIDER, as in attn.paged={REFERENCE}")
+        if found.setdefault(op, provider) != provider:
+            raise ConfigError(f"--kernel names two providers for {op}: {found[op]} and {provider}; give one")
+    return found
+
+
+def _check_kernel(kernel: Kernel, ops: Mapping[str, OpLike]) -> None:
+    """Raises PluginError on a kernel that could never run as written."""
+    low, high = kernel.tokens or (1, None)
+    problem = ""
+    if kernel.op not in ops:
+        problem = f"names an op that is none: {_unknown_op(kernel.op, ops)}"
+    elif kernel.provider in (REFERENCE, DECOMPOSED):
+        problem = f"may not be of provider {kernel.provider!r}, which means the op's body; name it after the plugin"
+    elif not all(":" in target for target in (kernel.fn, kernel.pack, kernel.unpack) if target is not None):
+        problem = "must give fn, pack and unpack as 'module:function'"
+    elif isinstance(kernel.device, str) or not kernel.device or isinstance(kernel.kv_layouts, str):
+        problem = "must give device and kv_layouts as tuples of names, like device=('acme',)"
+    elif low < 1 or (high is not None and high < low):
+        problem = f"has tokens={kernel.tokens}; it must be (low, high) with 1 <= low <= high, or (low, None)"
+    if problem:
+        raise PluginError(f"kernel {kernel_title(kernel)} for {kernel.op!r} {problem}")
+
+
+def _override_refused(site: OpSite, wanted: str, offer: GroupOffer | None) -> KernelSelectionError:
+    rows = tuple(row for refused in offer.refused for row in refused) if offer else ()
+    return KernelSelectionError(
+        f"--kernel {site.op}={wanted} is refused at {_title(site)}: {_reasons(rows)}; name another provider, or {REFERENCE!r}"
+    )
+
+
+def _unknown_op(op: str, ops: Mapping[str, OpLike]) -> str:
+    near = difflib.get_close_matches(op, ops, n=1)
+    return f"there is no op {op!r}" + (
+        f"; did you mean {near[0]!r}?" if near else f"; the ops are {', '.join(sorted(ops))}"
+    )
+
+
+def _title(site: OpSite) -> str:
+    fmt = "" if site.fmt == "*" else f", {site.fmt}"
+    return f"{site.op} in {site.layer} ({site.dtype}{fmt})"
+
+
+def _reasons(refused: Refusals) -> str:
+    return "; ".join(f"{kernel}: {reason}" for kernel, reason in refused)

@@ -1,0 +1,92 @@
+"""`TorchRuntime`: a `DeviceRuntime` for any device that PyTorch can address, eagerly. A plugin overrides what it does better."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+import torch.distributed as dist
+
+from sglang_core.backend.communicator import Communicator, LocalCommunicator, TorchCommunicator
+from sglang_core.backend.interface import Bucket, DeviceRuntime, MemoryInfo, RuntimeContext
+from sglang_core.backend.pool import Pool, PoolSpec
+from sglang_core.errors import KernelSelectionError
+
+
+class HostStream:
+    """A single thread that runs what is submitted in order: how a host CPU is an asynchronous device."""
+
+    def __init__(self, initializer: Callable[[], None] | None = None) -> None:
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="device", initializer=initializer)
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any) -> Future[Any]:
+        return self._pool.submit(fn, *args)
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+class TorchRuntime(DeviceRuntime):
+    """Eager PyTorch on `device`: exact shapes, no buckets, host memory figures, gloo collectives."""
+
+    def __init__(self, ctx: RuntimeContext, device: torch.device | str = "cpu") -> None:
+        self.infos, self.torch_device, self.ctx = ctx.devices, torch.device(device), ctx
+        if ctx.num_threads is not None:
+            torch.set_num_threads(ctx.num_threads)
+
+    def memory(self) -> MemoryInfo:
+        """The host's memory, bounded by this process's cgroup."""
+        host = psutil.virtual_memory()
+        limit, used = _cgroup_bytes("memory.max"), _cgroup_bytes("memory.current")
+        if not limit or limit > host.total:
+            return MemoryInfo(total=host.total, free=host.available)
+        return MemoryInfo(total=limit, free=min(host.available, max(limit - used, 0)))
+
+    def synchronize(self) -> None:
+        return
+
+    def stream(self) -> HostStream:
+        threads = torch.get_num_threads()  # intra-op threads are set per calling thread
+        return HostStream(lambda: torch.set_num_threads(threads))
+
+    def buckets(self, *, max_num_tokens: int, max_num_reqs: int, max_num_pages: int) -> Sequence[Bucket]:
+        return ()
+
+    def compile_step(self, fn: Callable[..., Any], state: Any, buckets: Sequence[Bucket]) -> Callable[..., Any]:
+        def step(forward_batch: Any) -> Any:
+            with torch.inference_mode():
+                return fn(state, forward_batch)
+
+        return step
+
+    def alloc_pool(self, spec: PoolSpec, num_pages: int) -> Pool:
+        if spec.layout != Pool.layout:
+            owner = self.infos[0].backend
+            raise KernelSelectionError(
+                f"pool layout {spec.layout!r}: the runtime of {owner!r} makes {Pool.layout!r} only; its alloc_pool must make"
+                " every layout that its kernels list in kv_layouts"
+            )
+        return Pool(spec, num_pages, self.torch_device)
+
+    def communicator(self, ranks: Sequence[int], rank: int, store: Any) -> Communicator:
+        if len(ranks) == 1:
+            return LocalCommunicator()
+        if not dist.is_initialized():
+            dist.init_process_group("gloo", store=store, rank=self.ctx.rank, world_size=self.ctx.world_size)
+        return TorchCommunicator(dist.new_group(list(ranks), timeout=timedelta(minutes=10)), ranks, rank)
+
+    def close(self) -> None:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _cgroup_bytes(name: str) -> int:
+    """A figure of this process's cgroup (v2) in bytes, 0 where there is none or no limit."""
+    path = Path("/sys/fs/cgroup") / name
+    text = path.read_text().strip() if path.exists() else ""
+    return int(text) if text.isdigit() else 0

@@ -1,0 +1,27 @@
+"""Gated activations: the middle of a gated MLP."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from sglang_core.ops.registry import op
+from sglang_core.ops.rounding import wide
+
+GateKind = Literal["silu", "gelu", "gelu_tanh"]
+
+
+@op("act.gated")
+def gated(x: Tensor, kind: GateKind) -> Tensor:
+    """x: [T, 2F], gate then up -> act(gate) * up: [T, F]. float32 inside, one rounding to x.dtype at the end."""
+    gate, up = wide(x).chunk(2, dim=-1)
+    return (_activate(gate, kind) * up).to(x.dtype)
+
+
+def _activate(x: Tensor, kind: GateKind) -> Tensor:
+    if kind == "silu":
+        return F.silu(x)
+    assert kind in ("gelu", "gelu_tanh"), f"unknown activation {kind!r}"
+    return F.gelu(x, approximate="tanh" if kind == "gelu_tanh" else "none")

@@ -1,0 +1,207 @@
+"""Attention over the KV pool (`attn.paged`) and over packed K and V (`attn.ragged`), and what belongs to it.
+
+Both reference bodies feed chunks of keys to `_attend`, one online softmax in float32. Scores never exist for more than
+TILES_PER_BLOCK tiles times KEYS_PER_CHUNK keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor
+
+from sglang_core.backend.pool import Pool
+from sglang_core.ops.attention_plan import (
+    KEYS_PER_CHUNK,
+    TILE_LENGTHS,
+    TILES_PER_BLOCK,
+    AttnBatch,
+    AttnSpec,
+    Plan,
+    Tiles,
+    attn_plan,
+    pages_per_chunk,
+)
+from sglang_core.ops.registry import op
+from sglang_core.ops.rounding import wide, wide_dtype
+
+__all__ = ["AttnBatch", "AttnSpec", "Plan", "attn_merge", "attn_paged", "attn_plan", "attn_ragged", "kv_write"]
+
+NEG_INF = float("-inf")
+Chunk = tuple[Tensor, Tensor, Tensor]  # k: [B, S, Hk, D], v: [B, S, Hk, Dv], key positions: int32[B, S]
+
+
+@op("kv.write")
+def kv_write(k: Tensor, v: Tensor, pool: Pool, layer: int, slot_mapping: Tensor) -> None:
+    """k: [T, Hk, D], v: [T, Hk, Dv], slot_mapping: int32[T]. Rounds to the pool's dtype. Slots repeat only in page 0."""
+    pool.scatter(layer, slot_mapping, k, v)
+
+
+@op("attn.paged")
+def attn_paged(
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    pool: Pool,
+    layer: int,
+    spec: AttnSpec,
+    plan: Plan,
+    *,
+    sinks: Tensor | None = None,
+    lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Write k, v at plan.slot_mapping, then attend over the pool: extend, decode and mixed alike.
+
+    q: [T, Hq, D], k: [T, Hk, D], v: [T, Hk, Dv], sinks: [Hq] -> o: [T, Hq, Dv] (, lse: float32[T, Hq], natural log).
+    k = v = None: all keys are in the pool already. Keys and values are read back as the pool rounded them. float32 inside,
+    one rounding to q.dtype at the end. A query that sees no key gives zeros and an lse of -inf. With sinks, lse counts them.
+    """
+    if k is not None and v is not None:
+        kv_write(k, v, pool, layer, plan.slot_mapping)
+    outs, lses = [], []
+    for tiles, num_chunks in zip(plan.tiles, plan.static.num_chunks, strict=True):
+        for block, n in enumerate(num_chunks):
+            tile = _block(tiles, block)
+            chunks = _paged_chunks(pool, layer, plan, tile, n)
+            o, s = _attend(q[tile.token], tile.first_key, tile.last_key, chunks, spec, sinks)
+            outs.append(o.flatten(0, 1).to(q.dtype))
+            lses.append(s.flatten(0, 1))
+    # Tokens of no tile (padding) read the row after the last.
+    out = torch.cat([*outs, q.new_zeros(1, spec.num_heads, spec.v_head_dim)])[plan.tile_row]
+    if not lse:
+        return out
+    none = torch.full((1, spec.num_heads), NEG_INF, dtype=wide_dtype(q.dtype), device=q.device)
+    return out, torch.cat([*lses, none])[plan.tile_row]
+
+
+@op("attn.ragged")
+def attn_ragged(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    spec: AttnSpec,
+    *,
+    max_q: int,
+    max_k: int,
+    lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention with no cache. Req r's queries are rows [cu_q[r], cu_q[r + 1]), its keys [cu_k[r], cu_k[r + 1]).
+
+    q: [T, Hq, D], k: [Tk, Hk, D], v: [Tk, Hk, Dv], cu_q, cu_k: int32[R + 1] -> o: [T, Hq, Dv] (, lse: float32[T, Hq]).
+    No req has more than max_q queries or max_k keys. Causal: the last query sees the last key. Rows past cu_q[-1] give
+    zeros; otherwise as `attn.paged`. Sinks are not taken.
+    """
+    num_reqs, length = cu_q.shape[0] - 1, min(max_q, TILE_LENGTHS[-1])
+    len_q, len_k = (cu_q[1:] - cu_q[:-1])[:, None], (cu_k[1:] - cu_k[:-1])[:, None]
+    outs = [q.new_zeros(1, spec.num_heads, spec.v_head_dim)]  # row 0: tokens of no req
+    lses = [torch.full((1, spec.num_heads), NEG_INF, dtype=wide_dtype(q.dtype), device=q.device)]
+    for start in range(0, max_q, length):
+        offset = torch.arange(start, start + length, dtype=torch.int32, device=q.device)[None]
+        token = torch.where(offset < len_q, cu_q[:-1, None] + offset, 0)
+        first_key, last_key = _ragged_ranges(offset, len_q, len_k, spec)
+        for r in range(0, num_reqs, TILES_PER_BLOCK):
+            rows = slice(r, r + TILES_PER_BLOCK)
+            chunks = _ragged_chunks(k, v, cu_k[:-1][rows], len_k[rows], max_k)
+            o, s = _attend(q[token[rows]], first_key[rows], last_key[rows], chunks, spec, None)
+            outs.append(o.flatten(0, 1).to(q.dtype))
+            lses.append(s.flatten(0, 1))
+    token = torch.arange(q.shape[0], dtype=torch.int32, device=q.device)
+    req = torch.searchsorted(cu_q[1:], token, right=True, out_int32=True)
+    offset = token - cu_q[req]
+    row = 1 + (offset // length * num_reqs + req) * length + offset % length
+    row = torch.where(req < num_reqs, row, 0)
+    return (torch.cat(outs)[row], torch.cat(lses)[row]) if lse else torch.cat(outs)[row]
+
+
+@op("attn.merge")
+def attn_merge(o_a: Tensor, lse_a: Tensor, o_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
+    """Combine attention over two disjoint sets of keys. o: [T, Hq, Dv], lse: float32[T, Hq], natural log -> the same.
+
+    An empty side has lse -inf and its o is not looked at; where both are empty the result is zeros and -inf.
+    """
+    top = torch.maximum(lse_a, lse_b)
+    top = torch.where(top == NEG_INF, 0.0, top)
+    w_a, w_b = torch.exp(lse_a - top), torch.exp(lse_b - top)
+    total = w_a + w_b
+    a = torch.where(w_a[..., None] > 0, wide(o_a), 0) * w_a[..., None]
+    b = torch.where(w_b[..., None] > 0, wide(o_b), 0) * w_b[..., None]
+    o = (a + b) / torch.where(total > 0, total, 1.0)[..., None]
+    return o.to(o_a.dtype), torch.log(total) + top
+
+
+def _attend(
+    q: Tensor, first_key: Tensor, last_key: Tensor, chunks: Iterable[Chunk], spec: AttnSpec, sinks: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Online softmax. q: [B, L, Hq, D], first_key, last_key: int32[B, L] -> o: [B, L, Hq, Dv], lse: [B, L, Hq], both wide."""
+    b, length, hq, d = q.shape
+    hk, group = spec.num_kv_heads, hq // spec.num_kv_heads
+    q = (wide(q) * spec.scale).view(b, length, hk, group, d).transpose(1, 2).reshape(b, hk, length * group, d)
+    first_key, last_key = first_key[:, None, :, None, None], last_key[:, None, :, None, None]
+    top = torch.full((b, hk, length, group, 1), NEG_INF, dtype=q.dtype, device=q.device)
+    total = torch.zeros_like(top)
+    if sinks is not None:  # a key that was seen already and has no value
+        top = sinks.to(q.dtype).view(hk, 1, group, 1).expand_as(top)
+        total = torch.ones_like(total)
+    acc = torch.zeros(b, hk, length, group, spec.v_head_dim, dtype=q.dtype, device=q.device)
+    for k, v, position in chunks:
+        scores = torch.matmul(q, _heads_first(k, q.dtype).transpose(2, 3)).view(b, hk, length, group, -1)
+        if spec.soft_cap is not None:
+            scores = torch.tanh(scores / spec.soft_cap) * spec.soft_cap
+        position = position[:, None, None, None]
+        seen = (position >= first_key) & (position < last_key)
+        scores = torch.where(seen, scores, NEG_INF)
+        new_top = torch.maximum(top, scores.amax(-1, keepdim=True))
+        finite = torch.where(new_top == NEG_INF, 0.0, new_top)
+        weights, decay = torch.exp(scores - finite), torch.exp(top - finite)
+        total = total * decay + weights.sum(-1, keepdim=True)
+        part = torch.matmul(weights.flatten(2, 3), _heads_first(v, q.dtype))
+        acc = acc * decay + part.view(acc.shape)
+        top = new_top
+    o = acc / torch.where(total > 0, total, 1.0)
+    lse = (top + torch.log(total)).squeeze(-1)
+    return o.transpose(1, 2).flatten(2, 3), lse.transpose(1, 2).flatten(2, 3)
+
+
+def _heads_first(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """[B, S, Hk, D] -> [B, Hk, S, D], wide and contiguous, in one pass."""
+    return x.transpose(1, 2).to(dtype, memory_format=torch.contiguous_format)
+
+
+def _block(tiles: Tiles[Tensor], block: int) -> Tiles[Tensor]:
+    rows = slice(block * TILES_PER_BLOCK, (block + 1) * TILES_PER_BLOCK)
+    return tiles.map(lambda x: x[rows])
+
+
+def _paged_chunks(pool: Pool, layer: int, plan: Plan, tiles: Tiles[Tensor], count: int) -> Iterator[Chunk]:
+    page_size, num_pages = plan.static.page_size, plan.static.num_pages
+    pages = min(pages_per_chunk(page_size), num_pages)
+    device, table = plan.page_table.device, plan.page_table
+    start, end = tiles.first_key[:, :1], tiles.last_key.amax(1, keepdim=True)
+    column = torch.arange(pages, dtype=torch.int32, device=device)
+    key = torch.arange(pages * page_size, dtype=torch.int32, device=device)
+    for chunk in range(count):
+        first_page = tiles.first_page[:, None] + chunk * pages
+        page = table[tiles.row[:, None], (first_page + column).clamp(max=num_pages - 1)]
+        position = first_page * page_size + key
+        k, v = pool.k(layer)[page].flatten(1, 2), pool.v(layer)[page].flatten(1, 2)
+        live = (position >= start) & (position < end)  # a weight of zero does not silence a stale NaN
+        yield k, torch.where(live[:, :, None, None], v, 0), position
+
+
+def _ragged_ranges(offset: Tensor, len_q: Tensor, len_k: Tensor, spec: AttnSpec) -> tuple[Tensor, Tensor]:
+    """offset: int32[1, L], len_q, len_k: int32[R, 1] -> the keys each query sees, [first, last): int32[R, L]."""
+    position = offset + len_k - len_q
+    last = torch.minimum(position + 1, len_k) if spec.causal else len_k.expand_as(position)
+    first = (position - (spec.window - 1)).clamp(min=0) if spec.window is not None else torch.zeros_like(position)
+    return first, torch.where(offset < len_q, last, 0)
+
+
+def _ragged_chunks(k: Tensor, v: Tensor, start: Tensor, length: Tensor, max_k: int) -> Iterator[Chunk]:
+    for first in range(0, max_k, KEYS_PER_CHUNK):
+        position = torch.arange(first, min(first + KEYS_PER_CHUNK, max_k), dtype=torch.int32, device=k.device)[None]
+        inside = position < length
+        row = torch.where(inside, start[:, None] + position, 0)
+        yield k[row], torch.where(inside[:, :, None, None], v[row], 0), position.expand_as(row)

@@ -1,0 +1,238 @@
+"""What a step attends over (`AttnSpec`, `AttnBatch`), and the reference plan for it.
+
+The plan cuts each req's new tokens into tiles of queries. A tile knows, per query, the half-open range of key positions it
+sees; causality, windows and padding are all in that range. Tiles of equal length form a group, longest key range first, so
+that neighbours do about equal work. All of it happens on the host, before the step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from sglang_core.ops.registry import op
+
+A, B = TypeVar("A"), TypeVar("B")
+Ints = npt.NDArray[np.int32]
+
+TILE_LENGTHS = (1, 16, 128)  # queries a tile may hold: one for decode, few for short extends, many for prefill
+TILES_PER_BLOCK = 16  # tiles that one pass over the keys serves; with KEYS_PER_CHUNK it bounds the memory of scores
+KEYS_PER_CHUNK = 256
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AttnSpec:
+    """One kind of attention layer, for this rank. Hashable; the question that kernel selection asks."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    v_head_dim: int
+    scale: float
+    causal: bool = True
+    window: int | None = None  # a query at position p sees keys in (p - window, p]; causal only
+    soft_cap: float | None = None  # scores become cap * tanh(score / cap), after scaling
+    has_sinks: bool = False  # one more logit a head in the softmax's denominator, with no value
+    kv_dtype: str = "auto"  # of the pool; auto: that of the activations
+
+    def __post_init__(self) -> None:
+        assert self.num_heads % self.num_kv_heads == 0, f"{self.num_heads} heads over {self.num_kv_heads} KV heads"
+        assert self.window is None or (self.causal and self.window >= 1), "a window needs causal attention"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AttnBatch:
+    """What one step attends over: int32 on the host.
+
+    Reqs that only fill a bucket have extend 0 (or any) and seq_len 0; tokens that only fill it come last and write to page 0.
+    """
+
+    cu_extend_cpu: Tensor  # int32[R + 1]: req r's new tokens are rows [cu[r], cu[r + 1]) of q
+    prefix_lens_cpu: Tensor  # int32[R]
+    seq_lens_cpu: Tensor  # int32[R]: prefix + extend
+    page_table_cpu: Tensor  # int32[R, C]
+    slot_mapping_cpu: Tensor  # int32[T]: where each new token's K and V go
+    num_tokens: int  # T
+    num_reqs: int  # R
+    max_extend: int  # Q: no req extends by more
+    num_pages: int  # C
+    page_size: int
+    static: bool = False  # sizes are a bucket's: the plan's shapes may depend on them and on nothing else
+    tree_mask: None = None  # speculative verification will put one here
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tiles(Generic[A]):
+    """B tiles of L queries, as arrays on the host or tensors on the device. Padding tiles and queries see no key."""
+
+    row: A  # int32[B]: the req
+    token: A  # int32[B, L]: row of q; 0 for padding
+    first_key: A  # int32[B, L]: the query sees key positions [first_key, last_key)
+    last_key: A  # int32[B, L]
+    first_page: A  # int32[B]: page-table column that holds the tile's first key
+
+    def map(self, fn: Callable[[A], B]) -> Tiles[B]:
+        return Tiles(
+            row=fn(self.row),
+            token=fn(self.token),
+            first_key=fn(self.first_key),
+            last_key=fn(self.last_key),
+            first_page=fn(self.first_page),
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlanStatic:
+    """The part of a plan that joins the compile key."""
+
+    num_tokens: int
+    num_reqs: int
+    max_extend: int
+    num_pages: int
+    page_size: int
+    num_chunks: tuple[tuple[int, ...], ...]  # per tile group, per block of tiles: chunks of keys to visit
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """`attn.plan`'s result: the batch on the device, and the reference's tiles. May alias the batch's tensors."""
+
+    static: PlanStatic
+    cu_extend: Tensor  # int32[R + 1]
+    prefix_lens: Tensor  # int32[R]
+    seq_lens: Tensor  # int32[R]
+    page_table: Tensor  # int32[R, C]
+    slot_mapping: Tensor  # int32[T]
+    tiles: tuple[Tiles[Tensor], ...]
+    tile_row: Tensor  # int32[T]: the row of each token among all tiles' queries, one past the last for padding
+
+    def buffers(self) -> Iterator[Tensor]:
+        """Every tensor, in a fixed order."""
+        yield from (self.cu_extend, self.prefix_lens, self.seq_lens, self.page_table, self.slot_mapping, self.tile_row)
+        for t in self.tiles:
+            yield from (t.row, t.token, t.first_key, t.last_key, t.first_page)
+
+
+@op("attn.plan")
+def attn_plan(spec: AttnSpec, batch: AttnBatch, device: torch.device, out: Plan | None = None) -> Plan:
+    """Plan one step for every layer of this spec. Host work, before the step.
+
+    With `out`, an earlier plan of the same bucket, its buffers are filled in place and it is returned.
+    """
+    lengths = _tile_lengths(batch)
+    groups = [_tiles(spec, batch, length, shorter) for length, shorter in zip(lengths, (0, *lengths), strict=False)]
+    groups = [g for g in groups if batch.static or len(g.row)]
+    plan = Plan(
+        static=PlanStatic(
+            num_tokens=batch.num_tokens,
+            num_reqs=batch.num_reqs,
+            max_extend=batch.max_extend,
+            num_pages=batch.num_pages,
+            page_size=batch.page_size,
+            num_chunks=tuple(_num_chunks(spec, batch, g) for g in groups),
+        ),
+        cu_extend=batch.cu_extend_cpu.to(device),
+        prefix_lens=batch.prefix_lens_cpu.to(device),
+        seq_lens=batch.seq_lens_cpu.to(device),
+        page_table=batch.page_table_cpu.to(device),
+        slot_mapping=batch.slot_mapping_cpu.to(device),
+        tiles=tuple(g.map(lambda x: torch.from_numpy(x).to(device)) for g in groups),
+        tile_row=torch.from_numpy(_tile_row(batch, groups)).to(device),
+    )
+    if out is None:
+        return plan
+    assert out.static == plan.static, f"plan of another bucket: {plan.static} into {out.static}"
+    for old, new in zip(out.buffers(), plan.buffers(), strict=True):
+        old.copy_(new)
+    return out
+
+
+def pages_per_chunk(page_size: int) -> int:
+    return max(1, KEYS_PER_CHUNK // page_size)
+
+
+def _tile_lengths(batch: AttnBatch) -> tuple[int, ...]:
+    """Tile lengths in use, ascending. A bucket has one, so that its shapes do not depend on who extends by how much."""
+    longest = min(batch.max_extend, TILE_LENGTHS[-1])
+    if batch.static:
+        return (longest,)
+    return (*(length for length in TILE_LENGTHS if length < longest), longest)
+
+
+def _tiles(spec: AttnSpec, batch: AttnBatch, length: int, shorter: int) -> Tiles[Ints]:
+    """Tiles of the reqs that fit `length` and not `shorter`; the longest length takes what is longer still."""
+    cu, prefix_lens, seq_lens = (x.numpy() for x in (batch.cu_extend_cpu, batch.prefix_lens_cpu, batch.seq_lens_cpu))
+    extend = np.diff(cu)
+    is_longest = length == min(batch.max_extend, TILE_LENGTHS[-1])
+    chosen = (extend > shorter) & (is_longest | (extend <= length))
+    tiles_of = np.where(chosen, -(-extend // length), 0)
+    row = np.repeat(np.arange(batch.num_reqs, dtype=np.int32), tiles_of)
+    first_tile = np.cumsum(tiles_of, dtype=np.int32) - tiles_of
+    start = (np.arange(len(row), dtype=np.int32) - first_tile[row]) * length
+
+    offset = start[:, None] + np.arange(length, dtype=np.int32)
+    real = offset < extend[row, None]
+    position = prefix_lens[row, None] + offset
+    last_key = seq_lens[row, None]
+    if spec.causal:
+        last_key = np.minimum(last_key, position + 1)
+    last_key = np.where(real, last_key, 0)
+    first_key = np.zeros_like(last_key)
+    if spec.window is not None:
+        first_key = np.where(real, np.maximum(position - (spec.window - 1), 0), 0)
+    tiles = Tiles(
+        row=row,
+        token=np.where(real, cu[row, None] + offset, 0),
+        first_key=first_key,
+        last_key=last_key,
+        first_page=first_key[:, 0] // batch.page_size,  # a tile's first query has its lowest first_key
+    )
+    order = np.argsort(-_tile_pages(tiles, batch.page_size), kind="stable")
+    tiles = tiles.map(lambda x: x[order])
+    return _pad(tiles, _max_tiles(batch, length)) if batch.static else tiles
+
+
+def _tile_pages(tiles: Tiles[Ints], page_size: int) -> Ints:
+    """int32[B]: pages from each tile's first key to its last."""
+    return -(-tiles.last_key.max(1) // page_size) - tiles.first_page
+
+
+def _max_tiles(batch: AttnBatch, length: int) -> int:
+    """Tiles that any batch of this bucket may need: a req of e tokens takes at most 1 + (e - 1) / length of them."""
+    reqs = min(batch.num_reqs, batch.num_tokens)
+    return min(reqs * -(-batch.max_extend // length), reqs + (batch.num_tokens - reqs) // length)
+
+
+def _pad(tiles: Tiles[Ints], count: int) -> Tiles[Ints]:
+    missing = count - len(tiles.row)
+    return tiles.map(lambda x: np.concatenate([x, np.zeros((missing, *x.shape[1:]), np.int32)]))
+
+
+def _num_chunks(spec: AttnSpec, batch: AttnBatch, tiles: Tiles[Ints]) -> tuple[int, ...]:
+    """Chunks of keys each block of tiles visits: those of its first tile, which has the most."""
+    chunk = pages_per_chunk(batch.page_size)
+    num_tiles, length = tiles.token.shape
+    if not batch.static:
+        return tuple((-(-_tile_pages(tiles, batch.page_size)[::TILES_PER_BLOCK] // chunk)).tolist())
+    pages = batch.num_pages
+    if spec.window is not None:  # unaligned, so one more page than the keys would fill
+        pages = min(pages, (spec.window + length - 2) // batch.page_size + 2)
+    return (-(-pages // chunk),) * -(-num_tiles // TILES_PER_BLOCK)
+
+
+def _tile_row(batch: AttnBatch, groups: list[Tiles[Ints]]) -> Ints:
+    """int32[T]: where each token's result is among the tiles' queries laid end to end."""
+    total = sum(g.token.size for g in groups)
+    rows = np.full(batch.num_tokens, total, np.int32)
+    base = 0
+    for g in groups:
+        real = (g.last_key > g.first_key).ravel()
+        rows[g.token.ravel()[real]] = base + np.flatnonzero(real)
+        base += g.token.size
+    return rows

@@ -1,0 +1,35 @@
+"""Normalisation. A `1 + w` norm (Gemma) stores `w + 1` as its weight, in float32, when it is loaded."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sglang_core.ops.registry import op
+from sglang_core.ops.rounding import wide
+
+
+@op("norm.rms")
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x: [..., M], weight: [M] (x.dtype or float32) -> [..., M]. float32 inside, one rounding to x.dtype at the end."""
+    y = wide(x)
+    return (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps) * weight.to(y.dtype)).to(x.dtype)
+
+
+@op("norm.layer")
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    """x: [..., M], weight, bias: [M] -> [..., M]. float32 inside, one rounding to x.dtype at the end."""
+    y = wide(x)
+    y = y - y.mean(-1, keepdim=True)
+    y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps) * weight.to(y.dtype)
+    return (y if bias is None else y + bias.to(y.dtype)).to(x.dtype)
+
+
+@op("norm.add_rms", composite=True)
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x, residual: [T, M], weight: [M] -> y: [T, M], residual: [T, M].
+
+    The new residual is x + residual rounded to x.dtype; y is the norm of that rounded sum.
+    """
+    residual = x + residual
+    return rms_norm(residual, weight, eps), residual
