@@ -162,10 +162,9 @@ class StepPlan(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     page_starts: list[int]  # page-table column at which new_pages begins
     new_pages: dict[PoolGroup, list[list[int]]]
     inits: list[SlotInit] = []
-    # Input logprobs, [] if no req wants any. A step gives those of positions p >= logprob_starts[r] (-1: none) whose hidden
-    # state p - 1 it computes; the last of them is the token after this extend, next_ids[r], -1 where the prompt ends here.
+    # First position in each extend whose input logprob is wanted, -1 for none; [] if no req wants any. Its hidden state, that
+    # of the position before, is in the extend too (but for position 0, which has no distribution).
     logprob_starts: list[int] = []
-    next_ids: list[int] = []
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

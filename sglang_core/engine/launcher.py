@@ -1,0 +1,78 @@
+"""Starting the rank processes and watching them. Their stdin pipes are their lifelines; their sockets live in a 0700 directory."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import msgspec
+
+from sglang_core.config import EngineConfig
+from sglang_core.engine.worker import Launch
+
+
+class Ranks:
+    """The engine processes of one replica. `directory` holds their sockets and goes with them."""
+
+    def __init__(self, config: EngineConfig, *, progress: bool) -> None:
+        self.directory = Path(tempfile.mkdtemp(prefix="sglang-core-"))  # mkdtemp makes it 0700
+        self._config, self._progress = config, progress
+        self._processes: list[subprocess.Popen[bytes]] = []
+
+    def start(self) -> None:
+        world_size = self._config.parallel.tp_size
+        for rank in range(world_size):
+            launch = Launch(
+                settings=self._config.flat(),
+                rank=rank,
+                world_size=world_size,
+                directory=str(self.directory),
+                log_level=self._config.server.log_level,
+                progress=self._progress,
+            )
+            process = subprocess.Popen(
+                [sys.executable, "-m", "sglang_core.engine.worker"], stdin=subprocess.PIPE, env=self._environment()
+            )
+            assert process.stdin is not None
+            process.stdin.write(msgspec.json.encode(launch) + b"\n")
+            process.stdin.flush()
+            self._processes.append(process)
+
+    @property
+    def pids(self) -> list[int]:
+        return [process.pid for process in self._processes]
+
+    def dead(self) -> str | None:
+        """What happened to a rank that has ended, None while all run."""
+        for rank, process in enumerate(self._processes):
+            if (code := process.poll()) is not None:
+                cause = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
+                return f"engine rank {rank} (pid {process.pid}) {cause}"
+        return None
+
+    def stop(self, *, grace: float) -> None:
+        """End every rank. Rank 0, if asked to shut down, gets `grace` seconds; the others only wait for plans. Safe twice."""
+        for process in self._processes[:1]:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(grace)
+        for process in self._processes:
+            if process.poll() is None:
+                process.kill()
+            process.wait()
+            if process.stdin is not None:
+                process.stdin.close()
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+    def _environment(self) -> dict[str, str]:
+        """The parent's, with OpenMP kept to the cores a rank may use, as it would else take all of them in every rank."""
+        env = dict(os.environ)
+        if self._config.parallel.tp_size > 1 and "OMP_NUM_THREADS" not in env:
+            cores = len(os.sched_getaffinity(0))
+            env["OMP_NUM_THREADS"] = str(max(1, cores // self._config.parallel.tp_size))
+        return env

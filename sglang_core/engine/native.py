@@ -1,0 +1,121 @@
+"""SGLang's native shapes: sampling parameters as a plain dict, and an answer as {"text", "output_ids", "meta_info"}."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import msgspec
+
+from sglang_core.engine.requests import GenerateChunk, GenerateRequest
+from sglang_core.errors import RequestError
+from sglang_core.types import FinishReason, SamplingParams, TokenLogprobs
+
+ALIASES = {"sampling_seed": "seed", "max_tokens": "max_new_tokens", "min_tokens": "min_new_tokens"}
+# name -> (lowest, highest); None is open
+BOUNDS: Mapping[str, tuple[float | None, float | None]] = {
+    "max_new_tokens": (0, None),
+    "min_new_tokens": (0, None),
+    "temperature": (0, None),
+    "top_p": (0, 1),
+    "top_k": (-1, None),
+    "min_p": (0, 1),
+    "frequency_penalty": (-2, 2),
+    "presence_penalty": (-2, 2),
+    "repetition_penalty": (1e-6, None),
+    "n": (1, None),
+}
+
+
+def parse_sampling_params(params: Mapping[str, Any]) -> SamplingParams:
+    """Raises RequestError that names the field, the value met and what is allowed."""
+    fields = {ALIASES.get(name, name): value for name, value in params.items() if value is not None}
+    known = SamplingParams.__struct_fields__
+    for name in fields:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"
+            raise RequestError(f"unknown sampling parameter {name!r}{hint}", param=name)
+    if isinstance(fields.get("stop"), str):
+        fields["stop"] = (fields["stop"],)
+    if isinstance(fields.get("logit_bias"), Mapping):  # JSON has string keys only
+        fields["logit_bias"] = _by_token_id(fields["logit_bias"])
+    try:
+        sampling = msgspec.convert(fields, SamplingParams)
+    except msgspec.ValidationError as e:
+        raise RequestError(f"sampling_params: {e}", param="sampling_params") from e
+    for name, (low, high) in BOUNDS.items():
+        value = getattr(sampling, name)
+        if (low is not None and not value >= low) or (high is not None and not value <= high):
+            allowed = f"at least {low}" if high is None else f"between {low} and {high}"
+            raise RequestError(f"{name}={value} must be {allowed}", param=name)
+    if sampling.top_p == 0:
+        raise RequestError("top_p=0 would leave no token; for greedy output set temperature=0", param="top_p")
+    if sampling.min_new_tokens > sampling.max_new_tokens:
+        raise RequestError(
+            f"min_new_tokens={sampling.min_new_tokens} is above max_new_tokens={sampling.max_new_tokens}", param="min_new_tokens"
+        )
+    if any(not stop for stop in sampling.stop):
+        raise RequestError("stop strings must not be empty", param="stop")
+    return sampling
+
+
+def answer(
+    chunks: Sequence[GenerateChunk],
+    request: GenerateRequest,
+    seconds: float,
+    token_text: Callable[[int], str] | None = None,
+) -> dict[str, Any]:
+    """All chunks of one answer so far as SGLang gives them. `token_text` puts each token's text into the logprobs."""
+    last = chunks[-1]
+    meta: dict[str, Any] = {
+        "id": last.rid,
+        "finish_reason": finish_reason(last.finish_reason, last.completion_tokens),
+        "prompt_tokens": last.prompt_tokens,
+        "completion_tokens": last.completion_tokens,
+        "cached_tokens": max(chunk.cached_tokens for chunk in chunks),
+        "e2e_latency": seconds,
+    }
+    if request.logprob is not None:
+        inputs = [entry for chunk in chunks for entry in chunk.input_logprobs]
+        outputs = [entry for chunk in chunks for entry in chunk.logprobs]
+        meta["input_token_logprobs"] = [_own(entry, token_text) for entry in inputs]
+        meta["output_token_logprobs"] = [_own(entry, token_text) for entry in outputs]
+        if request.logprob.top_logprobs_num:
+            meta["input_top_logprobs"] = [_top(entry, token_text) for entry in inputs]
+            meta["output_top_logprobs"] = [_top(entry, token_text) for entry in outputs]
+    return {
+        "text": "".join(chunk.text for chunk in chunks),
+        "output_ids": [token_id for chunk in chunks for token_id in chunk.token_ids],
+        "meta_info": meta,
+    }
+
+
+def finish_reason(reason: FinishReason | None, completion_tokens: int) -> dict[str, Any] | None:
+    if reason is None:
+        return None
+    match reason.type:
+        case "stop":
+            return {"type": "stop", "matched": reason.matched}
+        case "length":
+            return {"type": "length", "length": completion_tokens}
+        case "abort":
+            return {"type": "abort", "message": reason.message}
+
+
+def _own(entry: TokenLogprobs, text: Callable[[int], str] | None) -> tuple[float | None, int, str | None]:
+    return entry.logprob, entry.token_id, text(entry.token_id) if text else None
+
+
+def _top(entry: TokenLogprobs, text: Callable[[int], str] | None) -> list[tuple[float, int, str | None]] | None:
+    if entry.logprob is None:  # the first prompt token: nothing predicted it
+        return None
+    return [(p, i, text(i) if text else None) for p, i in zip(entry.top_logprobs, entry.top_ids, strict=True)]
+
+
+def _by_token_id(bias: Mapping[Any, Any]) -> dict[int, Any]:
+    try:
+        return {int(token_id): value for token_id, value in bias.items()}
+    except (TypeError, ValueError) as e:
+        raise RequestError(f"logit_bias keys must be token ids: {e}", param="logit_bias") from e

@@ -1,0 +1,105 @@
+"""Settling every "auto" of a config, once, before anything is built: which device, dtype, context, page size and limits."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sglang_core.backend.devices import ChosenDevice, open_device
+from sglang_core.backend.interface import DefaultsContext
+from sglang_core.config import EngineConfig, all_settings
+from sglang_core.errors import ConfigError, PluginError
+from sglang_core.layers.causal_lm import CausalLM
+from sglang_core.layers.model_config import ModelConfig
+from sglang_core.models.registry import model_class
+from sglang_core.weights.checkpoint import read_config, resolve_folder
+
+log = logging.getLogger(__name__)
+
+# What is taken where neither the user nor the backend says anything.
+GENERIC_DEFAULTS: Mapping[str, Any] = {
+    "page_size": 16,
+    "chunked_prefill_size": 2048,
+    "max_running_requests": 256,
+    "max_queued_requests": 4096,
+    "mem_fraction_static": 0.8,
+}
+UNLIMITED_CHUNK = -1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Resolved:
+    """A config without autos (but the pool size, which needs the opened device), and what was read to settle it."""
+
+    config: EngineConfig
+    device: ChosenDevice
+    folder: Path
+    hf_config: Mapping[str, Any]
+    model_class: type[CausalLM]
+    model: ModelConfig
+    context_length: int
+    served_model_name: str
+
+
+def resolve(config: EngineConfig) -> Resolved:
+    """Raises ConfigError, DeviceError, PluginError or WeightError with the way out."""
+    if not config.model.model_path:
+        raise ConfigError("model_path is missing; give a local folder, a hub id, or 'demo' for the embedded demo model")
+    device = open_device(config.device.device)
+    log.info("device %s (%s): %s", device.info.label, device.info.path, device.reason)
+    with_weights = config.model.load_format != "dummy"
+    folder = resolve_folder(config.model.model_path, config.model.revision, weights=with_weights)
+    hf_config = read_config(folder)
+    cls = model_class(hf_config, trust_remote_code=config.model.trust_remote_code)
+    model = cls.read_config(hf_config)
+    settled = _with_defaults(config, device, hf_config)
+    if settled.model.dtype == "auto":
+        settled = _replace(settled, dtype=model.dtype)
+    if settled.cache.kv_cache_dtype == "auto":
+        settled = _replace(settled, kv_cache_dtype=settled.model.dtype)
+    return Resolved(
+        config=settled,
+        device=device,
+        folder=folder,
+        hf_config=hf_config,
+        model_class=cls,
+        model=model,
+        context_length=_context_length(settled, model),
+        served_model_name=settled.model.served_model_name or settled.model.model_path,
+    )
+
+
+def _with_defaults(config: EngineConfig, device: ChosenDevice, hf_config: Mapping[str, Any]) -> EngineConfig:
+    """Fill what is None (or dtype "auto") from the backend, then from the generic defaults; the user always wins."""
+    backend = device.backend
+    wished = backend.config_defaults(DefaultsContext(device=device.info, model=dict(hf_config)))
+    known = {f.name for _, f in all_settings()}
+    if unknown := sorted(set(wished) - known):
+        raise PluginError(f"backend {backend.name!r} sets defaults for {', '.join(unknown)}, which are no settings")
+    given = config.flat()
+    filled = {}
+    for name, value in {**GENERIC_DEFAULTS, **wished}.items():
+        if given[name] is None or (name == "dtype" and given[name] == "auto"):
+            filled[name] = value
+            if name in wished:
+                log.info("%s=%s, the default of backend %r", name, value, backend.name)
+    return _replace(config, **filled)
+
+
+def _context_length(config: EngineConfig, model: ModelConfig) -> int:
+    asked = config.model.context_length
+    if asked is None:
+        return model.max_position
+    if asked > model.max_position:
+        raise ConfigError(
+            f"context_length={asked} is beyond the model's {model.max_position} positions; set --context-length {model.max_position}"
+            " or less, or extend the model's rope scaling in its config.json"
+        )
+    return asked
+
+
+def _replace(config: EngineConfig, **settings: Any) -> EngineConfig:
+    return EngineConfig.from_flat(**{**config.flat(), **settings})

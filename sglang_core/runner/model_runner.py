@@ -1,0 +1,205 @@
+"""`ModelRunner`: executes step plans on one rank. The engine calls `launch`; everything behind it runs on the stream, in order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sglang_core.backend.interface import Bucket, DeviceRuntime, Work
+from sglang_core.backend.selection import OpTable
+from sglang_core.layers.forward_batch import ForwardBatch, StepState
+from sglang_core.ops.attention import AttnBatch, AttnSpec, Plan
+from sglang_core.ops.sampling import SampleParams
+from sglang_core.runner.adjustments import Adjustments
+from sglang_core.runner.input_logprobs import InputLogprobs
+from sglang_core.runner.sampler import AdjustmentTensors, SampleInput, SampleOutput, Sampler
+from sglang_core.runner.slot_table import Int32, SlotTable
+from sglang_core.runner.step_input import StepInput, build_step_input
+from sglang_core.types import FULL, StepPlan, StepResult, TokenLogprobs
+
+
+class Model(Protocol):
+    """What the runner asks of a model: hidden states, a head, and the attention specs to plan for."""
+
+    @property
+    def attn_plans(self) -> Mapping[AttnSpec, Callable[..., Plan]]: ...
+
+    def __call__(self, fb: ForwardBatch) -> Tensor: ...
+    def head(self, hidden: Tensor) -> Tensor: ...
+
+
+class PendingStep:
+    """A launched step. `result` waits for it and lays its tokens out for the scheduler."""
+
+    def __init__(self, plan: StepPlan, work: Work, input_logprobs: InputLogprobs | None, num_top: Int32) -> None:
+        self._plan, self._work, self._input_logprobs, self._num_top = plan, work, input_logprobs, num_top
+
+    def sampled(self) -> list[tuple[int, int]]:
+        """(slot, token id) of every row that samples. Waits for the step."""
+        output: SampleOutput = self._work.result()
+        rows = zip(self._plan.slots, output.ids.tolist(), self._plan.sample)
+        return [(slot, token_id) for slot, token_id, wanted in rows if wanted]
+
+    def result(self) -> StepResult:
+        """Raises whatever the step raised on the device."""
+        output: SampleOutput = self._work.result()
+        ids, sampled = output.ids.tolist(), self._plan.sample
+        return StepResult(
+            step=self._plan.step,
+            token_ids=[[token] if wanted else [] for token, wanted in zip(ids, sampled)],
+            num_accepted=[int(wanted) for wanted in sampled],
+            logprobs=self._output_logprobs(output, ids),
+            input_logprobs=self._input_logprobs.result() if self._input_logprobs else None,
+        )
+
+    def _output_logprobs(self, output: SampleOutput, ids: list[int]) -> list[list[TokenLogprobs]] | None:
+        if output.logprobs is None or output.top_ids is None or output.top_logprobs is None:
+            return None
+        own, top_ids, top = output.logprobs.tolist(), output.top_ids.tolist(), output.top_logprobs.tolist()
+        rows: list[list[TokenLogprobs]] = []
+        for row, num_top in enumerate(self._num_top.tolist()):
+            if num_top < 0 or not self._plan.sample[row]:
+                rows.append([])
+            else:
+                rows.append([TokenLogprobs(ids[row], own[row], top_ids[row][:num_top], top[row][:num_top])])
+        return rows
+
+
+class ModelRunner:
+    """One rank's model, pools and slots. `launch` may be called again before the step before has finished."""
+
+    def __init__(
+        self,
+        model: Model,
+        table: OpTable,
+        runtime: DeviceRuntime,
+        state: StepState,
+        slots: SlotTable,
+        *,
+        vocab_size: int,
+        page_size: int,
+        buckets: Sequence[Bucket] = (),
+    ) -> None:
+        self._model, self._runtime, self._state, self._slots = model, runtime, state, slots
+        self._page_size, self._buckets = page_size, buckets
+        self._attn_plans = model.attn_plans
+        self._sampler = Sampler(table, vocab_size)
+        self._adjustments = Adjustments(vocab_size)
+        self._stream = runtime.stream()
+        self._forward = runtime.compile_step(self._forward_step, state, buckets)
+        self._sample = runtime.compile_step(self._sampler.step, state, buckets)
+        self._adjusted_before: PendingStep | None = None  # the step before, where its tokens change later logits
+
+    def launch(self, plan: StepPlan) -> PendingStep:
+        """Start a step; the caller's thread only lays out its input. Plans are launched in the order of `plan.step`."""
+        self._slots.apply(plan)
+        step = build_step_input(plan, self._slots, self._page_size, self._buckets)
+        forward_batch = self._forward_batch(step)
+        num_top = self._slots.num_top_logprobs[step.slots[: step.num_real_reqs]]
+        wanted = InputLogprobs.of(plan, num_top)
+        sample = SampleInput(
+            logits=None,
+            params=self._sample_params(step),
+            slots=self._tensor(step.slots),
+            adjustment=None,
+            num_top=int(num_top.max()),
+        )
+        adjusted = bool(self._slots.adjusted[step.slots].any())
+        work = self._stream.submit(self._run, plan, forward_batch, sample, wanted, adjusted, self._adjusted_before)
+        pending = PendingStep(plan, work, wanted, num_top)
+        self._adjusted_before = pending if adjusted else None
+        return pending
+
+    def close(self) -> None:
+        self._stream.close()
+
+    # On the stream from here on.
+
+    def _run(
+        self,
+        plan: StepPlan,
+        forward_batch: ForwardBatch,
+        sample: SampleInput,
+        input_logprobs: InputLogprobs | None,
+        adjusted: bool,
+        adjusted_before: PendingStep | None,
+    ) -> SampleOutput:
+        hidden, sample.logits = self._forward(forward_batch)
+        if input_logprobs is not None:
+            input_logprobs.run(hidden, self._model.head)
+        if adjusted_before is not None:  # on an asynchronous device this waits; on a host stream it has just finished
+            for slot, token_id in adjusted_before.sampled():
+                self._adjustments.record(slot, token_id)
+        for init in plan.inits:
+            self._adjustments.admit(init)
+        if adjusted:
+            sample.adjustment = self._adjustment(plan)
+        output: SampleOutput = self._sample(sample)
+        return output
+
+    def _forward_step(self, state: StepState, fb: ForwardBatch) -> tuple[Tensor, Tensor]:
+        """-> hidden: [T, M], logits: [R, V] of each req's last token."""
+        fb.pools = state.pools
+        if fb.token_slots is not None:
+            on_device = state.next_token_ids[fb.token_slots.clamp(min=0)]
+            fb.token_ids = torch.where(fb.token_slots >= 0, on_device, fb.token_ids)
+        hidden = self._model(fb)
+        return hidden, self._model.head(hidden[fb.sample_rows])
+
+    def _adjustment(self, plan: StepPlan) -> AdjustmentTensors:
+        sparse = self._adjustments.sparse(plan.slots)
+        return AdjustmentTensors(
+            rows=self._tensor(sparse.rows),
+            ids=self._tensor(sparse.ids),
+            repetition=self._tensor(sparse.repetition),
+            add=self._tensor(sparse.add),
+        )
+
+    def _sample_params(self, step: StepInput) -> SampleParams:
+        table, slots = self._slots, step.slots
+        temperature, top_p = table.temperature[slots], table.top_p[slots]
+        top_k, min_p = table.top_k[slots], table.min_p[slots]
+        return SampleParams(
+            temperature=self._tensor(temperature),
+            top_p=self._tensor(top_p),
+            top_k=self._tensor(top_k),
+            min_p=self._tensor(min_p),
+            seeds=self._tensor(table.seed[slots]),
+            positions=self._tensor(step.seq_lens),
+            all_greedy=bool((temperature == 0).all()),
+            max_top_k=int(top_k.max()) if (top_k < table.vocab_size).all() else 0,
+            needs_filter=bool((top_p < 1).any() or (top_k < table.vocab_size).any() or (min_p > 0).any()),
+        )
+
+    def _forward_batch(self, step: StepInput) -> ForwardBatch:
+        device = self._runtime.torch_device
+        plans = {}
+        for spec, attn_plan in self._attn_plans.items():
+            batch = AttnBatch(
+                cu_extend_cpu=torch.from_numpy(step.cu_extend),
+                prefix_lens_cpu=torch.from_numpy(step.prefix_lens),
+                seq_lens_cpu=torch.from_numpy(step.seq_lens),
+                page_table_cpu=torch.from_numpy(step.page_table[FULL]),
+                slot_mapping_cpu=torch.from_numpy(step.slot_mapping[FULL]),
+                num_tokens=step.num_tokens,
+                num_reqs=step.num_reqs,
+                max_extend=step.max_extend,
+                num_pages=step.num_pages,
+                page_size=self._page_size,
+                static=bool(self._buckets),
+            )
+            plans[spec] = attn_plan(spec, batch, device)
+        return ForwardBatch(
+            token_ids=self._tensor(step.token_ids),
+            token_slots=None if step.token_slots is None else self._tensor(step.token_slots),
+            positions=self._tensor(step.positions),
+            sample_rows=self._tensor(step.sample_rows),
+            plans=plans,
+        )
+
+    def _tensor(self, x: np.ndarray) -> Tensor:  # type: ignore[type-arg]
+        return torch.from_numpy(np.ascontiguousarray(x)).to(self._runtime.torch_device, non_blocking=True)

@@ -1,0 +1,117 @@
+"""`StepInput`: a plan's host integers laid out as arrays, all of it vectorised: no loop over reqs or tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from sglang_core.backend.interface import Bucket
+from sglang_core.runner.slot_table import Int32, SlotTable
+from sglang_core.types import PoolGroup, StepPlan
+
+UNKNOWN_TOKEN = -1  # the id is still on the device
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepInput:
+    """T tokens packed over R reqs, padded to the bucket where there is one.
+
+    Padding tokens come last, belong to no req, sit at position 0 and write to slot 0 of page 0; padding reqs have length 0.
+    """
+
+    num_tokens: int  # T, padding included
+    num_reqs: int  # R, padding included
+    max_extend: int  # Q
+    num_pages: int  # C
+    slots: Int32  # [R]
+    prefix_lens: Int32  # [R]
+    seq_lens: Int32  # [R]
+    cu_extend: Int32  # [R + 1]
+    token_ids: Int32  # [T]
+    token_slots: Int32 | None  # [T]
+    positions: Int32  # [T]
+    slot_mapping: dict[PoolGroup, Int32]  # [T]
+    page_table: dict[PoolGroup, Int32]  # [R, C]
+    sample_rows: Int32  # [R] the last token of each req
+    num_real_reqs: int
+
+
+def build_step_input(plan: StepPlan, table: SlotTable, page_size: int, buckets: Sequence[Bucket]) -> StepInput:
+    """Lay out `plan` against the slot table. Raises LookupError if no bucket holds it."""
+    slots = np.asarray(plan.slots, np.int32)
+    prefix_lens = np.asarray(plan.prefix_lens, np.int32)
+    extend_lens = np.asarray(plan.extend_lens, np.int32)
+    token_ids = np.asarray(plan.token_ids, np.int32)
+    num_real_reqs, num_real_tokens = len(slots), len(token_ids)
+    seq_lens = prefix_lens + extend_lens
+    num_pages = int(-(-int(seq_lens.max()) // page_size))
+    max_extend = int(extend_lens.max())
+
+    num_tokens, num_reqs = num_real_tokens, num_real_reqs
+    if buckets:
+        bucket = pick_bucket(buckets, num_tokens, num_reqs, max_extend, num_pages)
+        num_tokens, num_reqs = bucket.num_tokens, bucket.num_reqs
+        max_extend, num_pages = bucket.max_extend, bucket.num_pages
+        slots = _pad(slots, num_reqs, table.padding_slot)
+        prefix_lens, extend_lens = _pad(prefix_lens, num_reqs, 0), _pad(extend_lens, num_reqs, 0)
+        seq_lens = _pad(seq_lens, num_reqs, 0)
+        token_ids = _pad(token_ids, num_tokens, 0)
+
+    cu_extend = np.zeros(num_reqs + 1, np.int32)
+    np.cumsum(extend_lens, out=cu_extend[1:])
+    req_of_token = np.repeat(np.arange(num_reqs, dtype=np.int32), extend_lens)
+    positions = np.arange(num_real_tokens, dtype=np.int32) + (prefix_lens - cu_extend[:-1])[req_of_token]
+    slot_of_token = slots[req_of_token]
+    page_column, offset = positions // page_size, positions % page_size
+    slot_mapping = {
+        group: _pad(pages[slot_of_token, page_column] * np.int32(page_size) + offset, num_tokens, 0)
+        for group, pages in table.page_table.items()
+    }
+    unknown = token_ids == UNKNOWN_TOKEN
+    token_slots = None
+    if buckets or unknown.any():
+        token_slots = np.where(unknown, _pad(slot_of_token, num_tokens, table.padding_slot), -1).astype(np.int32)
+    return StepInput(
+        num_tokens=num_tokens,
+        num_reqs=num_reqs,
+        max_extend=max_extend,
+        num_pages=num_pages,
+        slots=slots,
+        prefix_lens=prefix_lens,
+        seq_lens=seq_lens,
+        cu_extend=cu_extend,
+        token_ids=np.where(unknown, 0, token_ids).astype(np.int32),
+        token_slots=token_slots,
+        positions=_pad(positions, num_tokens, 0),
+        slot_mapping=slot_mapping,
+        page_table={group: pages[slots, :num_pages] for group, pages in table.page_table.items()},
+        sample_rows=np.maximum(cu_extend[1:] - 1, 0).astype(np.int32),
+        num_real_reqs=num_real_reqs,
+    )
+
+
+def pick_bucket(buckets: Sequence[Bucket], num_tokens: int, num_reqs: int, max_extend: int, num_pages: int) -> Bucket:
+    """The cheapest bucket that holds the step, by tokens, then reqs, then columns."""
+    fits = [
+        b
+        for b in buckets
+        if b.num_tokens >= num_tokens
+        and b.num_reqs >= num_reqs
+        and b.max_extend >= max_extend
+        and b.num_pages >= num_pages
+    ]
+    if not fits:
+        raise LookupError(
+            f"no bucket holds a step of {num_tokens} tokens, {num_reqs} reqs, longest extend {max_extend}, {num_pages} pages"
+        )
+    return min(fits, key=lambda b: (b.num_tokens, b.num_reqs, b.num_pages, b.max_extend))
+
+
+def _pad(x: Int32, size: int, value: int) -> Int32:
+    if len(x) == size:
+        return x.astype(np.int32, copy=False)
+    out = np.full(size, value, np.int32)
+    out[: len(x)] = x
+    return out
