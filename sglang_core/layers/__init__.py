@@ -1,0 +1,1 @@
+"""Layers: shapes, sharding and bound ops; no kernels."""

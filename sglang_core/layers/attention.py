@@ -1,0 +1,65 @@
+"""The attention layer of a decoder: projections, head norms, rotary embedding, attention over the KV pool."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from torch import Tensor
+
+from sglang_core.backend.kernel import OpSite
+from sglang_core.layers.build import BuildContext, Layer, dtype_name
+from sglang_core.layers.forward_batch import ForwardBatch
+from sglang_core.layers.linear import QKVLinear, RowLinear
+from sglang_core.layers.model_config import ModelConfig
+from sglang_core.layers.norm import RMSNorm
+from sglang_core.layers.rope import Rope
+from sglang_core.ops.attention import AttnSpec, Plan
+from sglang_core.parallel.groups import shard_heads
+from sglang_core.types import FULL
+
+
+class Attention(Layer):
+    """Self-attention of layer `layer_id`. `fused` says that the checkpoint has q, k and v as one matrix."""
+
+    spec: AttnSpec  # for this rank; it and `plan` are known once bound
+    plan: Callable[..., Plan]  # the op attn.plan that belongs to the kernel chosen
+
+    def __init__(self, cfg: ModelConfig, layer_id: int, *, fused: bool = False) -> None:
+        super().__init__()
+        self.cfg, self.layer_id, self.group = cfg, layer_id, FULL
+        self.qkv_proj = QKVLinear(
+            cfg.hidden_size, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim, bias=cfg.qkv_bias, fused=fused
+        )
+        self.o_proj = RowLinear(cfg.num_heads * cfg.head_dim, cfg.hidden_size, bias=cfg.o_bias)
+        if cfg.qk_norm:
+            self.q_norm = RMSNorm(cfg.head_dim, cfg.rms_norm_eps, offset=cfg.norm_offset)
+            self.k_norm = RMSNorm(cfg.head_dim, cfg.rms_norm_eps, offset=cfg.norm_offset)
+        self.rotary_emb = Rope(cfg.ropes[layer_id])
+
+    def bind(self, ctx: BuildContext) -> None:
+        cfg = self.cfg
+        heads = shard_heads(cfg.num_heads, cfg.num_kv_heads, ctx.tp.rank, ctx.tp.size)
+        self.spec = AttnSpec(
+            num_heads=heads.num_heads,
+            num_kv_heads=heads.num_kv_heads,
+            head_dim=cfg.head_dim,
+            v_head_dim=cfg.head_dim,
+            scale=cfg.query_scale,
+            window=cfg.windows[self.layer_id],
+            soft_cap=cfg.attn_soft_cap,
+            kv_dtype=ctx.kv_dtype,
+        )
+        dims = {"Hq": heads.num_heads, "Hk": heads.num_kv_heads, "D": cfg.head_dim}
+        paged = OpSite(op="attn.paged", layer="Attention", dtype=dtype_name(ctx.dtype), spec=self.spec, dims=dims)
+        bound = ctx.table.bind_group([paged, replace(paged, op="attn.plan")], pool=self.group)
+        self._attend, self.plan = bound["attn.paged"].fn, bound["attn.plan"].fn
+
+    def forward(self, h: Tensor, fb: ForwardBatch) -> Tensor:
+        """h: [T, M] -> [T, M]. Writes this step's keys and values to the pool."""
+        q, k, v = self.qkv_proj.forward_split(h)
+        if self.cfg.qk_norm:
+            q, k = self.q_norm.normalize(q), self.k_norm.normalize(k)
+        q, k = self.rotary_emb(q, k, fb.positions)
+        o = self._attend(q, k, v, fb.pools[self.group], self.layer_id, self.spec, fb.plans[self.spec])
+        return self.o_proj(o.flatten(1))  # type: ignore[no-any-return]

@@ -1,0 +1,111 @@
+"""What a layer is built with, and the base class of layers: they bind their ops once and say which weights they hold."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from sglang_core.backend.communicator import Communicator, LocalCommunicator
+from sglang_core.backend.selection import OpTable
+from sglang_core.ops.rope import RopeSpec
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BuildContext:
+    """The facts a model is built with, on this rank. `page_size` and `context_length` are settled before."""
+
+    table: OpTable
+    dtype: torch.dtype
+    device: torch.device
+    context_length: int
+    page_size: int
+    kv_dtype: str = "auto"  # of the KV pools; auto: that of the activations
+    tp: Communicator = field(default_factory=LocalCommunicator)
+    rope_tables: dict[RopeSpec, Tensor] = field(default_factory=dict, repr=False)  # shared by the layers of one model
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WeightSpec:
+    """A checkpoint tensor that a layer wants: its name, its whole shape, and the part of it that this rank holds.
+
+    The part is `ranges` (half-open) along `dim`, put one after the other; None means all of it. `init` is what random
+    weights look like: "normal" has a standard deviation of `scale`, "ones" and "zeros" are constants.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype  # that the layer holds it in
+    dim: int = 0
+    ranges: tuple[tuple[int, int], ...] | None = None
+    init: Literal["normal", "ones", "zeros"] = "normal"
+    scale: float = 1.0
+
+    @classmethod
+    def of(
+        cls,
+        name: str,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        *,
+        dim: int = 0,
+        ranges: tuple[tuple[int, int], ...],
+        scale: float,
+    ) -> WeightSpec:
+        """The ranges of a matrix or bias along `dim`; all of it where they cover it."""
+        part = None if ranges == ((0, shape[dim]),) else ranges
+        return cls(name=name, shape=shape, dtype=dtype, dim=dim, ranges=part, scale=scale)
+
+    @property
+    def part_shape(self) -> tuple[int, ...]:
+        if self.ranges is None:
+            return self.shape
+        size = sum(stop - start for start, stop in self.ranges)
+        return (*self.shape[: self.dim], size, *self.shape[self.dim + 1 :])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the part."""
+        return torch.Size(self.part_shape).numel() * self.dtype.itemsize
+
+
+class Layer(nn.Module):
+    """A module with ops or weights of its own. Its constructor knows shapes only and makes no tensor.
+
+    `bind` picks its ops, once; `weights` then says what it wants from the checkpoint, and `load` takes exactly that.
+    """
+
+    def bind(self, ctx: BuildContext) -> None:
+        """Pick ops and settle what this rank holds."""
+
+    def weights(self, prefix: str) -> list[WeightSpec]:
+        """What it wants from the checkpoint; `prefix` is its own name in the model, without a final dot."""
+        return []
+
+    def load(self, parts: list[Tensor]) -> None:
+        """Take the parts that `weights` asked for, in its order, on the device and in the dtype asked for."""
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """torch.bfloat16 -> "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
+
+
+def sibling(prefix: str, name: str) -> str:
+    """The name beside `prefix`: where the checkpoint keeps the parts of what a layer fuses."""
+    parent, _, _ = prefix.rpartition(".")
+    return f"{parent}.{name}" if parent else name
+
+
+def bind_model(model: nn.Module, ctx: BuildContext) -> None:
+    """Bind every layer of a model. Raises ConfigError where shapes do not divide over the ranks."""
+    for module in model.modules():
+        if isinstance(module, Layer):
+            module.bind(ctx)
+
+
+def named_layers(model: nn.Module) -> list[tuple[str, Layer]]:
+    """Every layer of the model by its dotted name."""
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, Layer)]

@@ -1,0 +1,87 @@
+"""Token embedding and language-model head, both sharded over the vocabulary."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sglang_core.backend.kernel import OpSite
+from sglang_core.layers.build import BuildContext, Layer, WeightSpec, dtype_name
+from sglang_core.layers.forward_batch import ForwardBatch
+from sglang_core.layers.linear import packed
+from sglang_core.layers.model_config import HeadConfig, ModelConfig
+from sglang_core.ops.weight import PackedWeight
+from sglang_core.parallel.groups import padded_part, ragged_shard
+
+
+class Embedding(Layer):
+    """Token ids to rows of the table; each rank looks up the ids in its part, and the sum is the whole lookup."""
+
+    weight: Tensor
+
+    def __init__(self, cfg: ModelConfig) -> None:
+        super().__init__()
+        self.vocab_size, self.hidden_size, self.scale = cfg.vocab_size, cfg.hidden_size, cfg.embed_scale
+
+    def bind(self, ctx: BuildContext) -> None:
+        self.dtype, self._tp = ctx.dtype, ctx.tp
+        self.rows = ragged_shard(self.vocab_size, ctx.tp.rank, ctx.tp.size)
+        # The factor is rounded as the table is: models were trained with sqrt(M) in bfloat16.
+        self.rounded_scale = float(torch.tensor(self.scale, dtype=ctx.dtype))
+        dims = {"V": self.rows[1] - self.rows[0], "M": self.hidden_size}
+        site = OpSite(op="embed.lookup", layer="Embedding", dtype=dtype_name(ctx.dtype), dims=dims)
+        self._lookup = ctx.table.bind(site).fn
+
+    def weights(self, prefix: str) -> list[WeightSpec]:
+        return [_vocab_rows(f"{prefix}.weight", self.vocab_size, self.hidden_size, self.dtype, self.rows)]
+
+    def load(self, parts: list[Tensor]) -> None:
+        self.register_buffer("weight", parts[0], persistent=False)
+
+    def forward(self, fb: ForwardBatch) -> Tensor:
+        """The step's ids, or its embeddings where it brings them -> [T, M]."""
+        if fb.input_embeds is not None:
+            return fb.input_embeds
+        h: Tensor = self._tp.all_reduce(self._lookup(fb.token_ids, self.weight, self.rows[0]))
+        return h if self.scale == 1.0 else h * self.rounded_scale
+
+
+class LMHead(Layer):
+    """Hidden states to logits. Each rank computes its part of the vocabulary; every rank gets all of it."""
+
+    weight: PackedWeight
+
+    def __init__(self, cfg: HeadConfig) -> None:
+        super().__init__()
+        self.cfg = cfg
+
+    def bind(self, ctx: BuildContext) -> None:
+        self.dtype, self._tp = ctx.dtype, ctx.tp
+        self.rows = ragged_shard(self.cfg.vocab_size, ctx.tp.rank, ctx.tp.size)
+        self.padded = padded_part(self.cfg.vocab_size, ctx.tp.size)
+        dims = {"in": self.cfg.hidden_size, "out": self.padded}
+        site = OpSite(op="gemm.linear", layer="LMHead", dtype=dtype_name(ctx.dtype), fmt="dense", dims=dims)
+        bound = ctx.table.bind(site)
+        self._linear, self._pack = bound.fn, bound.pack
+
+    def weights(self, prefix: str) -> list[WeightSpec]:
+        name = f"{self.cfg.tied_to or prefix}.weight"
+        return [_vocab_rows(name, self.cfg.vocab_size, self.cfg.hidden_size, self.dtype, self.rows)]
+
+    def load(self, parts: list[Tensor]) -> None:
+        (weight,) = parts
+        if missing := self.padded - weight.shape[0]:  # ranks gather parts of one size
+            weight = torch.cat([weight, weight.new_zeros(missing, weight.shape[1])])
+        self.weight = packed(weight, self._pack)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """rows: [S, M] -> float32[S, V]."""
+        logits = self._tp.all_gather(self._linear(rows, self.weight, None), dim=-1)
+        logits = logits[:, : self.cfg.vocab_size].float()
+        if self.cfg.soft_cap is not None:
+            logits = torch.tanh(logits / self.cfg.soft_cap) * self.cfg.soft_cap
+        return logits
+
+
+def _vocab_rows(name: str, vocab: int, hidden: int, dtype: torch.dtype, rows: tuple[int, int]) -> WeightSpec:
+    return WeightSpec.of(name, (vocab, hidden), dtype, ranges=(rows,), scale=hidden**-0.5)

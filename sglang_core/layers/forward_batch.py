@@ -1,0 +1,42 @@
+"""`ForwardBatch`: one step's tensors, and `StepState`: everything that a step may change."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from sglang_core.backend.pool import Pool
+from sglang_core.ops.attention import AttnSpec, Plan
+from sglang_core.types import PoolGroup
+
+
+@dataclass(kw_only=True, slots=True)
+class StepState:
+    """What a step may change, and nothing else: the pools, and the token each slot sampled last."""
+
+    pools: dict[PoolGroup, Pool]
+    next_token_ids: Tensor  # int32[max_running + 1]; the last row is where padding writes
+
+    def mutable_tensors(self) -> Iterator[Tensor]:
+        for pool in self.pools.values():
+            yield from pool.leaves
+        yield self.next_token_ids
+
+
+@dataclass(kw_only=True, slots=True)
+class ForwardBatch:
+    """One step on the device. T tokens packed over R reqs.
+
+    `plans` has one entry per AttnSpec in the model. `sample_rows` are the rows of the hidden states that the head maps.
+    `pools` is set from the state inside the step; nobody keeps it.
+    """
+
+    token_ids: Tensor  # int32[T]; where token_slots >= 0, the id is next_token_ids[token_slots] instead
+    token_slots: Tensor | None  # int32[T], None where the host knows every id
+    positions: Tensor  # int32[T]
+    sample_rows: Tensor  # int32[S]
+    plans: Mapping[AttnSpec, Plan]
+    input_embeds: Tensor | None = None  # [T, M] in place of token_ids
+    pools: dict[PoolGroup, Pool] = field(default_factory=dict)

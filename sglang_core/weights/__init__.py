@@ -1,0 +1,1 @@
+"""Checkpoint files to named tensors: where they are, which part a rank reads, and whether they fit."""
