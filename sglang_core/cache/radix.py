@@ -1,0 +1,287 @@
+"""The prefix tree: which runs of tokens have their KV in which pages. Host integers only, no torch.
+
+A node is a run of whole pages. Its children are keyed by their first page of tokens, so one hash decides where to descend and
+whole runs are then compared in bulk; two runs that part inside a page share nothing of it. A namespace is part of the key below
+the root, so namespaces never meet and eviction is global over them.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from sglang_core.types import FULL, PoolGroup
+
+Namespace = tuple[str, ...]
+Pages = dict[PoolGroup, list[int]]  # every group lists one page per page of tokens
+
+
+@dataclass(eq=False, slots=True)
+class RadixNode:
+    """A run of cached pages. `lock_ref` counts the pins of this node or below, so an unpinned node has no pinned descendant.
+
+    A split keeps this object as the lower part: who holds a node holds the end of a path, whatever is split above it.
+    """
+
+    tokens: list[int]
+    pages: Pages
+    parent: RadixNode | None
+    key: Hashable  # under which the parent lists it
+    children: dict[Hashable, RadixNode] = field(default_factory=dict)
+    lock_ref: int = 0
+    last_used: int = 0  # tick of the tree, not seconds
+    queued: bool = False  # has its one entry in the eviction heap
+
+
+class EvictionPolicy(Protocol):
+    """Which unpinned leaf leaves first."""
+
+    def rank(self, node: RadixNode) -> float:
+        """The lowest rank leaves first. Using a node may raise its rank and must not lower it: the heap re-ranks lazily."""
+
+
+class LRU:
+    """The run that was matched or inserted longest ago leaves first."""
+
+    def rank(self, node: RadixNode) -> float:
+        return node.last_used
+
+
+EVICTION_POLICIES: Mapping[str, type[EvictionPolicy]] = {"lru": LRU}
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """The longest cached prefix: the node that ends it (pin it to keep it), its tokens, its pages in position order."""
+
+    node: RadixNode
+    num_tokens: int
+    pages: Pages
+
+
+@dataclass(frozen=True, slots=True)
+class Insertion:
+    """What the tree now holds for a run: the node that ends it, its pages, and the given pages that it did not take."""
+
+    node: RadixNode
+    pages: Pages
+    duplicates: Pages
+
+
+class RadixCache:
+    """Page-granular radix tree. It owns the pages it was given until `evict` or `reset` hands them back."""
+
+    def __init__(
+        self, page_size: int, groups: Sequence[PoolGroup] = (FULL,), policy: EvictionPolicy | None = None
+    ) -> None:
+        self.page_size = page_size
+        self.groups = tuple(groups)
+        self._policy = policy or LRU()
+        self.root = RadixNode([], {g: [] for g in self.groups}, None, ())
+        self._tick = 0
+        self._heap: list[tuple[float, int, RadixNode]] = []  # leaves that may leave; stale entries are dropped when met
+        self._num_pushed = 0  # breaks ties between ranks
+        self.version = 0  # changes whenever a match may give something else
+        self.num_pages = 0  # pages the tree owns, in each group
+        self.num_evictable = 0  # those of them that no pin holds
+
+    def match(self, namespace: Namespace, ids: Sequence[int]) -> Match:
+        """The longest prefix of `ids` held, in whole pages. Marks it used and ends it at a node of its own."""
+        node, pos, child, shared = self._walk(self.root, namespace, ids)
+        if child is not None and shared:
+            node, pos = self._split(child, shared), pos + shared
+        self._tick += 1
+        path = list(self._path(node))
+        pages: Pages = {group: [] for group in self.groups}
+        for step in reversed(path):
+            step.last_used = self._tick
+            for group in self.groups:
+                pages[group] += step.pages[group]
+        return Match(node, pos, pages)
+
+    def peek(self, namespace: Namespace, ids: Sequence[int]) -> tuple[RadixNode, int]:
+        """The deepest node whose whole path `ids` shares, and how many tokens `match` would give. Changes nothing."""
+        node, pos, _, shared = self._walk(self.root, namespace, ids)
+        return node, pos + shared
+
+    def insert(
+        self,
+        namespace: Namespace,
+        ids: Sequence[int],
+        pages: Mapping[PoolGroup, Sequence[int]],
+        below: RadixNode | None = None,
+    ) -> Insertion:
+        """Give the tree the whole pages of `ids`, which follow the pinned node `below` (the root by default).
+
+        Where the tree has a run already, its own pages stay and the given ones come back as duplicates, unless they are
+        the same. The caller frees those.
+        """
+        assert len(ids) % self.page_size == 0, "only whole pages are inserted"
+        run = list(ids)
+        node, pos, child, shared = self._walk(below or self.root, namespace, run)
+        if child is not None and shared:
+            node, pos = self._split(child, shared), pos + shared
+        num_held = pos // self.page_size
+        if pos < len(run):
+            node = self._append(node, namespace, run[pos:], {g: list(pages[g][num_held:]) for g in self.groups})
+        self._tick += 1
+        held: Pages = {group: [] for group in self.groups}
+        for step in reversed(list(self._path(node, below))):
+            step.last_used = self._tick
+            for group in self.groups:
+                held[group] += step.pages[group]
+        duplicates = {
+            g: [mine for mine, kept in zip(pages[g], held[g][:num_held], strict=False) if mine != kept]
+            for g in self.groups
+        }
+        return Insertion(node, held, duplicates)
+
+    def lock(self, node: RadixNode) -> None:
+        """Pin the path to `node`: none of its pages is evicted until `unlock`."""
+        for step in self._path(node):
+            if step.lock_ref == 0:
+                self.num_evictable -= self._num_pages_of(step)
+            step.lock_ref += 1
+
+    def unlock(self, node: RadixNode) -> None:
+        for step in self._path(node):
+            assert step.lock_ref > 0, "a node is unpinned that nobody pinned"
+            step.lock_ref -= 1
+            if step.lock_ref == 0:
+                self.num_evictable += self._num_pages_of(step)
+                self._offer(step)
+
+    def evict(self, num_pages: int) -> Pages:
+        """Drop unpinned runs, lowest rank first, until `num_pages` pages of each group are freed or none is left.
+
+        Pages leave from the end of a leaf, so no more of a long run is lost than is asked for.
+        """
+        freed: Pages = {group: [] for group in self.groups}
+        wanted = num_pages
+        while wanted > 0 and self._heap:
+            rank, _, node = self._heap[0]
+            if not self._may_leave(node):
+                heapq.heappop(self._heap)
+                node.queued = False
+            elif (now := self._policy.rank(node)) != rank:
+                self._num_pushed += 1
+                heapq.heapreplace(self._heap, (now, self._num_pushed, node))
+            else:
+                wanted -= self._trim(node, wanted, freed)
+        return freed
+
+    def reset(self) -> Pages:
+        """Drop every run that no pin holds."""
+        return self.evict(self.num_evictable)
+
+    def nodes(self) -> Iterator[RadixNode]:
+        """Every node but the root, parents first."""
+        stack = list(self.root.children.values())
+        while stack:
+            node = stack.pop()
+            yield node
+            stack.extend(node.children.values())
+
+    def _walk(
+        self, node: RadixNode, namespace: Namespace, ids: Sequence[int]
+    ) -> tuple[RadixNode, int, RadixNode | None, int]:
+        """Follow `ids` below `node`: the last node shared whole, tokens until its end, the next child, tokens shared of it."""
+        pos, size = 0, self.page_size
+        while (child := self._child(node, namespace, ids, pos)) is not None:
+            whole = min(len(child.tokens), (len(ids) - pos) // size * size)
+            shared = common_pages(child.tokens, ids[pos : pos + whole], size)
+            if shared < len(child.tokens):
+                return node, pos, child, shared
+            node, pos = child, pos + shared
+        return node, pos, None, 0
+
+    def _child(self, node: RadixNode, namespace: Namespace, ids: Sequence[int], pos: int) -> RadixNode | None:
+        if pos + self.page_size > len(ids):
+            return None
+        return node.children.get(self._key(node, namespace, ids[pos : pos + self.page_size]))
+
+    def _key(self, parent: RadixNode, namespace: Namespace, page: Sequence[int]) -> Hashable:
+        return (namespace, tuple(page)) if parent is self.root else tuple(page)
+
+    def _path(self, node: RadixNode, top: RadixNode | None = None) -> Iterator[RadixNode]:
+        """`node` and its ancestors below `top`, which is the root by default, bottom first."""
+        stop = top or self.root
+        while node is not stop:
+            yield node
+            assert node.parent is not None, "the node was evicted: it was not pinned"
+            node = node.parent
+
+    def _append(self, parent: RadixNode, namespace: Namespace, run: list[int], pages: Pages) -> RadixNode:
+        node = RadixNode(run, pages, parent, self._key(parent, namespace, run[: self.page_size]))
+        assert all(len(pages[g]) * self.page_size == len(run) for g in self.groups), "one page per page of tokens"
+        parent.children[node.key] = node
+        self.version += 1
+        self.num_pages += self._num_pages_of(node)
+        self.num_evictable += self._num_pages_of(node)
+        self._offer(node)
+        return node
+
+    def _split(self, node: RadixNode, num_tokens: int) -> RadixNode:
+        """Cut the first `num_tokens` off `node` into a new parent of it, which is returned."""
+        assert node.parent is not None
+        cut = num_tokens // self.page_size
+        upper = RadixNode(node.tokens[:num_tokens], {g: p[:cut] for g, p in node.pages.items()}, node.parent, node.key)
+        upper.lock_ref, upper.last_used = node.lock_ref, node.last_used
+        node.parent.children[node.key] = upper
+        node.tokens = node.tokens[num_tokens:]
+        node.pages = {g: p[cut:] for g, p in node.pages.items()}
+        node.parent, node.key = upper, tuple(node.tokens[: self.page_size])
+        upper.children[node.key] = node
+        return upper
+
+    def _trim(self, node: RadixNode, wanted: int, freed: Pages) -> int:
+        """Take up to `wanted` pages off the end of a leaf, the leaf with them if none stays. Returns how many."""
+        keep = max(0, self._num_pages_of(node) - wanted)
+        taken = self._num_pages_of(node) - keep
+        for group in self.groups:
+            freed[group] += node.pages[group][keep:]
+            del node.pages[group][keep:]
+        del node.tokens[keep * self.page_size :]
+        self.version += 1
+        self.num_pages -= taken
+        self.num_evictable -= taken
+        if keep == 0:
+            heapq.heappop(self._heap)
+            node.queued = False
+            self._remove(node)
+        return taken
+
+    def _remove(self, node: RadixNode) -> None:
+        parent = node.parent
+        assert parent is not None
+        del parent.children[node.key]
+        node.parent = None
+        self._offer(parent)
+
+    def _may_leave(self, node: RadixNode) -> bool:
+        return node.lock_ref == 0 and not node.children and node.parent is not None
+
+    def _offer(self, node: RadixNode) -> None:
+        if not node.queued and self._may_leave(node):
+            node.queued = True
+            self._num_pushed += 1
+            heapq.heappush(self._heap, (self._policy.rank(node), self._num_pushed, node))
+
+    def _num_pages_of(self, node: RadixNode) -> int:
+        return len(node.tokens) // self.page_size
+
+
+def common_pages(a: Sequence[int], b: Sequence[int], page_size: int) -> int:
+    """How many leading tokens two lists share, in whole pages. Compares slices, halving where they differ: O(length)."""
+    low, high = 0, min(len(a), len(b)) // page_size
+    if a[: high * page_size] == b[: high * page_size]:
+        return high * page_size
+    while high - low > 1:  # pages [0, low) are equal, pages [0, high) are not
+        mid = (low + high) // 2
+        if a[low * page_size : mid * page_size] == b[low * page_size : mid * page_size]:
+            low = mid
+        else:
+            high = mid
+    return low * page_size

@@ -1,0 +1,74 @@
+"""How many tokens a step computes, and where a prompt is cut."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from sglang_core.types import Req
+
+
+class Chunk(NamedTuple):
+    """Known tokens `[start, stop)` of a req, computed in one step."""
+
+    req: Req
+    start: int
+    stop: int
+
+
+class StepBudget:
+    """Tokens that one step may still take. Decodes are in already; prefill chunks share what they leave."""
+
+    def __init__(self, num_tokens: int, *, chunked: bool) -> None:
+        self.remaining = num_tokens
+        self._chunked = chunked
+        self._untouched = True
+
+    def take(self, req: Req) -> Chunk | None:
+        """The next of the req's known tokens to compute now, or None: no room."""
+        start, want = next_extend(req)
+        if not self._chunked:
+            granted = want if want <= self.remaining or self._untouched else 0
+        else:
+            granted = min(want, self.remaining)
+        if start + granted <= req.reserved_len:  # nothing new: no budget, or just the token that is computed again
+            return None
+        self.remaining -= granted
+        self._untouched = False
+        return Chunk(req, start, start + granted)
+
+
+def logprob_start(req: Req) -> int:
+    """First prompt position whose logprob is still owed, -1 for none. They are all delivered with the first token."""
+    if req.logprob is None or req.output_ids or req.logprob.logprob_start_len >= len(req.input_ids):
+        return -1
+    return req.logprob.logprob_start_len
+
+
+def cacheable_len(req: Req) -> int:
+    """How long a cached prefix the req may use: one token is left to compute, and so is what logprobs are made from.
+
+    The logprob of position i comes from the hidden state of position i - 1.
+    """
+    start = logprob_start(req)
+    return req.num_tokens - 1 if start < 0 else min(req.num_tokens - 1, max(0, start - 1))
+
+
+def next_extend(req: Req) -> tuple[int, int]:
+    """Where the req's next chunk begins, and how many known tokens are left from there.
+
+    Where the logprob of the chunk's first token is owed, the token before it is computed again (into the same slot), so that
+    an extend holds all that its input logprobs are made from, and no hidden state is carried from step to step.
+    """
+    start = req.reserved_len
+    if start > 0 and 0 <= logprob_start(req) <= start:
+        start -= 1
+    return start, req.num_tokens - start
+
+
+def logprob_start_in(req: Req, start: int, stop: int) -> int:
+    """First position in the extend `[start, stop)` whose input logprob is owed, -1 for none."""
+    owed = logprob_start(req)
+    if owed < 0 or start >= len(req.input_ids):
+        return -1
+    first = max(owed, start + 1) if start else owed
+    return first if first < min(stop, len(req.input_ids)) else -1
