@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 import torch
@@ -17,14 +17,14 @@ from sglang_core import __version__
 from sglang_core.backend.communicator import Communicator, LocalCommunicator
 from sglang_core.backend.interface import DeviceRuntime, RuntimeContext
 from sglang_core.backend.pool import PoolSpec
-from sglang_core.backend.selection import OpTable, parse_overrides
+from sglang_core.backend.selection import Instrument, OpTable, parse_overrides
 from sglang_core.cache.page_allocator import PageAllocator
 from sglang_core.cache.radix import RadixCache
+from sglang_core.config import EngineConfig
 from sglang_core.engine.channel import PlanSender
 from sglang_core.engine.core import EngineCore
 from sglang_core.engine.requests import EngineInfo
 from sglang_core.engine.resolve import UNLIMITED_CHUNK, Resolved, resolve
-from sglang_core.config import EngineConfig
 from sglang_core.errors import ConfigError
 from sglang_core.layers.build import BuildContext
 from sglang_core.layers.causal_lm import CausalLM
@@ -39,6 +39,7 @@ from sglang_core.weights.generation_config import read_generation_config
 from sglang_core.weights.loader import load_model
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 SCRATCH_PAGES = 1  # page 0 of every pool
 
 
@@ -51,6 +52,7 @@ class Rank:
     table: OpTable
     model: CausalLM
     runner: ModelRunner
+    state: StepState
     num_pages: int
 
 
@@ -96,22 +98,26 @@ def build_engine(config: EngineConfig, *, world_size: int, directory: Path | Non
     )
 
 
-def build_follower(
-    config: EngineConfig, rank: int, *, world_size: int, directory: Path
-) -> tuple[ModelRunner, int]:
+def build_follower(config: EngineConfig, rank: int, *, world_size: int, directory: Path) -> tuple[ModelRunner, int]:
     """Another rank: its runner, and how many steps it may have in flight."""
     built = build_rank(config, rank, world_size=world_size, directory=directory, progress=False)
     return built.runner, scheduler_config(built.resolved).max_in_flight
 
 
-def build_rank(config: EngineConfig, rank: int, *, world_size: int, directory: Path | None, progress: bool) -> Rank:
-    """Open the device and load this rank's part of the model."""
+def build_rank(
+    config: EngineConfig,
+    rank: int,
+    *,
+    world_size: int,
+    directory: Path | None,
+    progress: bool,
+    instrument: Instrument | None = None,
+) -> Rank:
+    """Open the device and load this rank's part of the model. `instrument` is put around every op, to measure it."""
     resolved = resolve(config)
     settled, device = resolved.config, resolved.device
     runtime = device.backend.create_runtime(
-        RuntimeContext(
-            devices=(device.info,), rank=rank, world_size=world_size, num_threads=settled.device.num_threads
-        )
+        RuntimeContext(devices=(device.info,), rank=rank, world_size=world_size, num_threads=settled.device.num_threads)
     )
     tp = _tensor_parallel(runtime, rank, world_size, directory)
     table = OpTable(
@@ -122,6 +128,7 @@ def build_rank(config: EngineConfig, rank: int, *, world_size: int, directory: P
         fallback=settled.device.fallback,
         deterministic=settled.device.deterministic,
         page_size=_page_size(settled),
+        instrument=instrument,
     )
     ctx = BuildContext(
         table=table,
@@ -150,7 +157,9 @@ def _with_pools(resolved: Resolved, runtime: DeviceRuntime, table: OpTable, mode
     num_pages = _num_pages(resolved, runtime, specs, tp)
     max_pages_per_req = -(-resolved.context_length // page_size)
     buckets = runtime.buckets(
-        max_num_tokens=scheduler_config(resolved).token_budget, max_num_reqs=max_running, max_num_pages=max_pages_per_req
+        max_num_tokens=scheduler_config(resolved).token_budget,
+        max_num_reqs=max_running,
+        max_num_pages=max_pages_per_req,
     )
     state = StepState(
         pools={group: runtime.alloc_pool(spec, num_pages) for group, spec in specs.items()},
@@ -167,7 +176,9 @@ def _with_pools(resolved: Resolved, runtime: DeviceRuntime, table: OpTable, mode
         page_size=page_size,
         buckets=buckets,
     )
-    return Rank(resolved=resolved, runtime=runtime, table=table, model=model, runner=runner, num_pages=num_pages)
+    return Rank(
+        resolved=resolved, runtime=runtime, table=table, model=model, runner=runner, state=state, num_pages=num_pages
+    )
 
 
 def scheduler_config(resolved: Resolved) -> SchedulerConfig:
@@ -234,7 +245,7 @@ def _tensor_parallel(runtime: DeviceRuntime, rank: int, world_size: int, directo
     if world_size == 1:
         return LocalCommunicator()
     assert directory is not None, "several ranks meet in a directory"
-    store = dist.FileStore(str(directory / "rendezvous"), world_size)
+    store = dist.FileStore(str(directory / "rendezvous"), world_size)  # type: ignore[attr-defined]
     return runtime.communicator(range(world_size), rank, store)
 
 
@@ -248,6 +259,6 @@ def _page_size(config: EngineConfig) -> int:
     return _required(config.cache.page_size)
 
 
-def _required(value: Any) -> Any:
+def _required(value: T | None) -> T:
     assert value is not None, "resolve() settles every auto"
     return value

@@ -82,10 +82,14 @@ class EngineClient:
         self._controls: dict[int, asyncio.Future[ControlReply]] = {}
         self._control_ids = itertools.count()
         self._ready: asyncio.Future[dict[str, object]] = asyncio.get_running_loop().create_future()
-        self._ready.add_done_callback(lambda ready: ready.cancelled() or ready.exception())  # seen, even if nobody waits
+        self._ready.add_done_callback(
+            lambda ready: ready.cancelled() or ready.exception()
+        )  # seen, even if nobody waits
         self._dead: EngineDeadError | None = None
         self._last_news = time.monotonic()
-        self._link: _Link = _ThreadLink(config, self._on_message) if config.in_process else _ProcessLink(config, self._on_message)
+        self._link: _Link = (
+            _ThreadLink(config, self._on_message) if config.in_process else _ProcessLink(config, self._on_message)
+        )
         self._watcher: asyncio.Task[None] | None = None
 
     @classmethod
@@ -118,7 +122,9 @@ class EngineClient:
         self._check(request, input_ids)
         rid = request.rid or secrets.token_hex(12)
         if rid in self._groups:
-            raise RequestError(f"rid {rid!r} is running already; choose another or wait for it", param="rid", code="duplicate_rid")
+            raise RequestError(
+                f"rid {rid!r} is running already; choose another or wait for it", param="rid", code="duplicate_rid"
+            )
         news = asyncio.Event()
         answers = [self._answer(request, rid, index, len(input_ids), news) for index in range(request.sampling.n)]
         self._groups[rid] = [answer.rid for answer in answers]
@@ -187,9 +193,13 @@ class EngineClient:
             raise RequestError("the prompt has no tokens; it needs at least one", param="prompt")
         if (low := min(input_ids)) < 0 or (high := max(input_ids)) >= self.info.vocab_size:
             bad = low if low < 0 else high
-            raise RequestError(f"token id {bad} is not in the vocabulary [0, {self.info.vocab_size})", param="input_ids")
+            raise RequestError(
+                f"token id {bad} is not in the vocabulary [0, {self.info.vocab_size})", param="input_ids"
+            )
         if self.tokenizer is None and request.sampling.stop:
-            raise RequestError("stop strings need a tokenizer; this server runs with --skip-tokenizer-init", param="stop")
+            raise RequestError(
+                "stop strings need a tokenizer; this server runs with --skip-tokenizer-init", param="stop"
+            )
 
     def _answer(self, request: GenerateRequest, rid: str, index: int, num_prompt: int, news: asyncio.Event) -> _Answer:
         text = TextStream(self.tokenizer, request.sampling) if self.tokenizer is not None else None
@@ -232,7 +242,8 @@ class EngineClient:
         future = self._controls[control.id] = asyncio.get_running_loop().create_future()
         self._link.send(control)
         try:
-            return await future
+            reply: ControlReply = await future
+            return reply
         finally:
             self._controls.pop(control.id, None)
 
@@ -268,7 +279,9 @@ class EngineClient:
         answer.num_tokens += len(token_ids)
         if answer.text is not None:
             text, match = self._text(answer, token_ids, finish)
-            if match is not None and not (finish is not None and finish.type == "stop" and finish.matched == match.matched):
+            if match is not None and not (
+                finish is not None and finish.type == "stop" and finish.matched == match.matched
+            ):
                 dropped = answer.num_tokens - match.num_tokens
                 answer.num_tokens = match.num_tokens
                 token_ids = token_ids[: len(token_ids) - dropped] if dropped else token_ids
@@ -351,7 +364,9 @@ def load_tokenizer(config: EngineConfig) -> HFTokenizer | None:
         try:
             template = Path(model.chat_template).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as e:
-            raise ConfigError(f"--chat-template {model.chat_template!r} cannot be read: {e}; give a file of Jinja text") from e
+            raise ConfigError(
+                f"--chat-template {model.chat_template!r} cannot be read: {e}; give a file of Jinja text"
+            ) from e
     return HFTokenizer(path, trust_remote_code=model.trust_remote_code, chat_template=template)
 
 
@@ -359,7 +374,9 @@ def _refusal(finish: FinishReason) -> RequestError:
     message = finish.message or "the request was refused"
     if finish.status == 429:
         return QueueFullError(message)
-    return RequestError(message, status=finish.status or 400, code="context_length_exceeded" if "context" in message else None)
+    return RequestError(
+        message, status=finish.status or 400, code="context_length_exceeded" if "context" in message else None
+    )
 
 
 def _joined(first: GenerateChunk, then: GenerateChunk) -> GenerateChunk:
@@ -459,7 +476,9 @@ class _ThreadLink(_Link):
 
     def start(self) -> None:
         if self._config.parallel.tp_size > 1:
-            raise ConfigError(f"in_process=True runs one rank, tp_size is {self._config.parallel.tp_size}; drop one of them")
+            raise ConfigError(
+                f"in_process=True runs one rank, tp_size is {self._config.parallel.tp_size}; drop one of them"
+            )
         self._thread.start()
 
     def _serve(self) -> None:

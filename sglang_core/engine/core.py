@@ -136,7 +136,9 @@ class EngineCore:
         match message.action:
             case "flush_cache":
                 ok = self.scheduler.flush_cache()
-                return ControlReply(id=message.id, ok=ok, message="" if ok else "running requests pin pages; retry once they end")
+                return ControlReply(
+                    id=message.id, ok=ok, message="" if ok else "running requests pin pages; retry once they end"
+                )
             case "stats":
                 return ControlReply(id=message.id, ok=True, data=dict(self.stats()))
             case "info":

@@ -67,7 +67,15 @@ class Engine:
         With `stream`, an iterator of such dicts, texts cumulative, each with the prompt's place as "index".
         """
         requests, single = self._requests(
-            prompt, sampling_params, input_ids, return_logprob, logprob_start_len, top_logprobs_num, rid, priority, stream
+            prompt,
+            sampling_params,
+            input_ids,
+            return_logprob,
+            logprob_start_len,
+            top_logprobs_num,
+            rid,
+            priority,
+            stream,
         )
         if stream:
             return self._stream(requests)
@@ -89,7 +97,15 @@ class Engine:
     ) -> Any:
         """`generate` for asyncio code, on any loop; with `stream` it gives an async iterator."""
         requests, single = self._requests(
-            prompt, sampling_params, input_ids, return_logprob, logprob_start_len, top_logprobs_num, rid, priority, stream
+            prompt,
+            sampling_params,
+            input_ids,
+            return_logprob,
+            logprob_start_len,
+            top_logprobs_num,
+            rid,
+            priority,
+            stream,
         )
         if stream:
             return self._async_stream(requests)
@@ -146,11 +162,17 @@ class Engine:
             if not isinstance(value, list | tuple):
                 return [value] * count
             if len(value) != count:
-                raise RequestError(f"{name} has {len(value)} entries for {count} prompts; give one each, or one for all", param=name)
+                raise RequestError(
+                    f"{name} has {len(value)} entries for {count} prompts; give one each, or one for all", param=name
+                )
             return list(value)
 
         wants, starts = each(return_logprob, "return_logprob"), each(logprob_start_len, "logprob_start_len")
-        tops, params, rids = each(top_logprobs_num, "top_logprobs_num"), each(sampling_params, "sampling_params"), each(rid, "rid")
+        tops, params, rids = (
+            each(top_logprobs_num, "top_logprobs_num"),
+            each(sampling_params, "sampling_params"),
+            each(rid, "rid"),
+        )
         requests = [
             GenerateRequest(
                 text=texts[i] if texts is not None else None,

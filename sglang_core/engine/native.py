@@ -54,7 +54,8 @@ def parse_sampling_params(params: Mapping[str, Any]) -> SamplingParams:
         raise RequestError("top_p=0 would leave no token; for greedy output set temperature=0", param="top_p")
     if sampling.min_new_tokens > sampling.max_new_tokens:
         raise RequestError(
-            f"min_new_tokens={sampling.min_new_tokens} is above max_new_tokens={sampling.max_new_tokens}", param="min_new_tokens"
+            f"min_new_tokens={sampling.min_new_tokens} is above max_new_tokens={sampling.max_new_tokens}",
+            param="min_new_tokens",
         )
     if any(not stop for stop in sampling.stop):
         raise RequestError("stop strings must not be empty", param="stop")

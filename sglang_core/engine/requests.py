@@ -15,7 +15,7 @@ class GenerateRequest:
 
     text: str | None = None
     input_ids: list[int] | None = None
-    sampling: SamplingParams = SamplingParams()
+    sampling: SamplingParams = field(default_factory=SamplingParams)
     logprob: LogprobParams | None = None
     rid: str | None = None  # drawn if None; with n > 1 answer i runs as "rid-i"
     priority: int = 0

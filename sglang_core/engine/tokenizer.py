@@ -15,7 +15,7 @@ class HFTokenizer:
         from transformers import AutoTokenizer  # heavy, and not needed to serve token ids
 
         try:
-            self._hf = AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust_remote_code)
+            self._hf: Any = AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust_remote_code)
         except (OSError, ValueError) as e:
             raise ConfigError(
                 f"no tokenizer in {path}: {e}; give one with --tokenizer-path, or --skip-tokenizer-init to serve token ids only"

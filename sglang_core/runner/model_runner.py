@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from sglang_core.backend.interface import Bucket, DeviceRuntime, Work
@@ -201,5 +202,5 @@ class ModelRunner:
             plans=plans,
         )
 
-    def _tensor(self, x: np.ndarray) -> Tensor:  # type: ignore[type-arg]
+    def _tensor(self, x: NDArray[Any]) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(x)).to(self._runtime.torch_device, non_blocking=True)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from sglang_core.backend.selection import OpTable
 from sglang_core.backend.kernel import OpSite
+from sglang_core.backend.selection import OpTable
 from sglang_core.layers.forward_batch import StepState
 from sglang_core.ops.sampling import SampleParams, token_logprobs, top_logprobs
 
@@ -45,9 +45,9 @@ class Sampler:
     """Bound once, like the model's layers; `step` is what the runtime compiles."""
 
     def __init__(self, table: OpTable, vocab_size: int) -> None:
-        dims = {"V": vocab_size}
-        bind = lambda op: table.bind(OpSite(op=op, layer="Sampler", dtype="float32", dims=dims)).fn  # noqa: E731
-        self._sample, self._adjust = bind("sample.sample"), bind("logits.adjust")
+        site = OpSite(op="sample.sample", layer="Sampler", dtype="float32", dims={"V": vocab_size})
+        self._sample = table.bind(site).fn
+        self._adjust = table.bind(replace(site, op="logits.adjust")).fn
 
     def step(self, state: StepState, sample: SampleInput) -> SampleOutput:
         assert sample.logits is not None

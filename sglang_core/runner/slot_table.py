@@ -15,7 +15,9 @@ class SlotTable:
     `page_table[group]: int32[S, C]`; columns past a req's last page are stale and never read unmasked.
     """
 
-    def __init__(self, max_running: int, max_pages_per_req: int, vocab_size: int, groups: tuple[PoolGroup, ...] = (FULL,)):
+    def __init__(
+        self, max_running: int, max_pages_per_req: int, vocab_size: int, groups: tuple[PoolGroup, ...] = (FULL,)
+    ):
         rows = max_running + 1
         self.vocab_size = vocab_size
         self.page_table = {group: np.zeros((rows, max_pages_per_req), np.int32) for group in groups}
