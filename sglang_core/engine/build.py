@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -32,6 +32,7 @@ from sglang_core.layers.forward_batch import StepState
 from sglang_core.ops import OPS
 from sglang_core.runner.model_runner import ModelRunner
 from sglang_core.runner.slot_table import SlotTable
+from sglang_core.runner.verify import KernelVerifier
 from sglang_core.scheduler.config import SchedulerConfig
 from sglang_core.scheduler.scheduler import Scheduler
 from sglang_core.types import FULL, PoolGroup
@@ -54,6 +55,7 @@ class Rank:
     runner: ModelRunner
     state: StepState
     num_pages: int
+    verifier: KernelVerifier | None
 
 
 def build_engine(config: EngineConfig, *, world_size: int, directory: Path | None, progress: bool) -> EngineCore:
@@ -93,7 +95,10 @@ def build_engine(config: EngineConfig, *, world_size: int, directory: Path | Non
         max_in_flight=scheduler.config.max_in_flight,
         clock=time.monotonic,
         info=msgspec.to_builtins(info),
-        extra_stats=lambda: {"fallbacks": float(rank.table.fallbacks)},
+        extra_stats=lambda: {
+            "fallbacks": float(rank.table.fallbacks),
+            **(rank.verifier.stats() if rank.verifier is not None else {}),
+        },
         on_step=sender.send if sender is not None else lambda plan: None,
     )
 
@@ -120,7 +125,26 @@ def build_rank(
         RuntimeContext(devices=(device.info,), rank=rank, world_size=world_size, num_threads=settled.device.num_threads)
     )
     tp = _tensor_parallel(runtime, rank, world_size, directory)
-    table = OpTable(
+    verifier = None
+    if settled.device.verify_kernels > 0:
+        verifier = KernelVerifier(settled.device.verify_kernels, OPS, seed=settled.schedule.random_seed)
+        instrument = verifier.instrument
+    table = op_table(resolved, instrument)
+    model = load_model(
+        resolved.model_class(resolved.model),
+        resolved.folder,
+        build_context(resolved, table, runtime.torch_device, tp),
+        load_format=settled.model.load_format,
+        seed=settled.schedule.random_seed,
+        progress=progress,
+    )
+    return _with_pools(resolved, runtime, table, model, tp, verifier)
+
+
+def op_table(resolved: Resolved, instrument: Instrument | None = None) -> OpTable:
+    """The kernels to choose from on the resolved device, under the user's overrides and policies."""
+    settled, device = resolved.config, resolved.device
+    return OpTable(
         device.info,
         device.backend,
         ops=OPS,
@@ -130,30 +154,36 @@ def build_rank(
         page_size=_page_size(settled),
         instrument=instrument,
     )
-    ctx = BuildContext(
+
+
+def build_context(resolved: Resolved, table: OpTable, device: torch.device, tp: Communicator) -> BuildContext:
+    """What the model's layers are built with."""
+    settled = resolved.config
+    return BuildContext(
         table=table,
         dtype=getattr(torch, settled.model.dtype),
-        device=runtime.torch_device,
+        device=device,
         context_length=resolved.context_length,
         page_size=_page_size(settled),
         kv_dtype=settled.cache.kv_cache_dtype,
         tp=tp,
     )
-    model = load_model(
-        resolved.model_class(resolved.model),
-        resolved.folder,
-        ctx,
-        load_format=settled.model.load_format,
-        seed=settled.schedule.random_seed,
-        progress=progress,
-    )
-    return _with_pools(resolved, runtime, table, model, tp)
 
 
-def _with_pools(resolved: Resolved, runtime: DeviceRuntime, table: OpTable, model: CausalLM, tp: Communicator) -> Rank:
+def _with_pools(
+    resolved: Resolved,
+    runtime: DeviceRuntime,
+    table: OpTable,
+    model: CausalLM,
+    tp: Communicator,
+    verifier: KernelVerifier | None,
+) -> Rank:
     settled = resolved.config
     page_size, max_running = _page_size(settled), _required(settled.schedule.max_running_requests)
-    specs = model.pool_specs(page_size, getattr(torch, settled.cache.kv_cache_dtype))
+    specs = {
+        group: replace(spec, layout=table.pool_layout(group))
+        for group, spec in model.pool_specs(page_size, getattr(torch, settled.cache.kv_cache_dtype)).items()
+    }
     num_pages = _num_pages(resolved, runtime, specs, tp)
     max_pages_per_req = -(-resolved.context_length // page_size)
     buckets = runtime.buckets(
@@ -175,9 +205,17 @@ def _with_pools(resolved: Resolved, runtime: DeviceRuntime, table: OpTable, mode
         vocab_size=resolved.model.vocab_size,
         page_size=page_size,
         buckets=buckets,
+        verifier=verifier,
     )
     return Rank(
-        resolved=resolved, runtime=runtime, table=table, model=model, runner=runner, state=state, num_pages=num_pages
+        resolved=resolved,
+        runtime=runtime,
+        table=table,
+        model=model,
+        runner=runner,
+        state=state,
+        num_pages=num_pages,
+        verifier=verifier,
     )
 
 

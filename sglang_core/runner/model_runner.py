@@ -20,6 +20,7 @@ from sglang_core.runner.input_logprobs import InputLogprobs
 from sglang_core.runner.sampler import AdjustmentTensors, SampleInput, SampleOutput, Sampler
 from sglang_core.runner.slot_table import Int32, SlotTable
 from sglang_core.runner.step_input import StepInput, build_step_input
+from sglang_core.runner.verify import KernelVerifier
 from sglang_core.types import FULL, StepPlan, StepResult, TokenLogprobs
 
 
@@ -84,9 +85,10 @@ class ModelRunner:
         vocab_size: int,
         page_size: int,
         buckets: Sequence[Bucket] = (),
+        verifier: KernelVerifier | None = None,
     ) -> None:
         self._model, self._runtime, self._state, self._slots = model, runtime, state, slots
-        self._page_size, self._buckets = page_size, buckets
+        self._page_size, self._buckets, self._verifier = page_size, buckets, verifier
         self._attn_plans = model.attn_plans
         self._sampler = Sampler(table, vocab_size)
         self._adjustments = Adjustments(vocab_size)
@@ -110,7 +112,8 @@ class ModelRunner:
             num_top=int(num_top.max()),
         )
         adjusted = bool(self._slots.adjusted[step.slots].any())
-        work = self._stream.submit(self._run, plan, forward_batch, sample, wanted, adjusted, self._adjusted_before)
+        run = self._run if self._verifier is None or not self._verifier.choose(plan.step) else self._run_verified
+        work = self._stream.submit(run, plan, forward_batch, sample, wanted, adjusted, self._adjusted_before)
         pending = PendingStep(plan, work, wanted, num_top)
         self._adjusted_before = pending if adjusted else None
         return pending
@@ -141,6 +144,16 @@ class ModelRunner:
             sample.adjustment = self._adjustment(plan)
         output: SampleOutput = self._sample(sample)
         return output
+
+    def _run_verified(self, *args: Any) -> SampleOutput:
+        """`_run` with every kernel compared with its reference body."""
+        assert self._verifier is not None
+        self._verifier.active = True
+        try:
+            return self._run(*args)
+        finally:
+            self._verifier.active = False
+            self._verifier.num_steps += 1
 
     def _forward_step(self, state: StepState, fb: ForwardBatch) -> tuple[Tensor, Tensor]:
         """-> hidden: [T, M], logits: [R, V] of each req's last token."""

@@ -1,0 +1,23 @@
+"""`explain`: for each op of a model on a device, the kernel chosen and why each other candidate was refused. Loads no weight."""
+
+from __future__ import annotations
+
+import torch
+
+from sglang_core.backend.communicator import LocalCommunicator
+from sglang_core.backend.selection import ExplainRow
+from sglang_core.config import EngineConfig
+from sglang_core.engine.build import build_context, op_table
+from sglang_core.engine.resolve import resolve
+from sglang_core.layers.build import bind_model
+from sglang_core.runner.sampler import Sampler
+
+
+def explain(config: EngineConfig) -> list[ExplainRow]:
+    """Bind the model's layers and the sampler as the engine would on one rank, and say how each op was decided."""
+    resolved = resolve(config)
+    table = op_table(resolved)
+    model = resolved.model_class(resolved.model)
+    bind_model(model, build_context(resolved, table, torch.device("meta"), LocalCommunicator()))
+    Sampler(table, resolved.model.vocab_size)
+    return table.explain()
