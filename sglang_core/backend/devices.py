@@ -98,24 +98,27 @@ def _row(entry: PluginEntry, claimants: list[PluginEntry]) -> InstalledBackend:
 
 def _best_device() -> ChosenDevice:
     """The highest score over all backends. One that does not load raises: a stale plugin must not mean a quiet CPU run."""
-    found = [
-        (backend, info) for backend in map(load_backend, backend_entries().values()) for info in _probe(backend)[:1]
-    ]
+    found: list[tuple[Backend, DeviceInfo]] = []
+    absent: list[str] = []
+    for backend in map(load_backend, backend_entries().values()):
+        infos = _probe(backend)
+        found += [(backend, info) for info in infos[:1] if info.score >= 0]  # below 0: never taken unasked
+        absent += [] if infos else [f"{backend.name} is not here ({backend.absent_reason()})"]
     if not found:
         raise DeviceError(
-            "no installed plugin found a device; install the package of your device, e.g. `pip install sglang-NAME`"
+            "; ".join([*absent, "no installed plugin found a device"])
+            + "; install the package of your device, e.g. `pip install sglang-NAME`"
         )
     found.sort(key=lambda pair: -pair[1].score)
-    backend, best = found[0]
-    others = [info for _, info in found[1:]]
-    if others and others[0].score == best.score:
+    (backend, best), *others = found
+    if others and others[0][1].score == best.score:
         raise DeviceError(
-            f"{best.label} and {others[0].label} both score {best.score}; choose one with --device {best.backend} or"
-            f" --device {others[0].backend}"
+            f"{best.label} and {others[0][1].label} both score {best.score}; choose one with --device {best.backend} or"
+            f" --device {others[0][1].backend}"
         )
-    beaten = ", ".join(f"{info.label} (score {info.score})" for info in others) or "none"
-    reason = f"{best.label} ({best.name}) has the best score, {best.score}; others: {beaten}"
-    return ChosenDevice(backend=backend, info=best, reason=reason)
+    beaten = [f"{info.label} scores {info.score}" for _, info in others]
+    reason = f"{best.label} ({best.name}) has the best score, {best.score}"
+    return ChosenDevice(backend=backend, info=best, reason="; ".join([reason, *beaten, *absent]))
 
 
 def _probe(backend: Backend, entry: PluginEntry | None = None) -> list[DeviceInfo]:

@@ -106,6 +106,7 @@ class DeviceRuntime(ABC):
 
     infos: tuple[DeviceInfo, ...]
     torch_device: torch.device
+    poisons_freed_pages: bool = False  # the engine then calls pool.poison on pages as they become free
 
     @abstractmethod
     def memory(self) -> MemoryInfo: ...

@@ -5,6 +5,7 @@ Page 0 is scratch: padding writes there. A slot is `page * page_size + offset`. 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -47,8 +48,8 @@ class Pool:
         p, h = spec.page_size, spec.num_kv_heads
         self.leaves: list[Tensor] = []
         for _ in range(spec.num_layers):
-            self.leaves.append(torch.zeros(num_pages, p, h, spec.head_dim, dtype=spec.dtype, device=device))
-            self.leaves.append(torch.zeros(num_pages, p, h, spec.v_head_dim, dtype=spec.dtype, device=device))
+            self.leaves.append(torch.empty(num_pages, p, h, spec.head_dim, dtype=spec.dtype, device=device))
+            self.leaves.append(torch.empty(num_pages, p, h, spec.v_head_dim, dtype=spec.dtype, device=device))
 
     def k(self, layer: int) -> Tensor:
         return self.leaves[2 * layer]
@@ -80,6 +81,12 @@ class Pool:
         """The inverse of `export_pages`."""
         self.k(layer).index_put_((pages,), k.to(self.k(layer).device))
         self.v(layer).index_put_((pages,), v.to(self.v(layer).device))
+
+    def poison(self, pages: Iterable[int]) -> None:
+        """Fill pages with NaN: whatever reads a slot that nobody wrote then shows. A testing aid."""
+        index = torch.tensor(list(pages), dtype=torch.int32, device=self.leaves[0].device)
+        for leaf in self.leaves:
+            leaf.index_fill_(0, index.long(), float("nan"))
 
     def regions(self) -> list[tuple[int, int]]:
         """(address, bytes) of each leaf, for transports; pools of equal `fingerprint` may exchange them raw."""

@@ -14,7 +14,7 @@ from sglang_core.backend.claims import Claims, Support
 from sglang_core.backend.interface import Backend, DeviceInfo, KernelContext
 from sglang_core.backend.kernel import Kernel, OpSite, SelectionContext
 from sglang_core.backend.offers import GroupOffer, Offer, group_offer, winner
-from sglang_core.backend.providers import collect_kernels
+from sglang_core.backend.providers import Providers, collect_kernels
 from sglang_core.errors import ConfigError, KernelSelectionError, PluginError
 
 logger = logging.getLogger(__name__)
@@ -51,6 +51,9 @@ class BoundOp:
     unpack: Callable[..., Any] | None = None
 
 
+Instrument = Callable[[BoundOp], BoundOp]  # puts something around `fn`, as a profiler's clock
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExplainRow:
     """One line of `explain`: an op of a layer class, who runs it, why, and why each other candidate does not."""
@@ -81,8 +84,11 @@ class OpTable:
         deterministic: bool = False,
         page_size: int = 0,
         kv_layout: str = "auto",
+        instrument: Instrument | None = None,
     ) -> None:
-        """`kernels` and `claims` are the backend's own by default. `kv_layout` "auto" takes what the kernels prefer.
+        """By default `kernels` are the backend's and every installed provider's, `claims` the backend's own.
+
+        `kv_layout` "auto" takes what the kernels prefer.
 
         Raises PluginError where a kernel or claim is malformed, KernelSelectionError where an override names an unknown.
         """
@@ -92,7 +98,7 @@ class OpTable:
         self.overrides, self.fallback = dict(overrides or {}), fallback
         self.deterministic, self.page_size, self.kv_layout = deterministic, page_size, kv_layout
         self._kernels: dict[str, dict[str, list[Kernel]]] = {}  # op -> provider -> its kernels
-        for kernel in collect_kernels(backend, ctx) if kernels is None else kernels:
+        for kernel in collect_kernels(backend, ctx, Providers()) if kernels is None else kernels:
             kernel = kernel if kernel.provider else replace(kernel, provider=backend.name)
             _check_kernel(kernel, ops)
             self._kernels.setdefault(kernel.op, {}).setdefault(kernel.provider, []).append(kernel)
@@ -101,6 +107,7 @@ class OpTable:
                 raise PluginError(f"backend {backend.name!r} claims an op that is none: {_unknown_op(claim.op, ops)}")
         for op, provider in self.overrides.items():
             self._check_override(op, provider)
+        self._instrument = instrument
         self._layouts: dict[str, str] = {}  # pool -> layout, once a kernel was chosen for it
         self._bound: dict[object, tuple[BoundOp, ...]] = {}
 
@@ -149,7 +156,8 @@ class OpTable:
     def _memo(self, sites: tuple[OpSite, ...], pool: str | None) -> tuple[BoundOp, ...]:
         key = (pool, *((s.op, s.layer, s.dtype, s.fmt, s.spec, tuple(sorted(s.dims.items()))) for s in sites))
         if key not in self._bound:
-            self._bound[key] = self._select(sites, pool)
+            bound = self._select(sites, pool)
+            self._bound[key] = bound if self._instrument is None else tuple(map(self._instrument, bound))
         return self._bound[key]
 
     def _select(self, sites: tuple[OpSite, ...], pool: str | None) -> tuple[BoundOp, ...]:

@@ -40,12 +40,14 @@ class TorchRuntime(DeviceRuntime):
             torch.set_num_threads(ctx.num_threads)
 
     def memory(self) -> MemoryInfo:
-        """The host's memory, bounded by this process's cgroup."""
-        host = psutil.virtual_memory()
-        limit, used = _cgroup_bytes("memory.max"), _cgroup_bytes("memory.current")
-        if not limit or limit > host.total:
-            return MemoryInfo(total=host.total, free=host.available)
-        return MemoryInfo(total=limit, free=min(host.available, max(limit - used, 0)))
+        """What this process may use of the host: what is available and what it holds already, within its cgroup's limit.
+
+        Not all the host's memory: a host is shared, and a share of what others hold is no headroom of ours.
+        """
+        available, own = psutil.virtual_memory().available, psutil.Process().memory_info().rss
+        if limit := _cgroup_bytes("memory.max"):
+            available = min(available, max(0, limit - _cgroup_bytes("memory.current")))
+        return MemoryInfo(total=available + own, free=available)
 
     def synchronize(self) -> None:
         return

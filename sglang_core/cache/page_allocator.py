@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from sglang_core.errors import SglangError
 
@@ -16,11 +16,12 @@ class OutOfPagesError(SglangError):
 class PageAllocator:
     """A stack of free page ids in `[1, num_pages)`; `num_pages` is the pool's N and counts the scratch page."""
 
-    def __init__(self, num_pages: int) -> None:
+    def __init__(self, num_pages: int, on_free: Callable[[Sequence[int]], None] | None = None) -> None:
         assert num_pages >= 2, f"num_pages={num_pages}: a pool needs the scratch page and one more"
         self.num_pages = num_pages
         self._free = list(range(num_pages - 1, SCRATCH_PAGE, -1))
         self._granted = bytearray(num_pages)
+        self._on_free = on_free  # told of every page that is given back, before it can be granted again
 
     @property
     def num_free(self) -> int:
@@ -49,3 +50,5 @@ class PageAllocator:
             assert self._granted[page], f"page {page} is freed but was not granted"
             self._granted[page] = 0
         self._free.extend(pages)
+        if self._on_free is not None and pages:
+            self._on_free(pages)

@@ -102,9 +102,9 @@ class RadixCache:
         return Match(node, pos, pages)
 
     def peek(self, namespace: Namespace, ids: Sequence[int]) -> tuple[RadixNode, int]:
-        """The deepest node whose whole path `ids` shares, and how many tokens `match` would give. Changes nothing."""
-        node, pos, _, shared = self._walk(self.root, namespace, ids)
-        return node, pos + shared
+        """The node that ends the longest cached prefix, perhaps not at its own end, and the prefix's length. Changes nothing."""
+        node, pos, child, shared = self._walk(self.root, namespace, ids)
+        return (child if child is not None and shared else node), pos + shared
 
     def insert(
         self,
@@ -120,13 +120,13 @@ class RadixCache:
         """
         assert len(ids) % self.page_size == 0, "only whole pages are inserted"
         run = list(ids)
+        self._tick += 1
         node, pos, child, shared = self._walk(below or self.root, namespace, run)
         if child is not None and shared:
             node, pos = self._split(child, shared), pos + shared
         num_held = pos // self.page_size
         if pos < len(run):
             node = self._append(node, namespace, run[pos:], {g: list(pages[g][num_held:]) for g in self.groups})
-        self._tick += 1
         held: Pages = {group: [] for group in self.groups}
         for step in reversed(list(self._path(node, below))):
             step.last_used = self._tick
@@ -214,7 +214,7 @@ class RadixCache:
             node = node.parent
 
     def _append(self, parent: RadixNode, namespace: Namespace, run: list[int], pages: Pages) -> RadixNode:
-        node = RadixNode(run, pages, parent, self._key(parent, namespace, run[: self.page_size]))
+        node = RadixNode(run, pages, parent, self._key(parent, namespace, run[: self.page_size]), last_used=self._tick)
         assert all(len(pages[g]) * self.page_size == len(run) for g in self.groups), "one page per page of tokens"
         parent.children[node.key] = node
         self.version += 1

@@ -62,9 +62,11 @@ def build_engine(config: EngineConfig, *, world_size: int, directory: Path | Non
     """Rank 0: its model and runner, and the scheduler over them."""
     started = time.monotonic()
     rank = build_rank(config, 0, world_size=world_size, directory=directory, progress=progress)
+    rank.runner.warm_up(progress=progress)
     resolved, settled = rank.resolved, rank.resolved.config
     page_size = _page_size(settled)
-    allocator = {FULL: PageAllocator(rank.num_pages)}
+    on_free = rank.runner.poison if rank.runtime.poisons_freed_pages else None
+    allocator = {FULL: PageAllocator(rank.num_pages, on_free)}
     cache = None if settled.cache.disable_radix_cache else RadixCache(page_size)
     scheduler = Scheduler(scheduler_config(resolved), cache, allocator, time.monotonic)
     generation = read_generation_config(resolved.folder)
@@ -106,6 +108,7 @@ def build_engine(config: EngineConfig, *, world_size: int, directory: Path | Non
 def build_follower(config: EngineConfig, rank: int, *, world_size: int, directory: Path) -> tuple[ModelRunner, int]:
     """Another rank: its runner, and how many steps it may have in flight."""
     built = build_rank(config, rank, world_size=world_size, directory=directory, progress=False)
+    built.runner.warm_up(progress=False)
     return built.runner, scheduler_config(built.resolved).max_in_flight
 
 

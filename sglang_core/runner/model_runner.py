@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from rich.progress import track
 from torch import Tensor
 
 from sglang_core.backend.interface import Bucket, DeviceRuntime, Work
@@ -19,7 +20,7 @@ from sglang_core.runner.adjustments import Adjustments
 from sglang_core.runner.input_logprobs import InputLogprobs
 from sglang_core.runner.sampler import AdjustmentTensors, SampleInput, SampleOutput, Sampler
 from sglang_core.runner.slot_table import Int32, SlotTable
-from sglang_core.runner.step_input import StepInput, build_step_input
+from sglang_core.runner.step_input import StepInput, build_step_input, padding_input
 from sglang_core.runner.verify import KernelVerifier
 from sglang_core.types import FULL, StepPlan, StepResult, TokenLogprobs
 
@@ -118,6 +119,24 @@ class ModelRunner:
         self._adjusted_before = pending if adjusted else None
         return pending
 
+    def warm_up(self, *, progress: bool) -> None:
+        """Compile every bucket with a batch of padding, on the stream, before the first req comes. Exact shapes need none."""
+        for bucket in track(self._buckets, "compiling steps", disable=not (progress and self._buckets)):
+            step = padding_input(bucket, self._slots)
+            sample = SampleInput(
+                logits=None,
+                params=self._sample_params(step),
+                slots=self._tensor(step.slots),
+                adjustment=None,
+                num_top=-1,
+            )
+            self._stream.submit(self._forward_and_sample, self._forward_batch(step), sample).result()
+
+    def poison(self, pages: Sequence[int]) -> None:
+        """Fill freed pages with NaN once the steps launched so far are done: a runtime that checks steps asks for it."""
+        for pool in self._state.pools.values():
+            self._stream.submit(pool.poison, list(pages))
+
     def close(self) -> None:
         self._stream.close()
 
@@ -144,6 +163,10 @@ class ModelRunner:
             sample.adjustment = self._adjustment(plan)
         output: SampleOutput = self._sample(sample)
         return output
+
+    def _forward_and_sample(self, forward_batch: ForwardBatch, sample: SampleInput) -> None:
+        _, sample.logits = self._forward(forward_batch)
+        self._sample(sample)
 
     def _run_verified(self, *args: Any) -> SampleOutput:
         """`_run` with every kernel compared with its reference body."""

@@ -92,6 +92,29 @@ def build_step_input(plan: StepPlan, table: SlotTable, page_size: int, buckets: 
     )
 
 
+def padding_input(bucket: Bucket, table: SlotTable) -> StepInput:
+    """A step of this bucket with no req in it."""
+    reqs, tokens = np.zeros(bucket.num_reqs, np.int32), np.zeros(bucket.num_tokens, np.int32)
+    slots = np.full(bucket.num_reqs, table.padding_slot, np.int32)
+    return StepInput(
+        num_tokens=bucket.num_tokens,
+        num_reqs=bucket.num_reqs,
+        max_extend=bucket.max_extend,
+        num_pages=bucket.num_pages,
+        slots=slots,
+        prefix_lens=reqs,
+        seq_lens=reqs,
+        cu_extend=np.zeros(bucket.num_reqs + 1, np.int32),
+        token_ids=tokens,
+        token_slots=np.full(bucket.num_tokens, -1, np.int32),
+        positions=tokens,
+        slot_mapping=dict.fromkeys(table.page_table, tokens),
+        page_table={group: pages[slots, : bucket.num_pages] for group, pages in table.page_table.items()},
+        sample_rows=reqs,
+        num_real_reqs=0,
+    )
+
+
 def pick_bucket(buckets: Sequence[Bucket], num_tokens: int, num_reqs: int, max_extend: int, num_pages: int) -> Bucket:
     """The cheapest bucket that holds the step, by tokens, then reqs, then columns."""
     fits = [

@@ -23,6 +23,7 @@ log = logging.getLogger(__name__)
 # Normalised mean square error above which an op is reported: float32 sums in another order, or one rounding to 8 or 11 bits.
 LIMITS: Mapping[torch.dtype, float] = {torch.float32: 1e-8, torch.float16: 1e-5, torch.bfloat16: 1e-3}
 KEPT_PLANS = 64  # reference plans remembered for steps in flight
+INF = float("inf")
 
 
 @dataclass(slots=True)
@@ -133,7 +134,7 @@ def distance(got: Tensor, want: Tensor) -> tuple[float, float]:
         return 0.0, 0.0
     power = torch.where(b.isfinite(), b, 0.0).square().mean()
     nmse = difference.square().mean() / torch.where(power > 0, power, 1.0)
-    return float(nmse.nan_to_num(float("inf"))), float(difference.abs().max().nan_to_num(float("inf")))
+    return float(nmse.nan_to_num(nan=INF, posinf=INF)), float(difference.abs().max().nan_to_num(nan=INF, posinf=INF))
 
 
 def _tensors(value: Any) -> Iterable[Tensor]:

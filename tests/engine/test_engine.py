@@ -241,3 +241,29 @@ def test_duplicate_rids_are_refused_while_running(engine: Engine) -> None:
 def test_bad_settings_are_refused_in_words(settings: dict[str, Any], message: str) -> None:
     with pytest.raises((ConfigError, Exception), match=message):
         Engine(in_process=True, **({"device": "cpu"} | settings))
+
+
+def test_the_strict_device_runs_the_engine_with_every_rule_on(engine: Engine) -> None:
+    """Traced steps, static shapes, NaN in every page that nobody wrote: the same tokens, retraction included."""
+    want = [answer["output_ids"] for answer in engine.generate(PROMPTS, GREEDY)]
+    with Engine(
+        model_path="demo",
+        device="strict",
+        dtype="float32",
+        in_process=True,
+        max_running_requests=3,
+        chunked_prefill_size=16,
+        context_length=64,
+        max_total_tokens=80,
+    ) as strict:
+        for _ in range(2):
+            assert [answer["output_ids"] for answer in strict.generate(PROMPTS, GREEDY)] == want
+
+
+def test_verified_steps_are_counted_and_right(engine: Engine) -> None:
+    with Engine(
+        model_path="demo", device="acme", dtype="float32", in_process=True, max_total_tokens=4096, verify_kernels=1.0
+    ) as other:
+        assert other.generate(PROMPTS[0], GREEDY)["output_ids"] == engine.generate(PROMPTS[0], GREEDY)["output_ids"]
+        stats = other.stats()
+    assert stats["verified_steps"] >= 12 and stats["verify_failures"] == 0

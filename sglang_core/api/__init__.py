@@ -1,0 +1,79 @@
+"""All that a plugin may import. Its version is the core's major.minor; importing it imports no torch.
+
+`sglang_core.api.ops` has the op bodies and specs, `sglang_core.api.models` what a model file is written with; both import torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sglang_core.backend.claims import Claim as Claim
+    from sglang_core.backend.claims import Claims as Claims
+    from sglang_core.backend.claims import Support as Support
+    from sglang_core.backend.communicator import Communicator as Communicator
+    from sglang_core.backend.communicator import LocalCommunicator as LocalCommunicator
+    from sglang_core.backend.communicator import TorchCommunicator as TorchCommunicator
+    from sglang_core.backend.hookspecs import hookimpl as hookimpl
+    from sglang_core.backend.interface import Backend as Backend
+    from sglang_core.backend.interface import Bucket as Bucket
+    from sglang_core.backend.interface import DefaultsContext as DefaultsContext
+    from sglang_core.backend.interface import DeviceInfo as DeviceInfo
+    from sglang_core.backend.interface import DeviceRuntime as DeviceRuntime
+    from sglang_core.backend.interface import KernelContext as KernelContext
+    from sglang_core.backend.interface import MemoryInfo as MemoryInfo
+    from sglang_core.backend.interface import RuntimeContext as RuntimeContext
+    from sglang_core.backend.interface import Stream as Stream
+    from sglang_core.backend.interface import Work as Work
+    from sglang_core.backend.kernel import Kernel as Kernel
+    from sglang_core.backend.kernel import OpSite as OpSite
+    from sglang_core.backend.kernel import SelectionContext as SelectionContext
+    from sglang_core.backend.pool import Pool as Pool
+    from sglang_core.backend.pool import PoolSpec as PoolSpec
+    from sglang_core.backend.torch_backend import TorchBackend as TorchBackend
+    from sglang_core.backend.torch_runtime import HostStream as HostStream
+    from sglang_core.backend.torch_runtime import TorchRuntime as TorchRuntime
+    from sglang_core.backend.version import API_VERSION as API_VERSION
+    from sglang_core.errors import ConfigError as ConfigError
+    from sglang_core.errors import DeviceError as DeviceError
+    from sglang_core.errors import PluginError as PluginError
+    from sglang_core.errors import SglangError as SglangError
+    from sglang_core.errors import WeightError as WeightError
+
+_HOME = {  # module -> the names it defines
+    "backend.claims": ("Claim", "Claims", "Support"),
+    "backend.communicator": ("Communicator", "LocalCommunicator", "TorchCommunicator"),
+    "backend.hookspecs": ("hookimpl",),
+    "backend.interface": (
+        "Backend",
+        "Bucket",
+        "DefaultsContext",
+        "DeviceInfo",
+        "DeviceRuntime",
+        "KernelContext",
+        "MemoryInfo",
+        "RuntimeContext",
+        "Stream",
+        "Work",
+    ),
+    "backend.kernel": ("Kernel", "OpSite", "SelectionContext"),
+    "backend.pool": ("Pool", "PoolSpec"),
+    "backend.torch_backend": ("TorchBackend",),
+    "backend.torch_runtime": ("HostStream", "TorchRuntime"),
+    "backend.version": ("API_VERSION",),
+    "errors": ("ConfigError", "DeviceError", "PluginError", "SglangError", "WeightError"),
+}
+_MODULE_OF = {name: f"sglang_core.{module}" for module, names in _HOME.items() for name in names}
+
+__all__ = [*sorted(_MODULE_OF)]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_MODULE_OF[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,29 @@
+"""The ops a kernel implements: signatures, spec dataclasses, and bodies to compare with. Imports torch.
+
+`OPS["norm.rms"].body` is the definition of an op; a kernel of that op takes the same arguments.
+"""
+
+from __future__ import annotations
+
+from sglang_core.ops import OPS, OpDef, op
+from sglang_core.ops.activation import GateKind
+from sglang_core.ops.attention import AttnBatch, AttnSpec, Plan
+from sglang_core.ops.attention_plan import PlanStatic, Tiles
+from sglang_core.ops.rope import RopeSpec
+from sglang_core.ops.sampling import SampleParams
+from sglang_core.ops.weight import PackedWeight
+
+__all__ = [
+    "OPS",
+    "AttnBatch",
+    "AttnSpec",
+    "GateKind",
+    "OpDef",
+    "PackedWeight",
+    "Plan",
+    "PlanStatic",
+    "RopeSpec",
+    "SampleParams",
+    "Tiles",
+    "op",
+]

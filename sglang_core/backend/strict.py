@@ -1,0 +1,24 @@
+"""The backend `strict`: the host posing as a device that compiles its steps, so that a misuse of the API fails on a laptop."""
+
+from __future__ import annotations
+
+import psutil
+
+from sglang_core.backend.interface import DeviceInfo, DeviceRuntime, RuntimeContext
+from sglang_core.backend.torch_backend import TorchBackend
+
+
+class StrictBackend(TorchBackend):
+    """Runs reference bodies like `cpu`, after checking every step against the rules in `strict_trace` and `strict_runtime`."""
+
+    name = "strict"
+
+    def probe(self) -> list[DeviceInfo]:
+        """Scores below every real device, so that `auto` never takes it."""
+        memory = psutil.virtual_memory().total
+        return [DeviceInfo(backend=self.name, path="strict", name="checks every step", score=-1, total_memory=memory)]
+
+    def create_runtime(self, ctx: RuntimeContext) -> DeviceRuntime:
+        from sglang_core.backend.strict_runtime import StrictRuntime  # torch: not needed to list devices
+
+        return StrictRuntime(ctx)

@@ -1,0 +1,69 @@
+"""A kernel that is right passes, one that is wrong is counted and named, and the step's own result is the kernel's."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from sglang_core.backend.kernel import OpSite
+from sglang_core.backend.selection import BoundOp
+from sglang_core.ops import OPS
+from sglang_core.runner.verify import KernelVerifier, distance
+
+
+def bound(fn: Callable[..., object], provider: str = "acme") -> BoundOp:
+    site = OpSite(op="norm.rms", layer="RMSNorm", dtype="float32")
+    return BoundOp(site=site, fn=fn, provider=provider, reason="test")
+
+
+def wrong(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return OPS["norm.rms"].body(x, weight, eps) * 1.01
+
+
+X, W = torch.randn(4, 8), torch.randn(8)
+
+
+def test_a_wrong_kernel_is_counted_and_named(caplog: pytest.LogCaptureFixture) -> None:
+    verifier = KernelVerifier(1.0, OPS, active=True)
+    fn = verifier.instrument(bound(wrong)).fn
+    with caplog.at_level(logging.WARNING):
+        got = fn(X, W, 1e-6)
+    assert torch.equal(got, wrong(X, W, 1e-6)), "the step goes on with what the kernel gave"
+    assert verifier.stats()["verify_failures"] == 1
+    assert verifier.stats()["verify_worst_nmse"] == pytest.approx(1e-4, rel=0.05)
+    assert "norm.rms in RMSNorm by acme is off" in caplog.text
+
+
+def test_a_right_kernel_passes_and_a_nan_does_not() -> None:
+    verifier = KernelVerifier(1.0, OPS, active=True)
+    verifier.instrument(bound(OPS["norm.rms"].body)).fn(X, W, 1e-6)
+    assert verifier.stats()["verify_failures"] == 0
+    verifier.instrument(bound(lambda *a: OPS["norm.rms"].body(*a) * float("nan"))).fn(X, W, 1e-6)
+    assert verifier.stats()["verify_failures"] == 1
+
+
+def test_nothing_is_compared_while_inactive_and_reference_ops_are_left_alone() -> None:
+    verifier = KernelVerifier(1.0, OPS)
+    verifier.instrument(bound(wrong)).fn(X, W, 1e-6)
+    assert not any(error.calls for error in verifier.errors.values())
+    reference = bound(OPS["norm.rms"].body, "reference")
+    assert verifier.instrument(reference) is reference
+
+
+def test_the_rate_is_the_share_of_steps() -> None:
+    verifier = KernelVerifier(0.25, OPS, seed=1)
+    chosen = [verifier.choose(step) for step in range(4000)]
+    assert 0.2 < sum(chosen) / 4000 < 0.3
+    assert chosen == [verifier.choose(step) for step in range(4000)]
+    assert not any(KernelVerifier(0.0, OPS).choose(step) for step in range(100))
+
+
+def test_distance_wants_infinities_in_the_same_places() -> None:
+    inf = float("inf")
+    assert distance(torch.tensor([1.0, -inf]), torch.tensor([1.0, -inf])) == (0.0, 0.0)
+    assert distance(torch.tensor([1.0, 5.0]), torch.tensor([1.0, -inf]))[0] == inf
+    assert distance(torch.zeros(0), torch.zeros(0)) == (0.0, 0.0)

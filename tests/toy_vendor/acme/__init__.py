@@ -1,0 +1,1 @@
+"""The Acme accelerator, which is the host CPU by another name."""
