@@ -20,7 +20,7 @@ MAX_PORT = 65535
 
 def setting(
     default: Any,
-    help: str,  # noqa: A002  the word that argparse uses
+    help: str,
     *,
     common: bool = False,
     choices: tuple[str, ...] = (),
@@ -30,7 +30,15 @@ def setting(
     aliases: tuple[str, ...] = (),
 ) -> Any:
     """A config field: its default, its help line, and whether `--help` shows it (`--help-all` shows every one)."""
-    meta = {"help": help, "common": common, "choices": choices, "low": low, "high": high, "flag": flag, "aliases": aliases}
+    meta = {
+        "help": help,
+        "common": common,
+        "choices": choices,
+        "low": low,
+        "high": high,
+        "flag": flag,
+        "aliases": aliases,
+    }
     return field(default=default, metadata=meta)
 
 
@@ -38,18 +46,24 @@ def setting(
 class ModelConfigArgs:
     """Which model, from where, in which precision."""
 
-    model_path: str = setting("", "local folder, hub id, or 'demo' for the embedded demo model", common=True, aliases=("model",))
+    model_path: str = setting(
+        "", "local folder, hub id, or 'demo' for the embedded demo model", common=True, aliases=("model",)
+    )
     tokenizer_path: str | None = setting(None, "tokenizer folder or hub id; the model's own by default", common=True)
     served_model_name: str | None = setting(None, "name in the API; the model path by default", common=True)
     dtype: str = setting("auto", "weights and activations", common=True, choices=KNOWN_DTYPES)
-    context_length: int | None = setting(None, "tokens a request may hold; the model's own by default", common=True, low=1)
+    context_length: int | None = setting(
+        None, "tokens a request may hold; the model's own by default", common=True, low=1
+    )
     load_format: str = setting(
         "auto", "checkpoint format; dummy means random weights", common=True, choices=("auto", "safetensors", "dummy")
     )
     revision: str | None = setting(None, "hub revision")
     trust_remote_code: bool = setting(False, "allow code from the checkpoint to run in tokenizer and config")
     skip_tokenizer_init: bool = setting(False, "serve token ids only")
-    chat_template: str | None = setting(None, "file with a Jinja chat template; the tokenizer's own by default", common=True)
+    chat_template: str | None = setting(
+        None, "file with a Jinja chat template; the tokenizer's own by default", common=True
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,11 +89,15 @@ class CacheArgs:
     mem_fraction_static: float | None = setting(
         None, "share of device memory for weights and KV pools", common=True, low=0.01, high=1.0
     )
-    max_total_tokens: int | None = setting(None, "size of the KV pool in tokens; fitted to memory by default", common=True, low=1)
+    max_total_tokens: int | None = setting(
+        None, "size of the KV pool in tokens; fitted to memory by default", common=True, low=1
+    )
     page_size: int | None = setting(None, "tokens a KV page holds", common=True, low=1, high=1024)
     disable_radix_cache: bool = setting(False, "no prefix reuse between requests", common=True)
     radix_eviction_policy: str = setting("lru", "which unpinned pages leave first", choices=("lru",))
-    kv_cache_dtype: str = setting("auto", "precision of cached keys and values", choices=("auto", "float32", "bfloat16", "float16"))
+    kv_cache_dtype: str = setting(
+        "auto", "precision of cached keys and values", choices=("auto", "float32", "bfloat16", "float16")
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,7 +110,10 @@ class ScheduleArgs:
     max_running_requests: int | None = setting(None, "requests in a batch at most", common=True, low=1)
     max_queued_requests: int | None = setting(None, "waiting requests before 429 is answered", low=1)
     chunked_prefill_size: int | None = setting(
-        None, "new tokens a step computes at most; longer prompts are cut in chunks (-1: never cut)", common=True, low=-1
+        None,
+        "new tokens a step computes at most; longer prompts are cut in chunks (-1: never cut)",
+        common=True,
+        low=-1,
     )
     disable_overlap_schedule: bool = setting(False, "do not schedule the next step while one runs", common=True)
     random_seed: int = setting(0, "seeds dummy weights and requests that bring none", common=True, low=0)
@@ -113,7 +134,9 @@ class ServerArgs:
     host: str = setting("127.0.0.1", "address to listen on", common=True)
     port: int = setting(30000, "port to listen on", common=True, low=0, high=MAX_PORT)
     api_key: str | None = setting(None, "key that every request must bring as a bearer token", common=True)
-    admin_api_key: str | None = setting(None, "key for the admin routes; without it they answer loopback only", common=True)
+    admin_api_key: str | None = setting(
+        None, "key for the admin routes; without it they answer loopback only", common=True
+    )
     log_level: str = setting("info", "lowest level logged", common=True, choices=("debug", "info", "warning", "error"))
     log_requests: bool = setting(False, "log one line a request (never its text)")
     enable_metrics: bool = setting(True, "serve Prometheus metrics at /metrics", common=True)

@@ -46,7 +46,7 @@ def test_chat(client: openai.OpenAI) -> None:
 def test_three_countries_and_their_capitals(client: openai.OpenAI) -> None:
     messages = [{"role": "user", "content": "List 3 countries and their capitals."}]
     text = client.chat.completions.create(model="demo", messages=messages, temperature=0).choices[0].message.content
-    assert text is not None and len(set(text.replace("-", "\n").split("\n"))) >= 2 or text.count(":") >= 2
+    assert (text is not None and len(set(text.replace("-", "\n").split("\n"))) >= 2) or text.count(":") >= 2
 
 
 def test_a_stream_is_the_answer_in_pieces(client: openai.OpenAI) -> None:

@@ -145,7 +145,13 @@ def test_bias_forces_a_token_and_min_new_tokens_keeps_the_answer_open(engine: En
 
 def test_penalties_forbid_repetition(engine: Engine) -> None:
     plain = engine.generate("a a a a a a a a", {"temperature": 0, "max_new_tokens": 16, "ignore_eos": True})
-    strict = {"temperature": 0, "max_new_tokens": 16, "ignore_eos": True, "presence_penalty": 2.0, "frequency_penalty": 2.0}
+    strict = {
+        "temperature": 0,
+        "max_new_tokens": 16,
+        "ignore_eos": True,
+        "presence_penalty": 2.0,
+        "frequency_penalty": 2.0,
+    }
     penalised = engine.generate("a a a a a a a a", strict)
     assert len(set(penalised["output_ids"])) >= len(set(plain["output_ids"]))
     biased = engine.generate("Hi", GREEDY | {"logit_bias": {"20": 9.0, "21": 8.0}})

@@ -45,7 +45,9 @@ def test_sparse_entries_equal_the_dense_definition(
     known = output[:resumed]  # a retracted req comes back with what it had
     adjustments = Adjustments(V)
     adjustments.admit(
-        SlotInit(slot=3, sampling=sampling, seed=0, num_prompt_tokens=len(prompt), history=prompt + known, stop_ids=[0, 1])
+        SlotInit(
+            slot=3, sampling=sampling, seed=0, num_prompt_tokens=len(prompt), history=prompt + known, stop_ids=[0, 1]
+        )
     )
     for token_id in output[resumed:]:
         adjustments.record(3, token_id)

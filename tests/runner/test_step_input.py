@@ -93,7 +93,9 @@ def test_pages_sent_later_go_behind_those_sent_before() -> None:
 
 def test_a_slot_forgets_its_former_req() -> None:
     table = SlotTable(max_running=2, max_pages_per_req=4, vocab_size=10)
-    table._admit(SlotInit(slot=1, sampling=SamplingParams(top_k=3, min_p=0.5, logit_bias={1: 2.0}), seed=5, num_prompt_tokens=1))
+    table._admit(
+        SlotInit(slot=1, sampling=SamplingParams(top_k=3, min_p=0.5, logit_bias={1: 2.0}), seed=5, num_prompt_tokens=1)
+    )
     assert table.adjusted[1] and table.top_k[1] == 3
     table._admit(SlotInit(slot=1, sampling=SamplingParams(temperature=0), seed=5, num_prompt_tokens=1))
     assert not table.adjusted[1]
