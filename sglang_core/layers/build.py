@@ -100,10 +100,13 @@ def sibling(prefix: str, name: str) -> str:
 
 
 def bind_model(model: nn.Module, ctx: BuildContext) -> None:
-    """Bind every layer of a model. Raises ConfigError where shapes do not divide over the ranks."""
+    """Bind every layer of a model; once for a context. Raises ConfigError where shapes do not divide over the ranks."""
+    if getattr(model, "_bound_with", None) is ctx:
+        return
     for module in model.modules():
         if isinstance(module, Layer):
             module.bind(ctx)
+    model._bound_with = ctx  # type: ignore[assignment]
 
 
 def named_layers(model: nn.Module) -> list[tuple[str, Layer]]:

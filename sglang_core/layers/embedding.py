@@ -63,6 +63,11 @@ class LMHead(Layer):
         site = OpSite(op="gemm.linear", layer="LMHead", dtype=dtype_name(ctx.dtype), fmt="dense", dims=dims)
         bound = ctx.table.bind(site)
         self._linear, self._pack = bound.fn, bound.pack
+        if self.cfg.soft_cap is not None:
+            cap = OpSite(
+                op="logits.soft_cap", layer="LMHead", dtype=dtype_name(ctx.dtype), dims={"V": self.cfg.vocab_size}
+            )
+            self._soft_cap = ctx.table.bind(cap).fn
 
     def weights(self, prefix: str) -> list[WeightSpec]:
         name = f"{self.cfg.tied_to or prefix}.weight"
@@ -76,11 +81,11 @@ class LMHead(Layer):
 
     def forward(self, rows: Tensor) -> Tensor:
         """rows: [S, M] -> float32[S, V]."""
-        logits = self._tp.all_gather(self._linear(rows, self.weight, None), dim=-1)
-        logits = logits[:, : self.cfg.vocab_size].float()
-        if self.cfg.soft_cap is not None:
-            logits = torch.tanh(logits / self.cfg.soft_cap) * self.cfg.soft_cap
-        return logits
+        logits = self._tp.all_gather(self._linear(rows, self.weight, None), dim=-1)[:, : self.cfg.vocab_size]
+        if self.cfg.soft_cap is None:
+            return logits.float()
+        capped: Tensor = self._soft_cap(logits, self.cfg.soft_cap)
+        return capped
 
 
 def _vocab_rows(name: str, vocab: int, hidden: int, dtype: torch.dtype, rows: tuple[int, int]) -> WeightSpec:

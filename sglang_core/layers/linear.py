@@ -56,10 +56,6 @@ class Linear(Layer):
     def local_out(self) -> int:
         return sum(stop - start for _, _, ranges in self.parts for start, stop in ranges)
 
-    @property
-    def holds_bias(self) -> bool:
-        return self.has_bias
-
     def weights(self, prefix: str) -> list[WeightSpec]:
         specs = []
         for name, rows, ranges in self.parts:
@@ -67,12 +63,12 @@ class Linear(Layer):
             dim, held = (0, ranges) if self.local_in == self.in_features else (1, (self.columns,))
             shape, scale = (rows, self.in_features), self.in_features**-0.5
             specs.append(WeightSpec.of(f"{at}.weight", shape, self.dtype, dim=dim, ranges=held, scale=scale))
-            if self.holds_bias:
+            if self.has_bias:
                 specs.append(WeightSpec.of(f"{at}.bias", (rows,), self.dtype, ranges=ranges, scale=0.1))
         return specs
 
     def load(self, parts: list[Tensor]) -> None:
-        matrices, biases = (parts[::2], parts[1::2]) if self.holds_bias else (parts, [])
+        matrices, biases = (parts[::2], parts[1::2]) if self.has_bias else (parts, [])
         weight = matrices[0] if len(matrices) == 1 else torch.cat(matrices)
         self.weight = packed(weight, self._pack)
         self.register_buffer("bias", torch.cat(biases) if biases else None, persistent=False)
@@ -99,9 +95,10 @@ class RowLinear(Linear):
         self.columns = even_shard(self.in_features, ctx.tp.rank, ctx.tp.size, "in_features")
         self._tp = ctx.tp
 
-    @property
-    def holds_bias(self) -> bool:
-        return self.has_bias and self._tp.rank == 0
+    def load(self, parts: list[Tensor]) -> None:
+        super().load(parts)
+        if self._tp.rank > 0:
+            self.bias = None
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., in of this rank] -> [..., out], summed over ranks."""

@@ -177,7 +177,7 @@ def _parse(hf_config: Mapping[str, Any]) -> ModelConfig:
 def text_config(hf_config: Mapping[str, Any]) -> dict[str, Any]:
     """The language model's part of config.json, with its family's defaults filled in."""
     nested = hf_config.get("text_config")
-    own = dict(hf_config) if nested is None else _inherited(hf_config) | dict(nested)
+    own = dict(hf_config) if nested is None else dict(nested) | _inherited(hf_config)
     model_type = own.setdefault("model_type", "?")
     defaults = FAMILIES[model_type].defaults if model_type in FAMILIES else {}
     return {**defaults, **own}
@@ -185,7 +185,11 @@ def text_config(hf_config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _inherited(outer: Mapping[str, Any]) -> dict[str, Any]:
     """What a nested config takes from the one around it."""
-    return {k: outer[k] for k in ("dtype", "torch_dtype", "tie_word_embeddings", "quantization_config") if k in outer}
+    return {
+        k: outer[k]
+        for k in ("dtype", "torch_dtype", "tie_word_embeddings", "quantization_config")
+        if outer.get(k) is not None
+    }
 
 
 def _refuse_unsupported(hf: Mapping[str, Any]) -> None:

@@ -28,8 +28,9 @@ from sglang_core.errors import ConfigError, WeightError
 from sglang_core.layers.build import WeightSpec
 
 FETCHED = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model")  # never a pickle, never code
+LEFT = ["consolidated*", "*/*"]  # the same weights once more, in another format
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
-INDEX = "model.safetensors.index.json"
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -53,7 +54,7 @@ def resolve_folder(model_path: str, revision: str | None = None, *, weights: boo
 def _fetch(repo_id: str, revision: str | None, patterns: list[str]) -> Path:
     at = f"{repo_id!r}" + (f" at revision {revision!r}" if revision else "")
     try:
-        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=patterns))
+        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=patterns, ignore_patterns=LEFT))
     except GatedRepoError as e:
         raise ConfigError(
             f"{at} is gated: accept its terms on its hub page, then set HF_TOKEN to a token that may read it"
@@ -157,6 +158,8 @@ def _weight_files(folder: Path) -> list[Path]:
     index = folder / INDEX
     if index.exists():
         return _shards(index)
+    if (single := folder / SINGLE).exists():
+        return [single]
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         pickles = sorted(p.name for pattern in PICKLES for p in folder.glob(pattern))

@@ -128,24 +128,25 @@ def _load_checkpoint(
 def _match(model: CausalLM, wants: Wants, checkpoint: Checkpoint) -> dict[str, str]:
     """Checkpoint name -> the model's, for what is wanted. Raises WeightError on every kind of mismatch at once."""
     names: dict[str, str] = {}
+    taken: set[str] = set()
     unexpected: list[str] = []
     misshaped: list[str] = []
     for stored, entry in checkpoint.tensors.items():
         name = model.parameter_name(stored)
         if name is None or name.endswith(IGNORED) or (name == "lm_head.weight" and model.cfg.tie_embeddings):
             continue
-        if name not in wants.specs:
+        if name not in wants.specs or name in taken:
             unexpected.append(stored)
             continue
         names[stored] = name
+        taken.add(name)
         shape = wants.specs[name][0][2].shape
         if entry.shape != shape:
             misshaped.append(f"{stored} is {list(entry.shape)}, not {list(shape)}")
         elif entry.dtype not in DTYPES:
             misshaped.append(f"{stored} is {entry.dtype}, not a float of 16 bits or more")
-    missing = wants.specs.keys() - names.values()
     problems = [
-        _few("missing", [name for name in wants.specs if name in missing]),
+        _few("missing", [name for name in wants.specs if name not in taken]),
         _few("unexpected", unexpected),
         _few("of a wrong shape or type", misshaped),
     ]

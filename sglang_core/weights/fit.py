@@ -1,0 +1,111 @@
+"""Does it fit? Plain arithmetic over bytes, done before anything is loaded: weights, KV, activations, headroom."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rich.table import Table
+
+from sglang_core.errors import ConfigError
+from sglang_core.layers.model_config import ModelConfig
+
+GIB = 2**30
+
+
+def activation_bytes(cfg: ModelConfig, *, num_tokens: int, num_rows: int, itemsize: int, tp_size: int = 1) -> int:
+    """An upper guess of what one step holds at once: `num_tokens` through the widest layer, `num_rows` rows of logits.
+
+    Counts what unfused ops keep: the stream and its residual, a layer's widest tensors twice (input and result) and once more
+    in float32, and logits in float32 with a copy for sampling.
+    """
+    attention = 2 * (cfg.num_heads + 2 * cfg.num_kv_heads) * cfg.head_dim // tp_size
+    mlp = 3 * cfg.intermediate_size // tp_size
+    per_token = 3 * cfg.hidden_size * itemsize + max(attention, mlp) * (itemsize + 4)
+    return num_tokens * per_token + num_rows * cfg.vocab_size * (itemsize + 2 * 4)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FitTable:
+    """How one rank's memory divides. All sizes in bytes.
+
+    Of `total`, the share 1 - `mem_fraction` stays free as headroom; activations live in it, and more is set aside where they
+    are larger. What is then left of `free` beside the weights is the KV pool.
+    """
+
+    device: str
+    total: int
+    free: int  # before loading
+    mem_fraction: float
+    weights: int
+    activations: int
+    kv_per_token: int
+    page_size: int
+    context_length: int
+    max_total_tokens: int | None = None
+
+    @property
+    def headroom(self) -> int:
+        return max(round((1 - self.mem_fraction) * self.total), self.activations)
+
+    @property
+    def kv(self) -> int:
+        """Bytes left for KV; negative where the weights do not fit."""
+        return self.free - self.weights - self.headroom
+
+    @property
+    def kv_tokens(self) -> int:
+        """Tokens in whole pages; one page is scratch."""
+        pages = self.kv // (self.kv_per_token * self.page_size) - 1
+        return max(0, pages * self.page_size)
+
+    @property
+    def largest_context(self) -> int:
+        """The longest a single req may become here."""
+        tokens = self.kv_tokens if self.max_total_tokens is None else min(self.kv_tokens, self.max_total_tokens)
+        return min(tokens, self.context_length)
+
+    @property
+    def needed_tokens(self) -> int:
+        return self.context_length if self.max_total_tokens is None else self.max_total_tokens
+
+    def check(self) -> None:
+        """Raises ConfigError, with the numbers and the way out, where weights or one full-length req do not fit."""
+        have = (
+            f"{self.device} has {_gib(self.free)} of {_gib(self.total)} free, weights take {_gib(self.weights)} "
+            f"and {_gib(self.headroom)} stay free for activations (mem_fraction_static={self.mem_fraction:g})"
+        )
+        if self.kv < self.kv_per_token * self.page_size:
+            raise ConfigError(
+                f"the model does not fit: {have}. Use a larger --tp-size, a smaller model or dtype, "
+                "or raise --mem-fraction-static"
+            )
+        if self.kv_tokens < self.needed_tokens:
+            setting = "context_length" if self.max_total_tokens is None else "max_total_tokens"
+            raise ConfigError(
+                f"{setting}={self.needed_tokens} needs {_gib(self.needed_tokens * self.kv_per_token)} of KV and "
+                f"{_gib(self.kv)} are left: {have}. Set --{setting.replace('_', '-')} to {self.kv_tokens} or less, "
+                "or use a larger --tp-size"
+            )
+
+    def render(self) -> Table:
+        """A table for a person."""
+        table = Table(title=f"memory of {self.device}, a rank", title_justify="left")
+        table.add_column("what")
+        table.add_column("GiB", justify="right")
+        table.add_column("note")
+        rows = [
+            ("total", self.total, ""),
+            ("free now", self.free, ""),
+            ("weights", self.weights, ""),
+            ("headroom", self.headroom, f"activations need about {_gib(self.activations)}"),
+            ("KV pool", max(self.kv, 0), f"{self.kv_tokens} tokens of {self.kv_per_token} bytes"),
+            ("one req", self.context_length * self.kv_per_token, f"{self.context_length} tokens, the context length"),
+        ]
+        for what, size, note in rows:
+            table.add_row(what, f"{size / GIB:.2f}", note)
+        table.add_row("largest context", "", str(self.largest_context))
+        return table
+
+
+def _gib(size: int) -> str:
+    return f"{size / GIB:.2f} GiB"

@@ -1,0 +1,129 @@
+"""Each feature matters: a model built without it, or slightly wrong, is further from transformers than parity allows.
+
+Without these, the parity tests could pass because a feature moves nothing at the sizes they use.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from sglang_core.layers.model_config import ModelConfig
+from sglang_core.models.registry import model_config
+from sglang_core.ops.rope import RopeSpec
+from sglang_core.weights.checkpoint import read_config
+from tests.models.harness import Stepper, load
+from tests.models.test_parity import BOUND, error
+from tests.models.tiny import CASES, reference
+
+Change = Callable[[ModelConfig], dict[str, Any]]
+
+
+def facts(**changes: Any) -> Change:
+    return lambda cfg: changes
+
+
+def ropes(**changes: Any) -> Change:
+    return lambda cfg: {"ropes": tuple(replace(r, **changes) for r in cfg.ropes)}
+
+
+def windows(change: Callable[[int], int | None]) -> Change:
+    return lambda cfg: {"windows": tuple(None if w is None else change(w) for w in cfg.windows)}
+
+
+def rope_of(layer: int) -> Change:
+    """Every layer rotates as layer `layer` does."""
+    return lambda cfg: {"ropes": (cfg.ropes[layer],) * cfg.num_layers}
+
+
+def swapped_layer_types(cfg: ModelConfig) -> dict[str, Any]:
+    window = next(w for w in cfg.windows if w is not None)
+    return {"windows": tuple(window if w is None else None for w in cfg.windows)}
+
+
+def full_rotation(cfg: ModelConfig) -> dict[str, Any]:
+    def whole(rope: RopeSpec) -> RopeSpec:
+        return replace(rope, rotary_dim=rope.head_dim)
+
+    return {"ropes": tuple(whole(r) for r in cfg.ropes)}
+
+
+FEATURES: dict[str, tuple[str, Change]] = {
+    "rope style": ("llama2", ropes(style="interleaved")),
+    "rope base": ("llama2", ropes(theta=10000.0)),
+    "norm eps": ("llama2", facts(rms_norm_eps=1e-6)),
+    "llama3 rope": ("llama31", ropes(kind="default")),
+    "llama3 rope factor": ("llama32", ropes(factor=8.0)),
+    "yarn rope": ("llama-yarn", ropes(kind="default")),
+    "yarn attention factor": ("llama-yarn", ropes(attention_factor=1.0)),
+    "linear rope": ("llama-linear", ropes(kind="default")),
+    "query scale": ("llama3", facts(query_scale=1.0)),
+    "window": ("mistral", windows(lambda w: None)),
+    "window, one less": ("mistral", windows(lambda w: w - 1)),
+    "window of some layers": ("qwen2", windows(lambda w: None)),
+    "which layers are windowed": ("qwen2", swapped_layer_types),
+    "window of phi3": ("phi3", windows(lambda w: None)),
+    "partial rotation": ("phi3-partial", full_rotation),
+    "longrope, short": ("phi3-short", ropes(kind="default")),
+    "longrope, long": ("phi3-long", ropes(kind="default")),
+    "longrope long factors": ("phi3-long", ropes(original_max_position=256)),
+    "longrope attention factor": ("phi3-long", ropes(attention_factor=1.0)),
+    "score soft cap": ("gemma2", facts(attn_soft_cap=None)),
+    "logit soft cap": ("gemma2", facts(final_soft_cap=None)),
+    "query scale of gemma2": ("gemma2", facts(query_scale=0.25)),
+    "embedding scale": ("gemma2", facts(embed_scale=1.0)),
+    "norm offset": ("gemma2", facts(norm_offset=False)),
+    "activation": ("gemma2", facts(activation="silu")),
+    "tanh in gelu": ("gemma2", facts(activation="gelu")),
+    "window of gemma2": ("gemma2", windows(lambda w: None)),
+    "which layers of gemma2 are windowed": ("gemma2", swapped_layer_types),
+    "local rope base": ("gemma3", rope_of(1)),
+    "global rope": ("gemma3", rope_of(0)),
+    "window of gemma3": ("gemma3", windows(lambda w: None)),
+    "logit soft cap of gemma3": ("gemma3", facts(final_soft_cap=None)),
+    "query scale of gemma3": ("gemma3", facts(query_scale=0.25)),
+}
+# Features with weights of their own: left out of the checkpoint as well.
+WEIGHTED: dict[str, tuple[str, Change, str]] = {
+    "qk norm": ("qwen3", facts(qk_norm=False), "_norm.weight"),
+    "qk norm of gemma3": ("gemma3", facts(qk_norm=False), "_norm.weight"),
+    "qkv bias": ("qwen2", facts(qkv_bias=False), "_proj.bias"),
+    "attention biases": ("llama-bias", facts(qkv_bias=False, o_bias=False), "_proj.bias"),
+    "output bias": ("llama-bias", facts(o_bias=False), "o_proj.bias"),
+    "mlp bias": ("llama-bias", facts(mlp_bias=False), "_proj.bias"),
+    "bias of qwen3": ("qwen3-bias", facts(qkv_bias=False, o_bias=False), "_proj.bias"),
+}
+
+
+def distance(case: str, folder: Path, changes: dict[str, Any], checkpoints: Path) -> float:
+    ref = reference(case, checkpoints)
+    stepper = Stepper(load(folder, changes=changes, context_length=CASES[case].context_length))
+    return error(stepper.logits(ref.tokens[0]), ref.logits[0])
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+def test_without_it_logits_are_off(feature: str, checkpoints: Path) -> None:
+    case, change = FEATURES[feature]
+    folder = reference(case, checkpoints).folder
+    changes = change(model_config(read_config(folder)))
+    assert distance(case, folder, changes, checkpoints) > 10 * BOUND
+
+
+@pytest.mark.parametrize("feature", WEIGHTED)
+def test_without_its_weights_logits_are_off(feature: str, checkpoints: Path, tmp_path: Path) -> None:
+    case, change, suffix = WEIGHTED[feature]
+    folder = reference(case, checkpoints).folder
+    changes = change(model_config(read_config(folder)))
+    is_mlp = "mlp_bias" in changes
+    tensors = load_file(folder / "model.safetensors")
+    kept = {n: t for n, t in tensors.items() if not (n.endswith(suffix) and (".mlp." in n) is is_mlp)}
+    assert kept.keys() < tensors.keys()
+    save_file(kept, tmp_path / "model.safetensors")
+    shutil.copy(folder / "config.json", tmp_path)
+    assert distance(case, tmp_path, changes, checkpoints) > 10 * BOUND
