@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import msgspec
 import torch
 import torch.distributed as dist
+from rich.console import Console
 
 from sglang_core import __version__
 from sglang_core.backend.communicator import Communicator, LocalCommunicator
@@ -26,7 +27,7 @@ from sglang_core.engine.core import EngineCore
 from sglang_core.engine.requests import EngineInfo
 from sglang_core.engine.resolve import UNLIMITED_CHUNK, Resolved, resolve
 from sglang_core.errors import ConfigError
-from sglang_core.layers.build import BuildContext
+from sglang_core.layers.build import BuildContext, bind_model
 from sglang_core.layers.causal_lm import CausalLM
 from sglang_core.layers.forward_batch import StepState
 from sglang_core.ops import OPS
@@ -36,8 +37,9 @@ from sglang_core.runner.verify import KernelVerifier
 from sglang_core.scheduler.config import SchedulerConfig
 from sglang_core.scheduler.scheduler import Scheduler
 from sglang_core.types import FULL, PoolGroup
+from sglang_core.weights.fit import FitTable, activation_bytes
 from sglang_core.weights.generation_config import read_generation_config
-from sglang_core.weights.loader import load_model
+from sglang_core.weights.loader import count_weight_bytes, load_model
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -133,15 +135,47 @@ def build_rank(
         verifier = KernelVerifier(settled.device.verify_kernels, OPS, seed=settled.schedule.random_seed)
         instrument = verifier.instrument
     table = op_table(resolved, instrument)
-    model = load_model(
-        resolved.model_class(resolved.model),
+    model, ctx = resolved.model_class(resolved.model), build_context(resolved, table, runtime.torch_device, tp)
+    bind_model(model, ctx)
+    fit = fit_table(resolved, runtime, model, tp)
+    if progress:
+        Console(stderr=True).print(fit.render())
+    fit.check()
+    load_model(
+        model,
         resolved.folder,
-        build_context(resolved, table, runtime.torch_device, tp),
+        ctx,
         load_format=settled.model.load_format,
         seed=settled.schedule.random_seed,
         progress=progress,
     )
     return _with_pools(resolved, runtime, table, model, tp, verifier)
+
+
+def fit_table(resolved: Resolved, runtime: DeviceRuntime, model: CausalLM, tp: Communicator) -> FitTable:
+    """How this rank's memory will divide, from shapes: the model is bound and not loaded."""
+    settled, memory = resolved.config, runtime.memory()
+    specs = _pool_specs(resolved, model)
+    activations = activation_bytes(
+        resolved.model,
+        num_tokens=scheduler_config(resolved).token_budget,
+        num_rows=_required(settled.schedule.max_running_requests),
+        itemsize=getattr(torch, settled.model.dtype).itemsize,
+        tp_size=tp.size,
+    )
+    return FitTable(
+        device=resolved.device.info.label,
+        total=memory.total,
+        free=memory.free,
+        mem_fraction=_required(settled.cache.mem_fraction_static),
+        weights=count_weight_bytes(model),
+        activations=activations,
+        kv_per_token=sum(spec.bytes_per_token for spec in specs.values()),
+        page_size=_page_size(settled),
+        context_length=resolved.context_length,
+        max_total_tokens=settled.cache.max_total_tokens,
+        context_asked=resolved.context_asked,
+    )
 
 
 def op_table(resolved: Resolved, instrument: Instrument | None = None) -> OpTable:
@@ -184,8 +218,7 @@ def _with_pools(
     settled = resolved.config
     page_size, max_running = _page_size(settled), _required(settled.schedule.max_running_requests)
     specs = {
-        group: replace(spec, layout=table.pool_layout(group))
-        for group, spec in model.pool_specs(page_size, getattr(torch, settled.cache.kv_cache_dtype)).items()
+        group: replace(spec, layout=table.pool_layout(group)) for group, spec in _pool_specs(resolved, model).items()
     }
     num_pages = _num_pages(resolved, runtime, specs, tp)
     max_pages_per_req = -(-resolved.context_length // page_size)
@@ -248,6 +281,11 @@ def banner(rank: Rank) -> str:
         f"context {resolved.context_length}, KV pool {(rank.num_pages - SCRATCH_PAGES) * _page_size(settled)} tokens, "
         f"{kernels} of {len(rows)} op sites run kernels, {rank.table.fallbacks} fallbacks"
     )
+
+
+def _pool_specs(resolved: Resolved, model: CausalLM) -> dict[PoolGroup, PoolSpec]:
+    settled = resolved.config
+    return model.pool_specs(_page_size(settled), getattr(torch, settled.cache.kv_cache_dtype))
 
 
 def _num_pages(

@@ -41,6 +41,7 @@ class Resolved:
     model_class: type[CausalLM]
     model: ModelConfig
     context_length: int
+    context_asked: bool  # by the user
     served_model_name: str
 
 
@@ -67,6 +68,7 @@ def resolve(config: EngineConfig) -> Resolved:
         hf_config=hf_config,
         model_class=cls,
         model=model,
+        context_asked=settled.model.context_length is not None,
         context_length=_context_length(settled, model),
         served_model_name=settled.model.served_model_name or settled.model.model_path,
     )

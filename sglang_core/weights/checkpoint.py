@@ -44,6 +44,8 @@ def resolve_folder(model_path: str, revision: str | None = None, *, weights: boo
     folder = Path(model_path).expanduser()
     if folder.is_dir():
         return folder
+    if folder.suffix == ".json" and folder.is_file() and not weights:
+        return folder
     if folder.exists():
         raise ConfigError(f"model_path={model_path!r} is a file; give the folder that holds it and config.json")
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model_path) or model_path.startswith("."):
@@ -86,8 +88,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The checkpoint's config.json."""
-    return read_json(folder / "config.json")
+    """The checkpoint's config.json; `folder` may also be such a file itself, for random weights."""
+    return read_json(folder if folder.is_file() else folder / "config.json")
 
 
 @dataclass(frozen=True, slots=True)

@@ -42,6 +42,7 @@ class FitTable:
     page_size: int
     context_length: int
     max_total_tokens: int | None = None
+    context_asked: bool = True  # by the user; else a pool smaller than one full-length req is no error
 
     @property
     def headroom(self) -> int:
@@ -79,7 +80,7 @@ class FitTable:
                 f"the model does not fit: {have}. Use a larger --tp-size, a smaller model or dtype, "
                 "or raise --mem-fraction-static"
             )
-        if self.kv_tokens < self.needed_tokens:
+        if self.kv_tokens < self.needed_tokens and (self.context_asked or self.max_total_tokens is not None):
             setting = "context_length" if self.max_total_tokens is None else "max_total_tokens"
             raise ConfigError(
                 f"{setting}={self.needed_tokens} needs {_gib(self.needed_tokens * self.kv_per_token)} of KV and "
