@@ -1,0 +1,1 @@
+"""The HTTP front: routes, schemas, keys, metrics. It speaks to the engine through `engine.requests.Client` alone."""
