@@ -1,0 +1,10 @@
+"""`python -m sglang_core.launch_server --model-path X --port 30000`: SGLang's launch line, the same as `sglang-core serve`."""
+
+from __future__ import annotations
+
+import sys
+
+from sglang_core.cli.main import main
+
+if __name__ == "__main__":
+    sys.exit(main(["serve", *sys.argv[1:]]))
