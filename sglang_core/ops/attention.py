@@ -1,7 +1,7 @@
 """Attention over the KV pool (`attn.paged`) and over packed K and V (`attn.ragged`), and what belongs to it.
 
-Both reference bodies feed chunks of keys to `_attend`, one online softmax in float32. Scores never exist for more than
-TILES_PER_BLOCK tiles times KEYS_PER_CHUNK keys.
+Both reference bodies feed chunks of keys to `_attend`, one online softmax in float32. Scores never exist for more than one
+block of query tiles times KEYS_PER_CHUNK keys.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from sglang_core.backend.pool import Pool
 from sglang_core.ops.attention_plan import (
     KEYS_PER_CHUNK,
     TILE_LENGTHS,
-    TILES_PER_BLOCK,
     AttnBatch,
     AttnSpec,
     Plan,
     Tiles,
     attn_plan,
     pages_per_chunk,
+    tiles_per_block,
 )
 from sglang_core.ops.registry import op
 from sglang_core.ops.rounding import wide, wide_dtype
@@ -29,7 +29,7 @@ from sglang_core.ops.rounding import wide, wide_dtype
 __all__ = ["AttnBatch", "AttnSpec", "Plan", "attn_merge", "attn_paged", "attn_plan", "attn_ragged", "kv_write"]
 
 NEG_INF = float("-inf")
-Chunk = tuple[Tensor, Tensor, Tensor]  # k: [B, S, Hk, D], v: [B, S, Hk, Dv], key positions: int32[B, S]
+Chunk = tuple[Tensor, Tensor, Tensor]  # k: [B, Hk, S, D], v: [B, Hk, S, Dv], wide; key positions: int32[B, S]
 
 
 @op("kv.write")
@@ -61,9 +61,10 @@ def attn_paged(
         kv_write(k, v, pool, layer, plan.slot_mapping)
     outs, lses = [], []
     for tiles, num_chunks in zip(plan.tiles, plan.static.num_chunks, strict=True):
-        for block, n in enumerate(num_chunks):
-            tile = _block(tiles, block)
-            chunks = _paged_chunks(pool, layer, plan, tile, n)
+        size = tiles_per_block(spec, tiles.token.shape[1])
+        for i, n in enumerate(num_chunks):
+            tile = _slice(tiles, i * size, (i + 1) * size)
+            chunks = _paged_chunks(pool, layer, plan, tile, n, wide_dtype(q.dtype))
             o, s = _attend(q[tile.token], tile.first_key, tile.last_key, chunks, spec, sinks)
             outs.append(o.flatten(0, 1).to(q.dtype))
             lses.append(s.flatten(0, 1))
@@ -102,9 +103,9 @@ def attn_ragged(
         offset = torch.arange(start, start + length, dtype=torch.int32, device=q.device)[None]
         token = torch.where(offset < len_q, cu_q[:-1, None] + offset, 0)
         first_key, last_key = _ragged_ranges(offset, len_q, len_k, spec)
-        for r in range(0, num_reqs, TILES_PER_BLOCK):
-            rows = slice(r, r + TILES_PER_BLOCK)
-            chunks = _ragged_chunks(k, v, cu_k[:-1][rows], len_k[rows], max_k)
+        for r in range(0, num_reqs, tiles_per_block(spec, length)):
+            rows = slice(r, r + tiles_per_block(spec, length))
+            chunks = _ragged_chunks(k, v, cu_k[:-1][rows], len_k[rows], max_k, wide_dtype(q.dtype))
             o, s = _attend(q[token[rows]], first_key[rows], last_key[rows], chunks, spec, None)
             outs.append(o.flatten(0, 1).to(q.dtype))
             lses.append(s.flatten(0, 1))
@@ -138,57 +139,50 @@ def _attend(
     """Online softmax. q: [B, L, Hq, D], first_key, last_key: int32[B, L] -> o: [B, L, Hq, Dv], lse: [B, L, Hq], both wide."""
     b, length, hq, d = q.shape
     hk, group = spec.num_kv_heads, hq // spec.num_kv_heads
+    # The queries that share a KV head form one matrix: no key is repeated.
     q = (wide(q) * spec.scale).view(b, length, hk, group, d).transpose(1, 2).reshape(b, hk, length * group, d)
-    first_key, last_key = first_key[:, None, :, None, None], last_key[:, None, :, None, None]
-    top = torch.full((b, hk, length, group, 1), NEG_INF, dtype=q.dtype, device=q.device)
-    total = torch.zeros_like(top)
-    if sinks is not None:  # a key that was seen already and has no value
+    top = q.new_full((b, hk, length, group, 1), NEG_INF)
+    total, acc = torch.zeros_like(top), q.new_zeros(b, hk, length, group, spec.v_head_dim)
+    if sinks is not None:  # like a key that was seen already and has no value
         top = sinks.to(q.dtype).view(hk, 1, group, 1).expand_as(top)
-        total = torch.ones_like(total)
-    acc = torch.zeros(b, hk, length, group, spec.v_head_dim, dtype=q.dtype, device=q.device)
+        total = torch.ones_like(top)
     for k, v, position in chunks:
-        scores = torch.matmul(q, _heads_first(k, q.dtype).transpose(2, 3)).view(b, hk, length, group, -1)
+        scores = torch.matmul(q, k.transpose(2, 3))
         if spec.soft_cap is not None:
             scores = torch.tanh(scores / spec.soft_cap) * spec.soft_cap
-        position = position[:, None, None, None]
-        seen = (position >= first_key) & (position < last_key)
-        scores = torch.where(seen, scores, NEG_INF)
+        position = position[:, None]
+        seen = (position >= first_key[..., None]) & (position < last_key[..., None])
+        bias = torch.where(seen, 0.0, q.new_full((), NEG_INF))  # added: much faster than `where` on all heads
+        scores = scores.view(b, hk, length, group, -1) + bias[:, None, :, None]
         new_top = torch.maximum(top, scores.amax(-1, keepdim=True))
         finite = torch.where(new_top == NEG_INF, 0.0, new_top)
-        weights, decay = torch.exp(scores - finite), torch.exp(top - finite)
+        weights, decay = (scores - finite).exp_(), torch.exp(top - finite)
         total = total * decay + weights.sum(-1, keepdim=True)
-        part = torch.matmul(weights.flatten(2, 3), _heads_first(v, q.dtype))
-        acc = acc * decay + part.view(acc.shape)
+        acc = acc * decay + torch.matmul(weights.flatten(2, 3), v).view(acc.shape)
         top = new_top
-    o = acc / torch.where(total > 0, total, 1.0)
-    lse = (top + torch.log(total)).squeeze(-1)
-    return o.transpose(1, 2).flatten(2, 3), lse.transpose(1, 2).flatten(2, 3)
+    some = (last_key > first_key)[:, :, None]
+    o = (acc / total).transpose(1, 2).flatten(2, 3)
+    lse = (top + torch.log(total)).transpose(1, 2).flatten(2)
+    return torch.where(some[..., None], o, 0), torch.where(some, lse, NEG_INF)
 
 
-def _heads_first(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """[B, S, Hk, D] -> [B, Hk, S, D], wide and contiguous, in one pass."""
-    return x.transpose(1, 2).to(dtype, memory_format=torch.contiguous_format)
+def _slice(tiles: Tiles[Tensor], start: int, stop: int) -> Tiles[Tensor]:
+    return tiles.map(lambda x: x[start:stop])
 
 
-def _block(tiles: Tiles[Tensor], block: int) -> Tiles[Tensor]:
-    rows = slice(block * TILES_PER_BLOCK, (block + 1) * TILES_PER_BLOCK)
-    return tiles.map(lambda x: x[rows])
-
-
-def _paged_chunks(pool: Pool, layer: int, plan: Plan, tiles: Tiles[Tensor], count: int) -> Iterator[Chunk]:
+def _paged_chunks(
+    pool: Pool, layer: int, plan: Plan, tiles: Tiles[Tensor], count: int, dtype: torch.dtype
+) -> Iterator[Chunk]:
     page_size, num_pages = plan.static.page_size, plan.static.num_pages
-    pages = min(pages_per_chunk(page_size), num_pages)
-    device, table = plan.page_table.device, plan.page_table
-    start, end = tiles.first_key[:, :1], tiles.last_key.amax(1, keepdim=True)
-    column = torch.arange(pages, dtype=torch.int32, device=device)
-    key = torch.arange(pages * page_size, dtype=torch.int32, device=device)
+    step = min(pages_per_chunk(page_size), num_pages) * page_size
+    row, start = tiles.row[:, None], tiles.first_page[:, None] * page_size
+    first, last = tiles.first_key[:, :1], tiles.last_key.amax(1, keepdim=True) - 1
     for chunk in range(count):
-        first_page = tiles.first_page[:, None] + chunk * pages
-        page = table[tiles.row[:, None], (first_page + column).clamp(max=num_pages - 1)]
-        position = first_page * page_size + key
-        k, v = pool.k(layer)[page].flatten(1, 2), pool.v(layer)[page].flatten(1, 2)
-        live = (position >= start) & (position < end)  # a weight of zero does not silence a stale NaN
-        yield k, torch.where(live[:, :, None, None], v, 0), position
+        keys = torch.arange(chunk * step, (chunk + 1) * step, dtype=torch.int32, device=row.device)
+        position = start + keys
+        live = torch.minimum(torch.maximum(position, first), last).clamp(min=0)  # a stale slot may hold NaN: not read
+        slot = plan.page_table[row, live // page_size] * page_size + live % page_size
+        yield _heads_first(pool.k(layer), slot, dtype), _heads_first(pool.v(layer), slot, dtype), position
 
 
 def _ragged_ranges(offset: Tensor, len_q: Tensor, len_k: Tensor, spec: AttnSpec) -> tuple[Tensor, Tensor]:
@@ -199,9 +193,18 @@ def _ragged_ranges(offset: Tensor, len_q: Tensor, len_k: Tensor, spec: AttnSpec)
     return first, torch.where(offset < len_q, last, 0)
 
 
-def _ragged_chunks(k: Tensor, v: Tensor, start: Tensor, length: Tensor, max_k: int) -> Iterator[Chunk]:
+def _ragged_chunks(
+    k: Tensor, v: Tensor, start: Tensor, length: Tensor, max_k: int, dtype: torch.dtype
+) -> Iterator[Chunk]:
     for first in range(0, max_k, KEYS_PER_CHUNK):
-        position = torch.arange(first, min(first + KEYS_PER_CHUNK, max_k), dtype=torch.int32, device=k.device)[None]
-        inside = position < length
-        row = torch.where(inside, start[:, None] + position, 0)
-        yield k[row], torch.where(inside[:, :, None, None], v[row], 0), position.expand_as(row)
+        keys = torch.arange(first, min(first + KEYS_PER_CHUNK, max_k), dtype=torch.int32, device=k.device)
+        row = (start[:, None] + torch.minimum(keys, length - 1)).clamp(0, k.shape[0] - 1)
+        yield _heads_first(k, row, dtype), _heads_first(v, row, dtype), keys.expand_as(row)
+
+
+def _heads_first(x: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """x: [..., Hk, D], tokens before heads; rows: int32[B, S] -> [B, Hk, S, D] in dtype. One gather of whole heads."""
+    heads, dim = x.shape[-2:]
+    head = torch.arange(heads, dtype=torch.int32, device=x.device)[:, None]
+    index = (rows[:, None] * heads + head).flatten()
+    return x.reshape(-1, dim).index_select(0, index).view(rows.shape[0], heads, -1, dim).to(dtype)

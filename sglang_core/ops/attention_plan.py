@@ -18,12 +18,15 @@ from torch import Tensor
 
 from sglang_core.ops.registry import op
 
-A, B = TypeVar("A"), TypeVar("B")
+A = TypeVar("A")
+B = TypeVar("B")
 Ints = npt.NDArray[np.int32]
 
 TILE_LENGTHS = (1, 16, 128)  # queries a tile may hold: one for decode, few for short extends, many for prefill
-TILES_PER_BLOCK = 16  # tiles that one pass over the keys serves; with KEYS_PER_CHUNK it bounds the memory of scores
 KEYS_PER_CHUNK = 256
+BLOCK_ELEMENTS = (
+    1 << 20
+)  # a block of tiles passes over the keys together; its scores, keys and values hold no more each
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -157,6 +160,12 @@ def pages_per_chunk(page_size: int) -> int:
     return max(1, KEYS_PER_CHUNK // page_size)
 
 
+def tiles_per_block(spec: AttnSpec, length: int) -> int:
+    """How many tiles of `length` queries are worked on at once."""
+    kv = spec.num_kv_heads * max(spec.head_dim, spec.v_head_dim)
+    return max(1, BLOCK_ELEMENTS // (KEYS_PER_CHUNK * max(kv, spec.num_heads * length)))
+
+
 def _tile_lengths(batch: AttnBatch) -> tuple[int, ...]:
     """Tile lengths in use, ascending. A bucket has one, so that its shapes do not depend on who extends by how much."""
     longest = min(batch.max_extend, TILE_LENGTHS[-1])
@@ -200,7 +209,8 @@ def _tiles(spec: AttnSpec, batch: AttnBatch, length: int, shorter: int) -> Tiles
 
 def _tile_pages(tiles: Tiles[Ints], page_size: int) -> Ints:
     """int32[B]: pages from each tile's first key to its last."""
-    return -(-tiles.last_key.max(1) // page_size) - tiles.first_page
+    pages: Ints = -(-tiles.last_key.max(1) // page_size) - tiles.first_page
+    return pages
 
 
 def _max_tiles(batch: AttnBatch, length: int) -> int:
@@ -216,14 +226,15 @@ def _pad(tiles: Tiles[Ints], count: int) -> Tiles[Ints]:
 
 def _num_chunks(spec: AttnSpec, batch: AttnBatch, tiles: Tiles[Ints]) -> tuple[int, ...]:
     """Chunks of keys each block of tiles visits: those of its first tile, which has the most."""
-    chunk = pages_per_chunk(batch.page_size)
-    num_tiles, length = tiles.token.shape
+    length: int = tiles.token.shape[1]
+    chunk, size = pages_per_chunk(batch.page_size), tiles_per_block(spec, length)
     if not batch.static:
-        return tuple((-(-_tile_pages(tiles, batch.page_size)[::TILES_PER_BLOCK] // chunk)).tolist())
+        most = _tile_pages(tiles, batch.page_size)[::size]
+        return tuple(-(-int(n) // chunk) for n in most)
     pages = batch.num_pages
     if spec.window is not None:  # unaligned, so one more page than the keys would fill
         pages = min(pages, (spec.window + length - 2) // batch.page_size + 2)
-    return (-(-pages // chunk),) * -(-num_tiles // TILES_PER_BLOCK)
+    return (-(-pages // chunk),) * -(-len(tiles.row) // size)
 
 
 def _tile_row(batch: AttnBatch, groups: list[Tiles[Ints]]) -> Ints:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -25,11 +27,18 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Te
     return (y if bias is None else y + bias.to(y.dtype)).to(x.dtype)
 
 
-@op("norm.add_rms", composite=True)
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+@op("norm.add_rms", composite={"rms": "norm.rms"})
+def add_rms_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    eps: float,
+    *,
+    rms: Callable[[Tensor, Tensor, float], Tensor] = rms_norm,
+) -> tuple[Tensor, Tensor]:
     """x, residual: [T, M], weight: [M] -> y: [T, M], residual: [T, M].
 
     The new residual is x + residual rounded to x.dtype; y is the norm of that rounded sum.
     """
     residual = x + residual
-    return rms_norm(residual, weight, eps), residual
+    return rms(residual, weight, eps), residual

@@ -1,0 +1,3 @@
+"""The conformance suite of sglang-core backends."""
+
+__version__ = "0.1.0"

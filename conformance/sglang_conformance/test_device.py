@@ -1,0 +1,20 @@
+"""One test a case and dtype. What is not claimed and not run is a skip, so that pytest counts it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sglang_conformance.case import Case
+from sglang_conformance.runner import Suite, Verdict
+
+
+def test_conformance(conformance_suite: Suite, case: Case, dtype: torch.dtype) -> None:
+    result = conformance_suite.judge(case, dtype)
+    if result.verdict in (Verdict.UNSUPPORTED, Verdict.REFUSED):
+        pytest.skip(f"{result.verdict.value}: {result.reason}")
+    assert result.verdict is not Verdict.FAIL, result.reason
+
+
+def test_every_claim_is_tested(conformance_suite: Suite) -> None:
+    assert conformance_suite.untested_claims() == []

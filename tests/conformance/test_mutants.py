@@ -1,0 +1,155 @@
+"""The suite kills every kernel with a mistake in it, and lets honest ones live."""
+
+from __future__ import annotations
+
+import pytest
+from sglang_conformance.runner import Result, Suite, Verdict
+
+from sglang_core.backend.claims import Claim, Claims
+from sglang_core.backend.interface import DeviceInfo, KernelContext
+from sglang_core.backend.kernel import Kernel
+from sglang_core.backend.torch_backend import TorchBackend
+
+PROFILES = ("window", "soft_cap", "sinks", "odd_sizes", "buckets")
+MUTANTS = {
+    "window_off_by_one": "attn.paged",
+    "forgets_soft_cap": "attn.paged",
+    "forgets_sinks": "attn.paged",
+    "lse_in_base_2": "attn.paged",
+    "one_page_too_far": "attn.paged",
+    "softmax_without_max": "attn.paged",
+    "sees_one_key_of_the_future": "attn.paged",
+    "kv_heads_dealt_out": "attn.paged",
+    "weights_in_bf16": "attn.paged",
+    "reads_stale_values": "attn.paged",
+    "plans_without_the_last_req": "attn.plan",
+    "writes_one_slot_late": "kv.write",
+    "writes_layer_zero": "kv.write",
+    "merge_without_guard": "attn.merge",
+    "merge_in_base_2": "attn.merge",
+    "ragged_aligned_at_the_start": "attn.ragged",
+    "accumulates_in_bf16": "gemm.linear",
+    "forgets_bias": "gemm.linear",
+    "rms_without_eps": "norm.rms",
+    "rms_in_the_dtype": "norm.rms",
+    "add_rms_keeps_the_old_residual": "norm.add_rms",
+    "layer_norm_of_a_sample": "norm.layer",
+    "rotates_the_other_style": "rope.apply",
+    "rotates_one_position_late": "rope.apply",
+    "gates_with_up": "act.gated",
+    "gelu_is_tanh": "act.gated",
+    "looks_up_what_it_does_not_own": "embed.lookup",
+    "mask_from_the_top_bit": "logits.mask",
+    "penalty_always_divides": "logits.adjust",
+    "top_p_off_by_one": "sample.sample",
+    "top_k_off_by_one": "sample.sample",
+    "forgets_min_p": "sample.sample",
+    "takes_the_first_rows_temperature": "sample.sample",
+    "draws_without_the_position": "sample.sample",
+    "logprobs_after_temperature": "sample.sample",
+    "takes_the_highest_of_equals": "sample.sample",
+}
+INFO = DeviceInfo(backend="mutant", path="mutant", name="one mistake")
+
+
+class MutantBackend(TorchBackend):
+    name = "mutant"
+
+    def __init__(self, claims: Claims) -> None:
+        self._claims = claims
+
+    def probe(self) -> list[DeviceInfo]:
+        return [INFO]
+
+    def claims(self, ctx: KernelContext) -> Claims:
+        return self._claims
+
+
+def kernel(op: str, function: str, **facts: object) -> Kernel:
+    return Kernel(op, provider="mutant", fn=f"tests.conformance.mutants:{function}", device=("mutant",), **facts)  # type: ignore[arg-type]
+
+
+def suite(*kernels: Kernel, claims: Claims | None = None) -> Suite:
+    claims = claims or Claims.native([k.op for k in kernels], dtypes=("float32", "bfloat16"), profiles=PROFILES)
+    return Suite(MutantBackend(claims), INFO, num_threads=1, kernels=kernels)
+
+
+def cases_of(op: str) -> str:
+    return "attn.paged[" if op == "attn.plan" else f"{op}["
+
+
+@pytest.mark.parametrize("function", MUTANTS)
+def test_a_mistake_fails(function: str) -> None:
+    op = MUTANTS[function]
+    results = suite(kernel(op, function)).run([cases_of(op)])
+    killer = next((r for r in results if r.verdict is Verdict.FAIL), None)
+    assert killer is not None, f"{function} lives"
+    assert "Error:" not in killer.reason, f"{function} fails by raising: {killer.reason}"
+
+
+def test_honest_attention_passes() -> None:
+    results = list(suite(kernel("attn.paged", "naive_paged")).run(["attn.paged["]))
+    wrong = [(r.title, r.reason) for r in results if r.verdict is Verdict.FAIL and "float16]" not in r.title]
+    assert not wrong
+    assert {r.provider for r in results} == {"mutant"}
+
+
+def verdicts(results: list[Result], dtype: str = "float32") -> set[Verdict]:
+    return {r.verdict for r in results if r.dtype == dtype}
+
+
+def test_what_nothing_claims_is_reference() -> None:
+    results = list(suite(claims=Claims()).run(["logits.mask["]))
+    assert verdicts(results) == {Verdict.REFERENCE}
+
+
+def test_an_unclaimed_kernel_that_works_is_reported() -> None:
+    results = list(suite(kernel("attn.merge", "body_of_merge"), claims=Claims()).run(["attn.merge["]))
+    assert verdicts(results) == {Verdict.NOT_CLAIMED}
+
+
+def test_an_unclaimed_kernel_that_is_wrong_fails() -> None:
+    results = list(suite(kernel("attn.merge", "merge_in_base_2"), claims=Claims()).run(["attn.merge["]))
+    assert verdicts(results) == {Verdict.FAIL}
+
+
+def test_a_claim_without_a_kernel_fails() -> None:
+    results = list(suite(claims=Claims.native(["norm.layer"], profiles=PROFILES)).run(["norm.layer["]))
+    assert verdicts(results) == {Verdict.FAIL}
+    assert "claims it natively" in results[0].reason
+
+
+def test_a_refusal_fails_in_core_and_in_profiles_that_are_stated_only() -> None:
+    def no_windows(ctx: object) -> str | None:
+        return "no windows" if ctx.site.spec.window else None  # type: ignore[attr-defined]
+
+    honest = kernel("attn.paged", "naive_paged", supports=no_windows)
+    for profiles, expected in (((), Verdict.REFUSED), (("window",), Verdict.FAIL)):
+        claims = Claims.native(["attn.paged"], profiles=profiles)
+        results = list(suite(honest, claims=claims).run(["attn.paged[window 16"]))
+        assert verdicts(results) == {expected}
+
+    def nothing(ctx: object) -> str:
+        return "not today"
+
+    refuses = kernel("attn.paged", "naive_paged", supports=nothing)
+    assert verdicts(list(suite(refuses).run(["attn.paged[decode"]))) == {Verdict.FAIL}
+
+
+def test_unsupported_is_not_run() -> None:
+    from sglang_core.backend.claims import Support
+
+    claims = Claims((Claim(op="norm.layer", dtypes=("float32",), support=Support.UNSUPPORTED),))
+    assert verdicts(list(suite(claims=claims).run(["norm.layer["]))) == {Verdict.UNSUPPORTED}
+
+
+def test_a_kernel_that_raises_fails_with_its_words() -> None:
+    results = list(suite(kernel("norm.layer", "gates_with_up")).run(["norm.layer[bias"]))
+    assert verdicts(results) == {Verdict.FAIL}
+    assert "TypeError" in results[0].reason
+
+
+def test_claims_without_a_case_are_listed() -> None:
+    assert suite(claims=Claims.native(["attn.paged", "attn.plan", "norm.layer"])).untested_claims() == []
+    assert suite(claims=Claims((Claim(op="*"),))).untested_claims() == []
+    assert suite(claims=Claims.native(["moe.fused"])).untested_claims() == ["moe.fused"]

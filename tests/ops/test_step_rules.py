@@ -1,0 +1,97 @@
+"""Every op body keeps the rules of a step: traced on a fake device, it reads nothing on the host and writes only the pool."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+
+from sglang_core.backend.strict_trace import trace_step
+from sglang_core.ops import OPS
+from sglang_core.ops.attention import attn_plan
+from sglang_core.ops.gemm import dense
+from sglang_core.ops.rope import RopeSpec, rope_table
+from tests.ops.paged_case import CPU, PagedCase, attn_spec, paged_case
+from tests.ops.test_sampling import params
+
+HOST_OPS = {"attn.plan"}  # runs before the step
+CU = torch.tensor([0, 2, 5], dtype=torch.int32)
+ROPES = {style: RopeSpec(head_dim=8, rotary_dim=4, style=style) for style in ("neox", "interleaved")}  # type: ignore[arg-type]
+
+
+@dataclass
+class Call:
+    """An op call: tensors in `args` (and, for paged attention, the pool of `case`)."""
+
+    op: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    case: PagedCase | None = None
+
+
+def call(op: str, *args: Any, **kwargs: Any) -> Call:
+    return Call(op, args, kwargs)
+
+
+def ints(*values: int) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def paged(static: bool, sinks: bool, **more: Any) -> Call:
+    case = paged_case([(9, 1), (0, 20)], spec=attn_spec(has_sinks=sinks, **more), static=static)
+    plan = attn_plan(case.spec, case.batch, CPU)
+    kwargs = {"lse": True} | ({"sinks": torch.zeros(4)} if sinks else {})
+    return Call("attn.paged", (case.q, case.k, case.v, case.pool, 0, case.spec, plan), kwargs, case)
+
+
+def written() -> Call:
+    case = paged_case([(9, 1)])
+    return Call("kv.write", (case.k, case.v, case.pool, 0, case.batch.slot_mapping_cpu), {}, case)
+
+
+X, W = torch.randn(5, 8), torch.randn(8)
+Q, K = torch.randn(5, 4, 8), torch.randn(5, 2, 8)
+CALLS: list[Callable[[], Call]] = [
+    lambda: paged(static=False, sinks=False),
+    lambda: paged(static=True, sinks=True, window=5, soft_cap=3.0),
+    written,
+    lambda: call("attn.ragged", Q, K, K, CU, CU, attn_spec(), max_q=3, max_k=3, lse=True),
+    lambda: call("attn.merge", Q, Q[..., 0], Q, Q[..., 0]),
+    lambda: call("gemm.linear", X, dense(torch.randn(3, 8)), torch.randn(3)),
+    lambda: call("norm.rms", X, W, 1e-6),
+    lambda: call("norm.layer", X, W, W, 1e-6),
+    lambda: call("norm.add_rms", X, X, W, 1e-6),
+    lambda: call("rope.apply", Q, K, ints(0, 1, 2, 3, 4), rope_table(ROPES["neox"], 9), ROPES["neox"]),
+    lambda: call("rope.apply", Q, K, ints(0, 1, 2, 3, 4), rope_table(ROPES["interleaved"], 9), ROPES["interleaved"]),
+    *[lambda kind=kind: call("act.gated", X, kind) for kind in ("silu", "gelu", "gelu_tanh")],
+    lambda: call("embed.lookup", ints(1, 2), torch.randn(9, 4), 3),
+    lambda: call("logits.soft_cap", X, 3.0),
+    lambda: call("logits.mask", X, torch.zeros(5, 1, dtype=torch.int32)),
+    lambda: call("logits.adjust", X, ints(0, 1), ints(2, 3), torch.ones(2), torch.zeros(2)),
+    lambda: call("sample.sample", X, params(5, 8), logprobs=True),
+    lambda: call("sample.sample", X, params(5, 8, max_top_k=4), logprobs=False),
+    lambda: call("sample.sample", X, params(5, 8, needs_filter=False)),
+    lambda: call("sample.sample", X, params(5, 8, all_greedy=True)),
+]
+
+
+@pytest.mark.parametrize("make", CALLS, ids=lambda make: make().op)
+def test_body_traces_on_a_fake_device(make: Callable[[], Call]) -> None:
+    c = make()
+    mutable = c.case.pool.leaves if c.case else []
+    before = [t._version for t in _tensors(c.args)]
+    trace_step(lambda _, fb: OPS[c.op].body(*fb[0], **fb[1]), None, (c.args, c.kwargs), mutable)
+    with torch.inference_mode():
+        OPS[c.op].body(*c.args, **c.kwargs)
+    assert [t._version for t in _tensors(c.args)] == before
+
+
+def _tensors(args: tuple[Any, ...]) -> list[torch.Tensor]:
+    return [a for a in args if isinstance(a, torch.Tensor)]
+
+
+def test_every_op_is_traced() -> None:
+    assert {make().op for make in CALLS} == set(OPS) - HOST_OPS
