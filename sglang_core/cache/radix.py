@@ -30,6 +30,7 @@ class RadixNode:
     parent: RadixNode | None
     key: Hashable  # under which the parent lists it
     children: dict[Hashable, RadixNode] = field(default_factory=dict)
+    end: int = 0  # tokens from the root to its end
     lock_ref: int = 0
     last_used: int = 0  # tick of the tree, not seconds
     queued: bool = False  # has its one entry in the eviction heap
@@ -59,6 +60,16 @@ class Match:
     node: RadixNode
     num_tokens: int
     pages: Pages
+
+
+@dataclass(frozen=True, slots=True)
+class Peek:
+    """Where the longest cached prefix ends, found without changing anything; it may be out of date after any change."""
+
+    node: RadixNode  # the last one shared whole
+    node_end: int
+    ends_in: RadixNode  # `node`, or a child of it of which only the first pages are shared
+    num_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,10 +112,14 @@ class RadixCache:
                 pages[group] += step.pages[group]
         return Match(node, pos, pages)
 
-    def peek(self, namespace: Namespace, ids: Sequence[int]) -> tuple[RadixNode, int]:
-        """The node that ends the longest cached prefix, perhaps not at its own end, and the prefix's length. Changes nothing."""
-        node, pos, child, shared = self._walk(self.root, namespace, ids)
-        return (child if child is not None and shared else node), pos + shared
+    def peek(self, namespace: Namespace, ids: Sequence[int], known: Peek | None = None) -> Peek:
+        """What `match` would find. An earlier answer for the same ids, if it still holds, saves comparing them again."""
+        if known is None or known.node.end != known.node_end:  # pages were taken off its end, perhaps all
+            node, start = self.root, 0
+        else:
+            node, start = known.node, known.node_end
+        node, pos, child, shared = self._walk(node, namespace, ids, start)
+        return Peek(node, pos, child if child is not None and shared else node, pos + shared)
 
     def insert(
         self,
@@ -185,10 +200,10 @@ class RadixCache:
             stack.extend(node.children.values())
 
     def _walk(
-        self, node: RadixNode, namespace: Namespace, ids: Sequence[int]
+        self, node: RadixNode, namespace: Namespace, ids: Sequence[int], pos: int = 0
     ) -> tuple[RadixNode, int, RadixNode | None, int]:
-        """Follow `ids` below `node`: the last node shared whole, tokens until its end, the next child, tokens shared of it."""
-        pos, size = 0, self.page_size
+        """Follow `ids[pos:]` below `node`: the last node shared whole, where it ends, the next child, tokens shared of it."""
+        size = self.page_size
         while (child := self._child(node, namespace, ids, pos)) is not None:
             whole = min(len(child.tokens), (len(ids) - pos) // size * size)
             shared = common_pages(child.tokens, ids[pos : pos + whole], size)
@@ -214,7 +229,8 @@ class RadixCache:
             node = node.parent
 
     def _append(self, parent: RadixNode, namespace: Namespace, run: list[int], pages: Pages) -> RadixNode:
-        node = RadixNode(run, pages, parent, self._key(parent, namespace, run[: self.page_size]), last_used=self._tick)
+        node = RadixNode(run, pages, parent, self._key(parent, namespace, run[: self.page_size]))
+        node.end, node.last_used = parent.end + len(run), self._tick
         assert all(len(pages[g]) * self.page_size == len(run) for g in self.groups), "one page per page of tokens"
         parent.children[node.key] = node
         self.version += 1
@@ -228,6 +244,7 @@ class RadixCache:
         assert node.parent is not None
         cut = num_tokens // self.page_size
         upper = RadixNode(node.tokens[:num_tokens], {g: p[:cut] for g, p in node.pages.items()}, node.parent, node.key)
+        upper.end = node.end - len(node.tokens) + num_tokens
         upper.lock_ref, upper.last_used = node.lock_ref, node.last_used
         node.parent.children[node.key] = upper
         node.tokens = node.tokens[num_tokens:]
@@ -244,6 +261,7 @@ class RadixCache:
             freed[group] += node.pages[group][keep:]
             del node.pages[group][keep:]
         del node.tokens[keep * self.page_size :]
+        node.end -= taken * self.page_size
         self.version += 1
         self.num_pages -= taken
         self.num_evictable -= taken

@@ -29,7 +29,7 @@ class Admission:
 
     def admit(self, running: Sequence[Req], budget: StepBudget, num_slots: int) -> list[Chunk]:
         """First chunks of the reqs that start, which hold their pages then and have left the queue."""
-        if not (len(self._queue) and num_slots and budget.remaining > 0):
+        if not num_slots or budget.remaining <= 0:
             return []
         self._prefixes.refresh()
         chunks: list[Chunk] = []

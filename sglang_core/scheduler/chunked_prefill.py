@@ -65,10 +65,8 @@ def next_extend(req: Req) -> tuple[int, int]:
     return start, req.num_tokens - start
 
 
-def logprob_start_in(req: Req, start: int, stop: int) -> int:
-    """First position in the extend `[start, stop)` whose input logprob is owed, -1 for none."""
-    owed = logprob_start(req)
-    if owed < 0 or start >= len(req.input_ids):
-        return -1
-    first = max(owed, start + 1) if start else owed
-    return first if first < min(stop, len(req.input_ids)) else -1
+def logprob_start_in(chunk: Chunk) -> int:
+    """First position of a chunk, not yet in flight, whose input logprob is owed, -1 for none. Earlier chunks gave theirs."""
+    req, owed = chunk.req, logprob_start(chunk.req)
+    first = max(owed, req.reserved_len)
+    return first if owed >= 0 and first < min(chunk.stop, len(req.input_ids)) else -1

@@ -15,20 +15,25 @@ class SchedulerConfig:
     max_running: int  # reqs in a batch; slots are [0, max_running)
     context_length: int  # tokens a req may hold, prompt and output
     page_size: int = 1
-    token_budget: int = 8192  # new tokens a step computes, its decodes included; more only where decodes alone are more
-    chunked: bool = True  # cut prompts to the budget; else a prompt runs whole, alone if it is longer than the budget
+    token_budget: int = 8192  # new tokens a step computes, its decodes included, so it bounds the batch as well
+    chunked: bool = (
+        True  # cut prompts to the budget; else each runs whole, and one above the budget without other prompts
+    )
     max_queued: int | None = None
     policy: str = "lpm"
     max_in_flight: int = 1  # steps given to the device whose results are not processed: 2 with overlap, pp_size + 1
     random_seed: int = 0
     tokens_per_step: int = 1  # S: tokens that a decode step may accept
     fair_every: int = 16  # a policy may pass over the oldest waiting req so often, then it goes first
+    output_reserve: float = 0.7  # share of a req's allowed output that pages are kept for at first; adapts
     prefix_wait_tokens: int = 64  # tokens that another req must be computing for a req to wait for them
 
     def __post_init__(self) -> None:
         for name in ("max_running", "page_size", "max_in_flight", "tokens_per_step", "fair_every"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
+        if not 0.0 <= self.output_reserve <= 1.0:
+            raise ConfigError(f"output_reserve={self.output_reserve} must be between 0 and 1")
         if self.context_length < 2:
             raise ConfigError(f"context_length={self.context_length} must be at least 2: one prompt and one new token")
         if self.token_budget < 2:  # a chunk with input logprobs computes one token again

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 from sglang_core.cache.page_allocator import SCRATCH_PAGE, PageAllocator
 from sglang_core.types import FULL, Batch, StepPlan, StepResult, TokenLogprobs
@@ -32,6 +33,24 @@ def chain(salt: int, token_ids: Iterable[int]) -> list[int]:
     return links
 
 
+@dataclass(frozen=True, slots=True)
+class History:
+    """What is true of a req whatever is scheduled: its tokens, as if it never stopped, and their KV."""
+
+    salt: int  # of its namespace: equal tokens of two namespaces have different KV
+    token_ids: list[int]
+    links: list[int]
+
+    @classmethod
+    def of(cls, salt: int, prompt: list[int], num_outputs: int, vocab_size: int) -> History:
+        """The prompt, and tokens generated one by one with nothing cached."""
+        tokens, links = list(prompt), chain(salt, prompt)
+        for _ in range(num_outputs):
+            tokens.append(next_token(links[-1], vocab_size))
+            links.append(link(links[-1], tokens[-1]))
+        return cls(salt, tokens, links)
+
+
 def next_token(last_link: int, vocab_size: int) -> int:
     return (last_link >> 20) % vocab_size
 
@@ -39,22 +58,24 @@ def next_token(last_link: int, vocab_size: int) -> int:
 class FakeDevice:
     """Runs submitted steps in order, one a call. It knows of a req only its slot, as a runner does."""
 
-    def __init__(self, num_pages: int, page_size: int, max_running: int, vocab_size: int, tokens_per_step: int = 1) -> None:
+    def __init__(
+        self, num_pages: int, page_size: int, max_running: int, vocab_size: int, tokens_per_step: int = 1
+    ) -> None:
         self.page_size = page_size
         self.vocab_size = vocab_size
         self.tokens_per_step = tokens_per_step
         self._kv = [[POISON] * page_size for _ in range(num_pages)]
         self._tables: list[list[int]] = [[] for _ in range(max_running)]
         self._next_token_ids = [POISON] * max_running
-        self._stream: deque[tuple[Batch, list[list[int]], list[int]] | list[int]] = deque()
+        self._stream: deque[tuple[Batch, list[History]] | list[int]] = deque()
 
     def poison(self, pages: Sequence[int]) -> None:
         """These pages hold nothing any more, once the steps submitted so far have run."""
         self._stream.append(list(pages))
 
-    def submit(self, batch: Batch, tokens: list[list[int]], salts: list[int]) -> None:
-        """Queue a step. `tokens[r]`, `salts[r]`: row r's whole true history, to check by; the step itself does not use them."""
-        self._stream.append((batch, tokens, salts))
+    def submit(self, batch: Batch, histories: list[History]) -> None:
+        """Queue a step. `histories[r]` is the truth about row r to check by; the step itself does not use it."""
+        self._stream.append((batch, histories))
 
     def run_next(self) -> StepResult:
         """Run the oldest step that was submitted."""
@@ -63,7 +84,7 @@ class FakeDevice:
                 self._kv[page] = [POISON] * self.page_size
         return self._run(*op)
 
-    def _run(self, batch: Batch, tokens: list[list[int]], salts: list[int]) -> StepResult:
+    def _run(self, batch: Batch, histories: list[History]) -> StepResult:
         plan = batch.plan
         self._update_tables(plan)
         ids = self._gather_ids(plan)
@@ -72,9 +93,11 @@ class FakeDevice:
         written: set[tuple[int, int]] = set()
         for row, slot in enumerate(plan.slots):
             start, extend = plan.prefix_lens[row], ids[row]
-            truth = chain(salts[row], tokens[row])
-            assert self._read(slot, start) == truth[:start], f"row {row} of step {plan.step} reads KV that is not its own"
-            links = self._write(slot, start, extend, truth[start - 1] if start else salts[row], written)
+            truth, salt = histories[row].links, histories[row].salt
+            assert self._read(slot, start) == truth[:start], (
+                f"row {row} of step {plan.step} reads KV that is not its own"
+            )
+            links = self._write(slot, start, extend, truth[start - 1] if start else salt, written)
             assert links == truth[start : start + len(extend)], f"row {row} of step {plan.step} was given wrong tokens"
             outputs.append(self._sample(slot, start + len(extend), links[-1], written) if plan.sample[row] else [])
             first = plan.logprob_starts[row] if plan.logprob_starts else -1
@@ -123,7 +146,8 @@ class FakeDevice:
     def _sample(self, slot: int, position: int, last: int, written: set[tuple[int, int]]) -> list[int]:
         """One token, or up to `tokens_per_step` as if drafts had been accepted: then all but the last have their KV."""
         out = [next_token(last, self.vocab_size)]
-        for _ in range(last % self.tokens_per_step):
+        room = len(self._tables[slot]) * self.page_size - position  # a prompt's last chunk may have none for drafts
+        for _ in range(min(room, last % self.tokens_per_step)):
             last = self._write(slot, position, out[-1:], last, written)[0]
             position += 1
             out.append(next_token(last, self.vocab_size))

@@ -16,7 +16,9 @@ from sglang_core.types import PoolGroup, Req
 
 
 def cache_key(req: Req, start: int = 0, stop: int | None = None) -> list[int]:
-    """Ids of positions `[start, stop)` as the prefix tree is keyed by them: all known ones by default."""
+    """Ids of positions `[start, stop)` as the prefix tree is keyed by them: all known ones by default. Not to be changed."""
+    if start == 0 and stop is None and not req.output_ids:  # no copy: the policies ask this of every req that waits
+        return req.input_ids if req.cache_ids is None else req.cache_ids
     end = req.num_tokens if stop is None else stop
     if req.cache_ids is None:
         return req.token_ids(start, end)
@@ -104,7 +106,6 @@ class PageLedger:
 
     def release(self, req: Req) -> None:
         """Take every page from the req: whole committed ones go to the tree, the others are freed."""
-        req.committed_len = min(req.committed_len, req.num_tokens)
         self.commit(req)
         self.drop(req)
 

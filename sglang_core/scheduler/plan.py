@@ -60,7 +60,7 @@ def _mode(decodes: list[Req], chunks: list[Chunk]) -> ForwardMode:
 
 
 def _logprob_starts(num_decodes: int, chunks: list[Chunk]) -> list[int]:
-    starts = [logprob_start_in(*chunk) for chunk in chunks]
+    starts = [logprob_start_in(chunk) for chunk in chunks]
     return [-1] * num_decodes + starts if any(start >= 0 for start in starts) else []
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain, islice
 from typing import Protocol
 
-from sglang_core.cache.radix import RadixCache, RadixNode
+from sglang_core.cache.radix import Peek, RadixCache, RadixNode
 from sglang_core.scheduler.pages import cache_key
 from sglang_core.types import Req
 
@@ -39,20 +39,20 @@ class Priority:
 
 
 class PrefixLookup:
-    """What the tree has of each waiting req, looked up once a version of the tree."""
+    """What the tree has of each waiting req, looked up once a version of the tree, from where the last look-up ended."""
 
     def __init__(self) -> None:
         self._version = -1
-        self._found: dict[Req, tuple[RadixNode, int]] = {}
+        self._found: dict[Req, Peek] = {}
+        self._before: dict[Req, Peek] = {}  # of the version before; reqs that are no longer asked for drop out
 
-    def __call__(self, cache: RadixCache, req: Req) -> tuple[RadixNode, int]:
-        """The deepest node whose path the req shares, and the length of its cached prefix."""
+    def __call__(self, cache: RadixCache, req: Req) -> Peek:
         if cache.version != self._version:
-            self._version = cache.version
-            self._found.clear()
-        if req not in self._found:
-            self._found[req] = cache.peek(req.namespace, cache_key(req))
-        return self._found[req]
+            self._version, self._before, self._found = cache.version, self._found, {}
+        found = self._found.get(req)
+        if found is None:
+            found = self._found[req] = cache.peek(req.namespace, cache_key(req), self._before.get(req))
+        return found
 
 
 class LongestPrefixMatch:
@@ -67,7 +67,7 @@ class LongestPrefixMatch:
         window = list(islice(rest, WINDOW))
         cache = self._cache
         if len(window) > 1 and cache is not None:
-            window.sort(key=lambda req: -self._lookup(cache, req)[1])
+            window.sort(key=lambda req: -self._lookup(cache, req).num_tokens)
         return chain(window, rest)
 
 
@@ -86,7 +86,7 @@ class DfsWeight:
         ends: dict[RadixNode, list[Req]] = {}
         weights: Counter[RadixNode] = Counter()
         for req in window:
-            node, _ = self._lookup(self._cache, req)
+            node = self._lookup(self._cache, req).ends_in
             ends.setdefault(node, []).append(req)
             above: RadixNode | None = node
             while above is not None:
@@ -100,11 +100,14 @@ def _depth_first(root: RadixNode, weights: Counter[RadixNode], ends: dict[RadixN
     for node in weights:  # visits only what a waiting req reaches, never the whole tree
         if node.parent is not None:
             below.setdefault(node.parent, []).append(node)
-    stack = [root]
+    stack = [(root, False)]
     while stack:
-        node = stack.pop()
-        yield from ends.get(node, ())
-        stack.extend(sorted(below.get(node, ()), key=lambda child: weights[child]))
+        node, left = stack.pop()
+        if left:  # those who share more, further down, were first
+            yield from ends.get(node, ())
+            continue
+        stack.append((node, True))
+        stack += [(child, False) for child in sorted(below.get(node, ()), key=lambda child: weights[child])]
 
 
 POLICIES: Mapping[str, Callable[[RadixCache | None], Policy]] = {

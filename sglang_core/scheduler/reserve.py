@@ -6,8 +6,8 @@ from collections.abc import Iterable
 
 from sglang_core.types import Req
 
-START, LOWEST, HIGHEST = 0.7, 0.1, 1.0  # share of its remaining output that a req is expected to write
-DECAY_STEPS = 600  # steps without retraction that bring START to LOWEST
+LOWEST, HIGHEST = 0.1, 1.0  # share of its remaining output that a req is expected to write
+DECAY_STEPS = 600  # steps without retraction that bring the share from where it starts to LOWEST
 RETRACTION_JUMP = 0.25
 MOST_EXPECTED = 4096  # of a req whose max_new_tokens only means "until it ends"
 
@@ -19,11 +19,13 @@ class OutputReserve:
     raises it by a jump.
     """
 
-    def __init__(self) -> None:
-        self.ratio = START
+    def __init__(self, start: float) -> None:
+        self.ratio = start
+        self._lowest = min(start, LOWEST)
+        self._decay = (start - self._lowest) / DECAY_STEPS
 
     def step(self) -> None:
-        self.ratio = max(LOWEST, self.ratio - (START - LOWEST) / DECAY_STEPS)
+        self.ratio = max(self._lowest, self.ratio - self._decay)
 
     def retracted(self) -> None:
         self.ratio = min(HIGHEST, self.ratio + RETRACTION_JUMP)

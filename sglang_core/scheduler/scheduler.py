@@ -45,7 +45,7 @@ class Scheduler:
         self._prefixes = PrefixesInProgress(
             config.page_size, config.prefix_wait_tokens if cache is not None else sys.maxsize
         )
-        self._reserve = OutputReserve()
+        self._reserve = OutputReserve(config.output_reserve)
         self._queue = WaitingQueue(POLICIES[config.policy](cache), config.fair_every)
         self._admission = Admission(self._queue, self._ledger, self._prefixes, self._reserve)
         self._reqs: dict[str, Req] = {}  # every req that has not ended
@@ -206,6 +206,8 @@ class Scheduler:
         return decodes, growing
 
     def _start(self, budget: StepBudget) -> list[Chunk]:
+        if not len(self._queue):
+            return []
         running = [*self._prefilling.values(), *self._decoding.values()]
         chunks = self._admission.admit(running, budget, len(self._free_slots))
         for req, _, _ in chunks:
