@@ -1,0 +1,8 @@
+#include "isa.h"
+#include "parallel.h"
+
+#pragma GCC target("avx2,fma")
+#define VL 8
+#define KERNELS kernels_avx2
+#define KERNELS_NAME "avx2"
+#include "kernels.inl"

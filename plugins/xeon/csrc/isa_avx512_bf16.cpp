@@ -1,0 +1,22 @@
+#include <immintrin.h>
+
+#include "isa.h"
+#include "parallel.h"
+
+#ifdef EMULATE_AVX512  // tests only: the same code on pairs of 256-bit registers
+#pragma GCC target("avx2,fma")
+#else
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma")
+#endif
+#define VL 16
+#define HAS_DOT_BF16
+
+namespace sglang_xeon {
+namespace {
+#include "simd.inl"
+//
+#include "gemm.inl"
+}  // namespace
+
+void linear_avx512_bf16(const LinearArgs& args) { linear_path<Path::dot_bf16>(args); }
+}  // namespace sglang_xeon

@@ -1,0 +1,173 @@
+// Ops that map rows to rows: norm, gated activation, rope, argmax. Each reads its input once.
+
+constexpr int64_t kSerialElements = 16384;  // less work than this is done sooner than a second thread is woken
+
+// Runs the rows in tasks of about kSerialElements elements each.
+struct RowRange {
+  const void* args;
+  int64_t rows, per_task;
+};
+
+template <void (*One)(const void*, int64_t)>
+static void some_rows(const void* opaque, int64_t index) {
+  const RowRange& range = *static_cast<const RowRange*>(opaque);
+  int64_t end = min1(range.rows, (index + 1) * range.per_task);
+  for (int64_t row = index * range.per_task; row < end; ++row) One(range.args, row);
+}
+
+template <void (*One)(const void*, int64_t)>
+static void each_row(const void* args, int64_t rows, int64_t width) {
+  RowRange range{args, rows, max1(int64_t(1), kSerialElements / max1(int64_t(1), width))};
+  run_tasks(ceil_div(rows, range.per_task), some_rows<One>, &range);
+}
+
+INLINE vf load_as(const void* p, DType dtype, int64_t i) {
+  return dtype == DType::f32 ? load(static_cast<const float*>(p) + i) : load(static_cast<const uint16_t*>(p) + i);
+}
+
+template <typename T>
+static void norm_row(const void* opaque, int64_t index) {
+  const NormArgs& a = *static_cast<const NormArgs*>(opaque);
+  const T* x = static_cast<const T*>(a.x.data) + index / a.inner * a.x.stride + index % a.inner * a.inner_stride;
+  const T* residual = static_cast<const T*>(a.residual);
+  T* out = static_cast<T*>(a.out) + index * a.width;
+  if (residual) {  // the norm is of the rounded sum
+    residual += index * a.width;
+    T* total = static_cast<T*>(a.residual_out) + index * a.width;
+    int64_t i = 0;
+    for (; i + VL <= a.width; i += VL) store(total + i, load(x + i) + load(residual + i));
+    for (; i < a.width; ++i) store1(total + i, load1(x + i) + load1(residual + i));
+    x = total;
+  }
+  vf squares[2] = {};
+  int64_t i = 0;
+  for (; i + 2 * VL <= a.width; i += 2 * VL) {
+    vf first = load(x + i), second = load(x + i + VL);
+    squares[0] += first * first;
+    squares[1] += second * second;
+  }
+  float total = sum(squares[0] + squares[1]);
+  for (; i < a.width; ++i) total += load1(x + i) * load1(x + i);
+  float scale = 1.0f / __builtin_sqrtf(total / float(a.width) + a.eps);
+  for (i = 0; i + VL <= a.width; i += VL) store(out + i, load(x + i) * scale * load_as(a.weight, a.weight_dtype, i));
+  for (; i < a.width; ++i) store1(out + i, load1(x + i) * scale * load1(a.weight, a.weight_dtype, i));
+}
+
+static void norm(const NormArgs& args) {
+  if (args.x.dtype == DType::bf16)
+    each_row<norm_row<uint16_t>>(&args, args.rows * args.inner, args.width);
+  else
+    each_row<norm_row<float>>(&args, args.rows * args.inner, args.width);
+}
+
+INLINE vf silu(vf x) { return x / (1.0f + exp(-x)); }
+INLINE vf gelu_tanh(vf x) {
+  return 0.5f * x * (1.0f + tanh(0.7978845608028654f * (x + 0.044715f * x * x * x)));
+}
+INLINE vf gelu(vf x) {
+  UNROLL for (int i = 0; i < VL; ++i) x[i] = 0.5f * x[i] * (1.0f + __builtin_erff(x[i] * 0.7071067811865476f));
+  return x;
+}
+INLINE vf gate(vf x, Gate kind) { return kind == Gate::silu ? silu(x) : kind == Gate::gelu_tanh ? gelu_tanh(x) : gelu(x); }
+
+template <typename T>
+static void gated_row(const void* opaque, int64_t row) {
+  const GatedArgs& a = *static_cast<const GatedArgs*>(opaque);
+  const T* x = static_cast<const T*>(a.x.data) + row * a.x.stride;
+  T* out = static_cast<T*>(a.out) + row * a.width;
+  int64_t i = 0;
+  for (; i + VL <= a.width; i += VL) store(out + i, gate(load(x + i), a.gate) * load(x + a.width + i));
+  if (i == a.width) return;
+  vf rest{}, up{};
+  for (int64_t j = 0; i + j < a.width; ++j) rest[j] = load1(x + i + j), up[j] = load1(x + a.width + i + j);
+  rest = gate(rest, a.gate) * up;
+  for (int64_t j = 0; i + j < a.width; ++j) store1(out + i + j, rest[j]);
+}
+
+static void gated(const GatedArgs& args) {
+  // An exponential costs about as much as eight plain elements.
+  if (args.x.dtype == DType::bf16)
+    each_row<gated_row<uint16_t>>(&args, args.rows, args.width * 8);
+  else
+    each_row<gated_row<float>>(&args, args.rows, args.width * 8);
+}
+
+template <typename T>
+static void rope_token(const void* opaque, int64_t token) {
+  const RopeArgs& a = *static_cast<const RopeArgs*>(opaque);
+  int64_t half = a.rotary / 2;
+  const float* cosine = a.cos_sin + int64_t(a.positions[token]) * a.rotary;
+  const float* sine = cosine + half;
+  for (int64_t head = 0; head < a.heads; ++head) {
+    const T* x = static_cast<const T*>(a.x.data) + token * a.x.stride + head * a.head_dim;
+    T* out = static_cast<T*>(a.out.data) + token * a.out.stride + head * a.head_dim;
+    int64_t i = 0;
+    if (!a.interleaved) {
+      for (; i + VL <= half; i += VL) {
+        vf first = load(x + i), second = load(x + half + i), c = load(cosine + i), s = load(sine + i);
+        store(out + i, first * c - second * s);
+        store(out + half + i, second * c + first * s);
+      }
+    }
+    for (; i < half; ++i) {
+      int64_t j = a.interleaved ? 2 * i : i, k = a.interleaved ? 2 * i + 1 : half + i;
+      float first = load1(x + j), second = load1(x + k);
+      store1(out + j, first * cosine[i] - second * sine[i]);
+      store1(out + k, second * cosine[i] + first * sine[i]);
+    }
+    if (out != x)
+      for (i = a.rotary; i < a.head_dim; ++i) out[i] = x[i];
+  }
+}
+
+static void rope(const RopeArgs& args) {
+  if (args.x.dtype == DType::bf16)
+    each_row<rope_token<uint16_t>>(&args, args.tokens, args.heads * args.head_dim);
+  else
+    each_row<rope_token<float>>(&args, args.tokens, args.heads * args.head_dim);
+}
+
+// The lowest index among equals; a NaN counts as the largest, as torch has it.
+template <typename T>
+static void argmax_row(const void* opaque, int64_t row) {
+  const ArgmaxArgs& a = *static_cast<const ArgmaxArgs*>(opaque);
+  const T* x = static_cast<const T*>(a.x.data) + row * a.x.stride;
+  constexpr int64_t block = 1024;
+  float best = 0;
+  int64_t at = -1;
+  for (int64_t first = 0; first < a.width; first += block) {
+    int64_t end = min1(a.width, first + block), i = first;
+    vf top = splat(-__builtin_inff());
+    vi nan{};
+    for (; i + VL <= end; i += VL) {
+      vf values = load(x + i);
+      top = max(top, values);
+      nan |= values != values;
+    }
+    float most = max_lane(top);
+    bool any_nan = false;
+    UNROLL for (int j = 0; j < VL; ++j) any_nan |= nan[j] != 0;
+    for (; i < end; ++i) {
+      float value = load1(x + i);
+      most = max1(most, value);
+      any_nan |= value != value;
+    }
+    if (!any_nan && at >= 0 && most <= best) continue;
+    for (i = first; i < end; ++i) {  // this block holds the best so far: find it
+      float value = load1(x + i);
+      if (value != value) {
+        a.out[row] = int32_t(i);
+        return;
+      }
+      if (at < 0 || value > best) best = value, at = i;
+    }
+  }
+  a.out[row] = int32_t(at);
+}
+
+static void argmax(const ArgmaxArgs& args) {
+  if (args.x.dtype == DType::bf16)
+    each_row<argmax_row<uint16_t>>(&args, args.rows, args.width);
+  else
+    each_row<argmax_row<float>>(&args, args.rows, args.width);
+}

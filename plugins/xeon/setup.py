@@ -1,0 +1,59 @@
+"""Builds `sglang_xeon/_C.abi3.so`: plain C++ on torch's stable ABI, no Python symbols, seconds to compile."""
+
+import os
+import platform
+import shutil
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+try:
+    import torch
+except ImportError as e:
+    raise SystemExit(
+        "sglang-xeon is built against the torch that will run it, and torch cannot be imported here.\n"
+        "Install torch>=2.11, then: pip install --no-build-isolation ./plugins/xeon"
+    ) from e
+
+TORCH = Path(torch.__file__).parent
+SOURCES = ["library.cpp", "isa_avx2.cpp", "isa_avx512.cpp", "isa_avx512_bf16.cpp"]
+HEADERS = ["isa.h", "parallel.h", "kernels.inl", "simd.inl", "gemm.inl", "attention.inl", "rows.inl"]
+
+
+class BuildKernels(build_ext):
+    """Says what is missing before the compiler's own error would."""
+
+    def run(self) -> None:
+        machine = platform.machine()
+        if machine not in ("x86_64", "AMD64"):
+            raise SystemExit(f"sglang-xeon holds x86-64 kernels; this machine is {machine}. Use another backend.")
+        compiler = os.environ.get("CXX", "g++").split()[0]
+        if shutil.which(compiler) is None:
+            raise SystemExit(
+                f"sglang-xeon needs a C++17 compiler, and {compiler!r} is not on PATH.\n"
+                "Install one (Debian, Ubuntu: apt-get install g++; Fedora: dnf install gcc-c++), or set CXX."
+            )
+        super().run()
+
+
+setup(
+    cmdclass={"build_ext": BuildKernels},
+    ext_modules=[
+        Extension(
+            "sglang_xeon._C",
+            sources=[f"csrc/{name}" for name in SOURCES],
+            depends=[f"csrc/{name}" for name in HEADERS],
+            include_dirs=[str(TORCH / "include"), str(TORCH / "include/torch/csrc/api/include")],
+            library_dirs=[str(TORCH / "lib")],
+            libraries=["torch_cpu"],
+            # 2.11 is the oldest torch served. No -march: each isa_*.cpp raises the target for its own functions only.
+            define_macros=[("TORCH_TARGET_VERSION", "0x020b000000000000")],
+            extra_compile_args=["-std=c++17", "-O3", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-Wno-psabi", "-g0"],
+            extra_link_args=["-Wl,--strip-all"],
+            py_limited_api=True,
+            language="c++",
+        )
+    ],
+    options={"bdist_wheel": {"py_limited_api": "cp311"}},
+)

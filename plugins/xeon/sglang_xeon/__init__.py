@@ -1,0 +1,1 @@
+"""sglang-core's backend for x86-64 host CPUs."""

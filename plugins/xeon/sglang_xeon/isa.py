@@ -1,0 +1,73 @@
+"""Which instruction sets this CPU has, as one ordered level. Reads a text file; imports nothing heavy."""
+
+from __future__ import annotations
+
+import os
+import platform
+from pathlib import Path
+
+from sglang_core.api import ConfigError
+
+# Lowest first. Each level asks for its own flags and all those below it.
+LEVELS = ("avx2", "avx512", "avx512_bf16", "amx")
+_FLAGS = {
+    "avx2": {"avx2", "fma", "bmi2"},
+    "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl"},
+    "avx512_bf16": {"avx512_bf16"},
+    "amx": {"amx_tile", "amx_bf16"},
+}
+ENV = "SGLANG_XEON_ISA"  # debugging only: run as if the CPU had no more than this
+
+
+def detect(cpuinfo: str, machine: str = "x86_64") -> str | None:
+    """The highest level that the first processor of a /proc/cpuinfo text reaches, None where there is not even AVX2."""
+    if machine not in ("x86_64", "AMD64"):
+        return None
+    flags = set(_field(cpuinfo, "flags").split())
+    best = None
+    for level in LEVELS:
+        if not _FLAGS[level] <= flags:
+            break
+        best = level
+    return best
+
+
+def cpu_name(cpuinfo: str) -> str:
+    return _field(cpuinfo, "model name") or "x86-64 CPU"
+
+
+def read_cpuinfo(path: str = "/proc/cpuinfo") -> str:
+    """Its text, "" where the file is not there (another operating system)."""
+    try:
+        return Path(path).read_text()
+    except OSError:
+        return ""
+
+
+def host() -> str | None:
+    """The level of the CPU that this process runs on."""
+    return detect(read_cpuinfo(), platform.machine())
+
+
+def capped(found: str, wanted: str | None) -> str:
+    """`found`, or the lower level asked for. Raises ConfigError where `wanted` is unknown or more than there is."""
+    if wanted is None:
+        return found
+    if wanted not in LEVELS:
+        raise ConfigError(f"{ENV}={wanted!r} is not one of {', '.join(LEVELS)}; unset it to use all this CPU has")
+    if LEVELS.index(wanted) > LEVELS.index(found):
+        raise ConfigError(f"{ENV}={wanted!r} is more than this CPU has ({found}); set a lower one or unset it")
+    return wanted
+
+
+def active(found: str) -> str:
+    """The level to run at: `found`, unless the environment forces a lower one."""
+    return capped(found, os.environ.get(ENV) or None)
+
+
+def _field(cpuinfo: str, key: str) -> str:
+    for line in cpuinfo.splitlines():
+        name, _, value = line.partition(":")
+        if name.strip() == key:
+            return value.strip()
+    return ""

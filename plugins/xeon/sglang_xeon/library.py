@@ -1,0 +1,39 @@
+"""The compiled kernels as `torch.ops.sglang_xeon`. Importing this loads them and sets their ISA level."""
+
+from __future__ import annotations
+
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sglang_core.api import PluginError
+from sglang_xeon import isa
+
+# Levels of C++ kernels. AMX adds nothing in C++ yet: oneDNN has its tiles (gemm.py), the rest runs as on avx512_bf16.
+_KERNELS = {"avx2": "avx2", "avx512": "avx512", "avx512_bf16": "avx512_bf16", "amx": "avx512_bf16"}
+
+
+def _load() -> Any:
+    folder = Path(__file__).parent
+    found = [folder / f"_C{suffix}" for suffix in EXTENSION_SUFFIXES if (folder / f"_C{suffix}").exists()]
+    if not found:
+        raise PluginError(
+            f"sglang-xeon has no compiled kernels in {folder}; build them with"
+            " pip install --no-build-isolation ./plugins/xeon"
+        )
+    torch.ops.load_library(str(found[0]))
+    return torch.ops.sglang_xeon
+
+
+def set_isa(level: str) -> None:
+    """Run every kernel of this process at `level`. Raises ConfigError where this CPU lacks it."""
+    host = isa.host()
+    if host is None:
+        raise PluginError("sglang-xeon needs an x86-64 CPU with AVX2 and FMA; choose another --device")
+    ops.set_isa(_KERNELS[isa.capped(host, level)])
+
+
+ops = _load()
+set_isa(isa.active(isa.host() or "avx2"))

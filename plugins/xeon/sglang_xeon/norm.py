@@ -1,0 +1,19 @@
+"""norm.rms and norm.add_rms (csrc/rows.inl)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from sglang_xeon.library import ops
+
+_rms, _add_rms = ops.rms_norm.default, ops.add_rms_norm.default
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x: [..., M], weight: [M] -> [..., M]."""
+    return _rms(x, weight, eps)  # type: ignore[no-any-return]
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x, residual: [T, M] -> y: [T, M], residual: [T, M]."""
+    return _add_rms(x, residual, weight, eps)  # type: ignore[no-any-return]

@@ -1,0 +1,106 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from sglang_xeon import backend, isa, library
+from sglang_xeon.backend import XeonBackend
+from sglang_xeon.runtime import XeonRuntime
+
+from sglang_core.api import Claims, ConfigError, DefaultsContext, DeviceInfo, KernelContext, RuntimeContext, Support
+from sglang_core.api.ops import OPS
+
+
+def info(level: str) -> DeviceInfo:
+    return DeviceInfo(backend="xeon", path=f"xeon/{level}", name="test", facts={"isa": level, "isa_of_cpu": level})
+
+
+def fake_cpu(monkeypatch: pytest.MonkeyPatch, flags: str) -> None:
+    monkeypatch.setattr(isa, "read_cpuinfo", lambda path="": f"model name\t: Fake\nflags\t: {flags}\n")
+    monkeypatch.setattr(backend.platform, "machine", lambda: "x86_64")
+
+
+def test_probe_finds_this_cpu() -> None:
+    (found,) = XeonBackend().probe()
+    host = isa.detect(isa.read_cpuinfo())
+    assert found.path == f"xeon/{isa.active(host or '')}"
+    assert 10 <= found.score <= 99
+    assert found.total_memory > 0
+
+
+def test_probe_loads_no_torch() -> None:
+    code = "import sys; from sglang_xeon.backend import XeonBackend; XeonBackend().probe(); assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_probe_of_other_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(isa.ENV, raising=False)
+    fake_cpu(monkeypatch, "sse2 avx")
+    assert XeonBackend().probe() == []
+    assert "AVX2" in XeonBackend().absent_reason()
+    amx = "avx2 fma bmi2 avx512f avx512bw avx512dq avx512vl avx512_bf16 amx_tile amx_bf16"
+    fake_cpu(monkeypatch, amx)
+    assert XeonBackend().probe()[0].path == "xeon/amx"
+    monkeypatch.setenv(isa.ENV, "avx512")
+    forced = XeonBackend().probe()[0]
+    assert (forced.path, forced.facts["isa_of_cpu"]) == ("xeon/avx512", "amx")
+
+
+def test_a_malformed_level_is_an_error_once_the_device_is_opened(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(isa.ENV, "sse9")
+    (found,) = XeonBackend().probe()
+    with pytest.raises(ConfigError, match="sse9"):
+        XeonBackend().create_runtime(RuntimeContext(devices=(found,)))
+
+
+@pytest.mark.parametrize("name", isa.LEVELS)
+def test_every_kernel_is_claimed_and_exists(name: str) -> None:
+    ctx = KernelContext(device=info(name))
+    kernels, claims = XeonBackend().kernels(ctx), XeonBackend().claims(ctx)
+    assert isinstance(claims, Claims)
+    for kernel in kernels:
+        assert kernel.op in OPS
+        assert claims.support(kernel.op, fmt="dense", dtype="bfloat16") is Support.NATIVE
+        module, _, function = kernel.fn.partition(":")
+        __import__(module)
+        assert callable(getattr(sys.modules[module], function))
+    assert claims.support("gemm.linear", fmt="dense", dtype="float16") is Support.UNSUPPORTED
+
+
+def test_defaults_name_known_settings() -> None:
+    defaults = XeonBackend().config_defaults(DefaultsContext(device=info("avx2"), model={}))
+    assert defaults["dtype"] == "bfloat16"
+
+
+def test_runtime_computes_on_its_threads() -> None:
+    (found,) = XeonBackend().probe()
+    before = torch.get_num_threads()
+    try:
+        runtime = XeonRuntime(RuntimeContext(devices=(found,), num_threads=1))
+        stream = runtime.stream()
+        assert stream.submit(torch.get_num_threads).result() == 1
+        assert stream.submit(lambda: torch.ones(3).sum().item()).result() == 3
+        stream.close()
+        runtime.close()
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_the_stream_is_tied_and_the_caller_is_not() -> None:
+    import os
+
+    before = os.sched_getaffinity(0)
+    (found,) = XeonBackend().probe()
+    runtime = XeonRuntime(RuntimeContext(devices=(found,)))
+    stream = runtime.stream()
+    assert stream.submit(lambda: os.sched_getaffinity(0)).result() == {runtime.cpus[0]}
+    stream.close()
+    assert os.sched_getaffinity(0) == before
+
+
+def test_kernels_cannot_run_above_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(isa, "host", lambda: "avx2")
+    with pytest.raises(ConfigError, match="more than this CPU has"):
+        library.set_isa("avx512")

@@ -1,0 +1,23 @@
+"""The AVX-512 and BF16 kernels on a machine without them: the same source, compiled to pairs of AVX2 registers.
+
+Checks all of their code but the instructions that only they have, and speed.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from sglang_xeon import isa
+
+TESTS = [str(Path(__file__).with_name(name)) for name in ("test_gemm.py", "test_attention.py", "test_rows.py")]
+
+
+@pytest.mark.skipif(isa.host() in (None, isa.LEVELS[-1]), reason="this CPU runs every level as it is, or none")
+def test_every_level_emulated() -> None:
+    env = os.environ | {"SGLANG_XEON_TEST_EMULATE": "1", isa.ENV: ""}
+    run = subprocess.run([sys.executable, "-m", "pytest", "-x", *TESTS], env=env, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
