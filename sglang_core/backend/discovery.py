@@ -71,7 +71,7 @@ def check_api(entry: PluginEntry) -> None:
             f" like '{CORE_DIST}>={core.major}.{core.minor},<{core.major}.{core.minor + 1}'"
         )
     for allowed in ranges:
-        if not allowed.contains(core, prereleases=True):
+        if not allowed.contains(core):
             raise PluginError(
                 f"{entry.title} {entry.version} supports {CORE_DIST} {allowed}, and this is {CORE_DIST} {core}; install a"
                 f" {entry.dist!r} made for {core.major}.{core.minor}, or disable it with {DISABLE_PLUGINS}={entry.name}"

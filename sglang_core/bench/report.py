@@ -115,5 +115,7 @@ def _throughput(axis: Any, done: Sequence[RequestRecord]) -> None:
         counts = [0, *r.token_counts]
         times += [t - start for t in r.token_times]
         tokens += [now - before for before, now in pairwise(counts)]
-    width = max(times) / THROUGHPUT_BINS or 1.0
-    axis.hist(times, bins=THROUGHPUT_BINS, weights=[n / width for n in tokens], histtype="stepfilled", alpha=0.6)
+    end = max(times) or 1.0
+    per_second = THROUGHPUT_BINS / end
+    weights = [n * per_second for n in tokens]
+    axis.hist(times, bins=THROUGHPUT_BINS, range=(0.0, end), weights=weights, histtype="stepfilled", alpha=0.6)

@@ -99,6 +99,14 @@ def test_a_path_matches_by_whole_segments_and_star_matches_all() -> None:
     assert ("near (fake_kernels:near)", "made for acme/v; this is acme/v2/big") in bound.refused
 
 
+def test_path_comes_before_priority_within_one_provider_too() -> None:
+    bound = table(
+        kernel("wide", provider="p", priority=99), kernel("narrow", provider="p", device="acme/v2", priority=1)
+    ).bind(RMS)
+    assert bound.fn() == "narrow"
+    assert bound.refused == (("p (fake_kernels:wide)", "outranked by p (fake_kernels:narrow)"),)
+
+
 def test_a_tie_names_both_and_the_way_out() -> None:
     with pytest.raises(KernelSelectionError, match=r"norm.rms: a \(.*:a\) and b \(.*:b\) .* --kernel norm.rms=a"):
         table(kernel("a"), kernel("b")).bind(RMS)

@@ -15,6 +15,7 @@ from sglang_core.backend.interface import Bucket, RuntimeContext
 from sglang_core.backend.pool import Pool, PoolSpec
 from sglang_core.backend.strict_trace import StrictError
 
+DEVICE = torch.device("cpu")
 BUCKETS = (Bucket(num_tokens=4, num_reqs=4, max_extend=1, num_pages=2),)
 SPEC = PoolSpec(num_layers=2, page_size=4, num_kv_heads=1, head_dim=8, v_head_dim=8, dtype=torch.float32)
 
@@ -26,6 +27,10 @@ class Batch:
     plans: dict[str, Any] = field(default_factory=dict)
     longest: int = 1
     pools: Any = None
+    num_tokens: int = field(init=False, default=0)
+
+    def __post_init__(self) -> None:
+        self.num_tokens = len(self.ids)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -70,7 +75,8 @@ def batch(t: int = 4, **kwargs: Any) -> Batch:
 def good_step(model: Model) -> Callable[[State, Batch], Tensor]:
     def step(state: State, fb: Batch) -> Tensor:
         fb.pools = state.pool  # the runner does so; it must not reach the caller's batch as a fake
-        h = model(fb.ids)
+        h = model(fb.ids).to(model.scale.device)
+        h = h + torch.zeros(8, device=DEVICE)  # a device that was asked for when the model was built
         state.pool.scatter(0, fb.slots, h[:, None], h[:, None])
         k, _ = fb.pools.gather(0, fb.slots)
         seen = torch.arange(h.shape[0], device=h.device)[:, None] >= 0

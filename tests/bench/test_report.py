@@ -53,3 +53,15 @@ def test_plot_is_a_png(tmp_path: Path) -> None:
     path = tmp_path / "run.png"
     report.plot(str(path), "a run", records())
     assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_throughput_over_time_adds_up_to_the_tokens() -> None:
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    figure, axis = pyplot.subplots()
+    report._throughput(axis, [r for r in records() if r.ok])
+    [patch] = axis.patches
+    corners = patch.get_path().vertices
+    xs, ys = corners[:, 0], corners[:, 1]
+    area = abs(sum(xs[i] * ys[i + 1] - xs[i + 1] * ys[i] for i in range(len(xs) - 1))) / 2
+    pyplot.close(figure)
+    assert area == pytest.approx(4)
