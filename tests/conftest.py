@@ -13,7 +13,8 @@ import psutil
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach for the network
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors: a second thread costs more than it gives, most of all when shared
+# Tiny tensors: a second thread costs more than it gives, most of all on a shared machine.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @dataclass

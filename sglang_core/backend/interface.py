@@ -57,6 +57,7 @@ class RuntimeContext:
     rank: int = 0
     world_size: int = 1
     num_threads: int | None = None  # host threads it may compute with; None: as it sees fit
+    dist_timeout: float = 600.0  # seconds a collective may take before it raises
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

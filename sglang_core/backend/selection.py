@@ -66,6 +66,7 @@ class ExplainRow:
     why: str
     refused: Refusals
     fallback: bool
+    kernels: tuple[str, ...] = ()  # "module:function" of each variant; empty where the body runs
 
 
 class OpTable:
@@ -143,6 +144,7 @@ class OpTable:
                 why=b.reason,
                 refused=b.refused,
                 fallback=b.fallback,
+                kernels=tuple(kernel.fn for kernel in b.kernels),
             )
             for group in self._bound.values()
             for b in group

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import psutil
 
-from sglang_core.backend.interface import DeviceInfo, DeviceRuntime, RuntimeContext
+from sglang_core.backend.interface import DefaultsContext, DeviceInfo, DeviceRuntime, RuntimeContext
 from sglang_core.backend.torch_backend import TorchBackend
 
 
@@ -22,3 +24,7 @@ class StrictBackend(TorchBackend):
         from sglang_core.backend.strict_runtime import StrictRuntime  # torch: not needed to list devices
 
         return StrictRuntime(ctx)
+
+    def config_defaults(self, ctx: DefaultsContext) -> dict[str, Any]:
+        """Small buckets: a trace costs with the ops in it, and reference attention runs one set per tile of queries."""
+        return {"max_running_requests": 8, "chunked_prefill_size": 64}

@@ -79,8 +79,14 @@ class TorchRuntime(DeviceRuntime):
         if len(ranks) == 1:
             return LocalCommunicator()
         if not dist.is_initialized():
-            dist.init_process_group("gloo", store=store, rank=self.ctx.rank, world_size=self.ctx.world_size)
-        return TorchCommunicator(dist.new_group(list(ranks), timeout=timedelta(minutes=10)), ranks, rank)
+            dist.init_process_group(
+                "gloo",
+                store=store,
+                rank=self.ctx.rank,
+                world_size=self.ctx.world_size,
+                timeout=timedelta(seconds=self.ctx.dist_timeout),
+            )
+        return TorchCommunicator(dist.new_group(list(ranks), timeout=timedelta(seconds=self.ctx.dist_timeout)), ranks, rank)
 
     def close(self) -> None:
         if dist.is_initialized():

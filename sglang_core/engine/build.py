@@ -20,7 +20,7 @@ from sglang_core.backend.interface import DeviceRuntime, RuntimeContext
 from sglang_core.backend.pool import PoolSpec
 from sglang_core.backend.selection import Instrument, OpTable, parse_overrides
 from sglang_core.cache.page_allocator import PageAllocator
-from sglang_core.cache.radix import RadixCache
+from sglang_core.cache.radix import EVICTION_POLICIES, RadixCache
 from sglang_core.config import EngineConfig
 from sglang_core.engine.channel import PlanSender
 from sglang_core.engine.core import EngineCore
@@ -69,7 +69,8 @@ def build_engine(config: EngineConfig, *, world_size: int, directory: Path | Non
     page_size = _page_size(settled)
     on_free = rank.runner.poison if rank.runtime.poisons_freed_pages else None
     allocator = {FULL: PageAllocator(rank.num_pages, on_free)}
-    cache = None if settled.cache.disable_radix_cache else RadixCache(page_size)
+    policy = EVICTION_POLICIES[settled.cache.radix_eviction_policy]()
+    cache = None if settled.cache.disable_radix_cache else RadixCache(page_size, policy=policy)
     scheduler = Scheduler(scheduler_config(resolved), cache, allocator, time.monotonic)
     generation = read_generation_config(resolved.folder)
     eos_ids = _eos_ids(resolved.hf_config, generation)
@@ -127,7 +128,13 @@ def build_rank(
     resolved = resolve(config)
     settled, device = resolved.config, resolved.device
     runtime = device.backend.create_runtime(
-        RuntimeContext(devices=(device.info,), rank=rank, world_size=world_size, num_threads=settled.device.num_threads)
+        RuntimeContext(
+            devices=(device.info,),
+            rank=rank,
+            world_size=world_size,
+            num_threads=settled.device.num_threads,
+            dist_timeout=settled.parallel.dist_timeout,
+        )
     )
     tp = _tensor_parallel(runtime, rank, world_size, directory)
     verifier = None

@@ -10,6 +10,7 @@ from typing import Any
 
 from sglang_core.backend.devices import ChosenDevice, open_device
 from sglang_core.backend.interface import DefaultsContext
+from sglang_core.backend.providers import Providers
 from sglang_core.config import EngineConfig, all_settings
 from sglang_core.errors import ConfigError, PluginError
 from sglang_core.layers.causal_lm import CausalLM
@@ -54,7 +55,8 @@ def resolve(config: EngineConfig) -> Resolved:
     with_weights = config.model.load_format != "dummy"
     folder = resolve_folder(config.model.model_path, config.model.revision, weights=with_weights)
     hf_config = read_config(folder)
-    cls = model_class(hf_config, trust_remote_code=config.model.trust_remote_code)
+    from_plugins = Providers().named("sglang_models")
+    cls = model_class(hf_config, trust_remote_code=config.model.trust_remote_code, extra=from_plugins)
     model = cls.read_config(hf_config)
     settled = _with_defaults(config, device, hf_config)
     if settled.model.dtype == "auto":

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from sglang_core.backend.devices import open_device
-from sglang_core.backend.interface import Bucket, RuntimeContext
+from sglang_core.backend.interface import Bucket, DefaultsContext, RuntimeContext
 from sglang_core.backend.pool import Pool, PoolSpec
 from sglang_core.backend.strict_trace import StrictError
+from sglang_core.config import EngineConfig
 
 DEVICE = torch.device("cpu")
 BUCKETS = (Bucket(num_tokens=4, num_reqs=4, max_extend=1, num_pages=2),)
@@ -295,3 +296,11 @@ def test_buckets_cover_decode_and_prefill_up_to_the_limits(runtime) -> None:
     assert max(b.num_tokens for b in buckets) == 100
     assert {b.num_pages for b in buckets} == {9}
     assert len(buckets) < 10
+
+
+def test_it_asks_for_settings_that_keep_its_buckets_small() -> None:
+    chosen = open_device("strict")
+    defaults = chosen.backend.config_defaults(DefaultsContext(device=chosen.info, model={}))
+    settled = EngineConfig.from_flat(**defaults)
+    assert settled.schedule.max_running_requests == 8
+    assert settled.schedule.chunked_prefill_size == 64

@@ -1,0 +1,85 @@
+"""Every "auto" is settled once: the user wins over the backend, the backend over the generic defaults."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sglang_core import demo
+from sglang_core.backend.cpu import CpuBackend
+from sglang_core.backend.interface import DefaultsContext
+from sglang_core.config import EngineConfig
+from sglang_core.engine import resolve as resolving
+from sglang_core.engine.resolve import GENERIC_DEFAULTS, resolve
+from sglang_core.errors import ConfigError, PluginError
+from sglang_core.models.llama import LlamaForCausalLM
+
+
+def settled(**settings: Any) -> EngineConfig:
+    return resolve(EngineConfig.from_flat(**({"model_path": "demo", "device": "cpu"} | settings))).config
+
+
+@pytest.fixture
+def wishes(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What the backend would like; fill it before resolving."""
+    wished: dict[str, Any] = {}
+
+    def config_defaults(self: CpuBackend, ctx: DefaultsContext) -> dict[str, Any]:
+        assert ctx.model["model_type"] == "qwen3"
+        return wished
+
+    monkeypatch.setattr(CpuBackend, "config_defaults", config_defaults)
+    return wished
+
+
+def test_user_then_backend_then_generic(wishes: dict[str, Any]) -> None:
+    wishes.update(page_size=32, chunked_prefill_size=512)
+    config = settled(page_size=8)
+    assert config.cache.page_size == 8
+    assert config.schedule.chunked_prefill_size == 512
+    assert config.schedule.max_running_requests == GENERIC_DEFAULTS["max_running_requests"]
+
+
+def test_dtype_comes_from_the_user_the_backend_or_the_checkpoint(wishes: dict[str, Any]) -> None:
+    assert settled().model.dtype == "bfloat16"
+    assert settled().cache.kv_cache_dtype == "bfloat16"
+    wishes["dtype"] = "float32"
+    assert settled().model.dtype == "float32"
+    assert settled(dtype="bfloat16").model.dtype == "bfloat16"
+    assert settled(kv_cache_dtype="bfloat16").cache.kv_cache_dtype == "bfloat16"
+
+
+def test_a_backend_cannot_invent_settings(wishes: dict[str, Any]) -> None:
+    wishes["warp_speed"] = 9
+    with pytest.raises(PluginError, match="'cpu' sets defaults for warp_speed"):
+        settled()
+
+
+def test_the_context_is_the_models_unless_asked_for_less() -> None:
+    base = {"model_path": "demo", "device": "cpu"}
+    assert resolve(EngineConfig.from_flat(**base)).context_length == 2048
+    asked = resolve(EngineConfig.from_flat(**base, context_length=100))
+    assert asked.context_length == 100 and asked.context_asked
+
+
+def test_no_model_path_says_what_to_give() -> None:
+    with pytest.raises(ConfigError, match="'demo' for the embedded demo model"):
+        settled(model_path="")
+
+
+def test_a_plugin_brings_an_architecture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = json.loads((demo.path() / "config.json").read_text()) | {"architectures": ["AcmeForCausalLM"]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+
+    class Named:
+        def named(self, hook: str) -> dict[str, str]:
+            assert hook == "sglang_models"
+            return {"AcmeForCausalLM": "sglang_core.models.llama:LlamaForCausalLM"}
+
+    with pytest.raises(ConfigError, match="AcmeForCausalLM"):
+        resolve(EngineConfig.from_flat(model_path=str(tmp_path), device="cpu"))
+    monkeypatch.setattr(resolving, "Providers", Named)
+    assert resolve(EngineConfig.from_flat(model_path=str(tmp_path), device="cpu")).model_class is LlamaForCausalLM
