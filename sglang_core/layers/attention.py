@@ -20,16 +20,21 @@ from sglang_core.types import FULL
 
 
 class Attention(Layer):
-    """Self-attention of layer `layer_id`. `fused` says that the checkpoint has q, k and v as one matrix."""
+    """Self-attention of layer `layer_id`."""
 
     spec: AttnSpec  # for this rank; it and `plan` are known once bound
     plan: Callable[..., Plan]  # the op attn.plan that belongs to the kernel chosen
 
-    def __init__(self, cfg: ModelConfig, layer_id: int, *, fused: bool = False) -> None:
+    def __init__(self, cfg: ModelConfig, layer_id: int) -> None:
         super().__init__()
         self.cfg, self.layer_id, self.group = cfg, layer_id, FULL
         self.qkv_proj = QKVLinear(
-            cfg.hidden_size, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim, bias=cfg.qkv_bias, fused=fused
+            cfg.hidden_size,
+            cfg.num_heads,
+            cfg.num_kv_heads,
+            cfg.head_dim,
+            bias=cfg.qkv_bias,
+            fused=cfg.fused_projections,
         )
         self.o_proj = RowLinear(cfg.num_heads * cfg.head_dim, cfg.hidden_size, bias=cfg.o_bias)
         if cfg.qk_norm:

@@ -11,12 +11,14 @@ from sglang_core.layers.model_config import ModelConfig
 
 
 class GatedMLP(Layer):
-    """down(act(gate(x)) * up(x)). `fused` says that the checkpoint has gate and up as one matrix."""
+    """down(act(gate(x)) * up(x))."""
 
-    def __init__(self, cfg: ModelConfig, *, fused: bool = False) -> None:
+    def __init__(self, cfg: ModelConfig) -> None:
         super().__init__()
         self.activation = cfg.activation
-        self.gate_up_proj = GateUpLinear(cfg.hidden_size, cfg.intermediate_size, bias=cfg.mlp_bias, fused=fused)
+        self.gate_up_proj = GateUpLinear(
+            cfg.hidden_size, cfg.intermediate_size, bias=cfg.mlp_bias, fused=cfg.fused_projections
+        )
         self.down_proj = RowLinear(cfg.intermediate_size, cfg.hidden_size, bias=cfg.mlp_bias)
 
     def bind(self, ctx: BuildContext) -> None:

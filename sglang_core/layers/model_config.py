@@ -51,7 +51,8 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
         "qwen2": Family(defaults={"max_position_embeddings": 32768}, facts={"qkv_bias": True}),
         "qwen3": Family(defaults={"max_position_embeddings": 32768, "head_dim": 128}, facts={"qk_norm": True}),
         "phi3": Family(
-            defaults={"rms_norm_eps": 1e-5, "max_position_embeddings": 4096, "original_max_position_embeddings": 4096}
+            defaults={"rms_norm_eps": 1e-5, "max_position_embeddings": 4096, "original_max_position_embeddings": 4096},
+            facts={"fused_projections": True},
         ),
         "gemma2": Family(
             defaults=_GEMMA
@@ -116,6 +117,7 @@ class ModelConfig:
     o_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
+    fused_projections: bool = False  # the checkpoint has q, k, v as one matrix, and gate, up as another
     norm_offset: bool = False  # norms multiply by 1 + weight
     tie_embeddings: bool = False
 

@@ -1,4 +1,4 @@
-"""Llama 2 and 3, and the models that differ from it by config values only: Mistral, Qwen2, Qwen2.5, Qwen3."""
+"""Llama 2 and 3, and the models that differ from it by config values only: Mistral, Qwen2, Qwen2.5, Qwen3, Phi-3."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ ARCHITECTURES: Mapping[str, str] = {
     "MistralForCausalLM": f"{_HERE}.llama:LlamaForCausalLM",
     "Qwen2ForCausalLM": f"{_HERE}.llama:LlamaForCausalLM",
     "Qwen3ForCausalLM": f"{_HERE}.llama:LlamaForCausalLM",
-    "Phi3ForCausalLM": f"{_HERE}.phi3:Phi3ForCausalLM",
+    "Phi3ForCausalLM": f"{_HERE}.llama:LlamaForCausalLM",
     "Gemma2ForCausalLM": f"{_HERE}.gemma2:Gemma2ForCausalLM",
     "Gemma3ForCausalLM": f"{_HERE}.gemma3:Gemma3ForCausalLM",
     "Gemma3ForConditionalGeneration": f"{_HERE}.gemma3:Gemma3ForConditionalGeneration",
