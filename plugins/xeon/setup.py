@@ -17,7 +17,7 @@ except ImportError as e:
     ) from e
 
 TORCH = Path(torch.__file__).parent
-SOURCES = ["library.cpp", "isa_avx2.cpp", "isa_avx512.cpp", "isa_avx512_bf16.cpp"]
+SOURCES = ["library.cpp", "parallel.cpp", "isa_avx2.cpp", "isa_avx512.cpp", "isa_avx512_bf16.cpp"]
 HEADERS = ["isa.h", "parallel.h", "kernels.inl", "simd.inl", "gemm.inl", "attention.inl", "rows.inl"]
 
 
@@ -49,7 +49,16 @@ setup(
             libraries=["torch_cpu"],
             # 2.11 is the oldest torch served. No -march: each isa_*.cpp raises the target for its own functions only.
             define_macros=[("TORCH_TARGET_VERSION", "0x020b000000000000")],
-            extra_compile_args=["-std=c++17", "-O3", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-Wno-psabi", "-g0"],
+            extra_compile_args=[
+                "-std=c++17",
+                "-O3",
+                "-fvisibility=hidden",
+                "-fno-math-errno",
+                "-fno-trapping-math",
+                "-ffp-contract=fast",
+                "-Wno-psabi",
+                "-g0",
+            ],
             extra_link_args=["-Wl,--strip-all"],
             py_limited_api=True,
             language="c++",

@@ -26,44 +26,7 @@ using torch::stable::Tensor;
 
 // ---------------------------------------------------------------- threads
 
-int64_t num_threads() { return torch::stable::get_num_threads(); }
-
-void run_tasks(int64_t count, Task task, const void* args) {
-  int64_t threads = std::min<int64_t>(num_threads(), count);
-  if (threads <= 1) {
-    for (int64_t i = 0; i < count; ++i) task(args, i);
-    return;
-  }
-  std::atomic<int64_t> next{0};
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-    (void)begin, (void)end;
-    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) task(args, i);
-  });
-}
-
-namespace {
-
-struct Buffer {
-  void* data = nullptr;
-  size_t bytes = 0;
-  ~Buffer() { std::free(data); }
-};
-
-}  // namespace
-
-void* scratch(Slot slot, size_t bytes) {
-  static thread_local Buffer buffers[kNumSlots];
-  Buffer& buffer = buffers[slot];
-  if (buffer.bytes < bytes) {
-    std::free(buffer.data);
-    buffer.bytes = 0;
-    size_t rounded = (bytes + 4095) / 4096 * 4096;
-    buffer.data = std::aligned_alloc(64, rounded);
-    STD_TORCH_CHECK(buffer.data != nullptr, "sglang_xeon: out of memory for ", rounded, " bytes of scratch");
-    buffer.bytes = rounded;
-  }
-  return buffer.data;
-}
+int64_t default_num_threads() { return torch::stable::get_num_threads(); }
 
 namespace {
 
@@ -100,10 +63,10 @@ const Kernels& kernels() {
   return *active;
 }
 
-// Ties thread i of torch's pool, as seen from the calling thread, to cpus[i]. Returns how many were tied.
-// The pool's threads exist before the caller ties itself, so none inherits its mask.
+// Ties the calling thread to cpus[0] and thread i of its team, and of torch's pool as seen from it, to cpus[i]. Returns how
+// many of torch's were tied. They exist before the caller ties itself, so none inherits its mask.
 int64_t pin_threads(std::vector<int64_t> cpus) {
-  int64_t threads = std::min<int64_t>(num_threads(), int64_t(cpus.size()));
+  int64_t threads = std::min<int64_t>(default_num_threads(), int64_t(cpus.size()));
   std::atomic<int64_t> tied{0};
   torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
     if (end - begin != 1) return;  // fewer threads than asked for: leave them free
@@ -112,6 +75,7 @@ int64_t pin_threads(std::vector<int64_t> cpus) {
     CPU_SET(size_t(cpus[size_t(begin)]), &mask);
     if (sched_setaffinity(0, sizeof(mask), &mask) == 0) tied.fetch_add(1);
   });
+  pin_team(cpus.data(), int64_t(cpus.size()));
   return tied.load();
 }
 

@@ -23,7 +23,7 @@ def _load() -> Any:
             f"sglang-xeon has no compiled kernels in {folder}; build them with"
             " pip install --no-build-isolation ./plugins/xeon"
         )
-    torch.ops.load_library(str(found[0]))
+    torch.ops.load_library(str(found[0]))  # type: ignore[no-untyped-call]
     return torch.ops.sglang_xeon
 
 

@@ -35,9 +35,7 @@ class Case:
         slots: list[int] = []
         for r, (prefix, extend) in enumerate(reqs):
             table[r, : pages[r]] = torch.tensor([order.pop() for _ in range(pages[r])], dtype=torch.int32)
-            slots += [
-                int(table[r, i // page_size]) * page_size + i % page_size for i in range(prefix, prefix + extend)
-            ]
+            slots += [int(table[r, i // page_size]) * page_size + i % page_size for i in range(prefix, prefix + extend)]
         self.pool = Pool(
             PoolSpec(
                 num_layers=2,
@@ -90,9 +88,7 @@ class Case:
         )
         want_leaves, self.pool.leaves = self.pool.leaves, clones
         plan = attention.plan(self.spec, self.batch, CPU)
-        got, got_lse = attention.paged(
-            self.q, self.k, self.v, self.pool, 1, self.spec, plan, lse=True, **kwargs
-        )
+        got, got_lse = attention.paged(self.q, self.k, self.v, self.pool, 1, self.spec, plan, lse=True, **kwargs)
         assert_close(got, want)
         # One more exponential's error, and no rounding to the activations' dtype.
         torch.testing.assert_close(got_lse, want_lse, rtol=1e-4, atol=1e-4)
@@ -133,7 +129,15 @@ def test_page_sizes(level: str, dtype: torch.dtype, page_size: int) -> None:
 
 @pytest.mark.parametrize("reqs", BATCHES.values(), ids=BATCHES)
 @pytest.mark.parametrize(
-    "facts", [{"window": 1}, {"window": 30}, {"window": 64}, {"soft_cap": 2.0}, {"causal": False}, {"window": 9, "soft_cap": 1.5}]
+    "facts",
+    [
+        {"window": 1},
+        {"window": 30},
+        {"window": 64},
+        {"soft_cap": 2.0},
+        {"causal": False},
+        {"window": 9, "soft_cap": 1.5},
+    ],
 )
 def test_windows_caps_and_full_attention(level: str, reqs: list[tuple[int, int]], facts: dict) -> None:
     Case(make_spec(**facts), reqs, torch.float32).check()

@@ -59,15 +59,22 @@ def test_gated_at_the_ends(level: str, kind) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("style", ["neox", "interleaved"])
-@pytest.mark.parametrize("tokens, heads, kv_heads, dim, rotary", [(1, 4, 2, 64, 64), (33, 3, 1, 20, 12), (0, 2, 2, 16, 16), (300, 16, 8, 128, 128)])
-def test_rope_is_the_body(level: str, dtype, style, tokens: int, heads: int, kv_heads: int, dim: int, rotary: int) -> None:
+@pytest.mark.parametrize(
+    "tokens, heads, kv_heads, dim, rotary",
+    [(1, 4, 2, 64, 64), (33, 3, 1, 20, 12), (0, 2, 2, 16, 16), (300, 16, 8, 128, 128)],
+)
+def test_rope_is_the_body(
+    level: str, dtype, style, tokens: int, heads: int, kv_heads: int, dim: int, rotary: int
+) -> None:
     spec = RopeSpec(head_dim=dim, rotary_dim=rotary, style=style)
     table = torch.randn(500, rotary)
     positions = torch.randint(0, 500, (tokens,), dtype=torch.int32)
     qk = torch.randn(tokens, heads + kv_heads, dim).to(dtype)
     q, k = qk.split((heads, kv_heads), dim=1)
     kept = qk.clone()
-    for got, want in zip(rope.rope_apply(q, k, positions, table, spec), body("rope.apply")(q, k, positions, table, spec), strict=True):
+    for got, want in zip(
+        rope.rope_apply(q, k, positions, table, spec), body("rope.apply")(q, k, positions, table, spec), strict=True
+    ):
         assert_close(got, want, scale=4)
     assert torch.equal(qk, kept)
 
