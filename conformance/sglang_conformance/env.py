@@ -15,12 +15,15 @@ from sglang_core.backend.kernel import OpSite
 from sglang_core.backend.pool import Pool, PoolSpec
 from sglang_core.backend.selection import BoundOp, OpTable
 from sglang_core.ops import OPS
+from sglang_core.ops.attention import AttnSpec
 from sglang_core.ops.gemm import dense
+from sglang_core.ops.mla import MLASpec
 from sglang_core.ops.weight import PackedWeight
 
 CPU = torch.device("cpu")
 Op = Callable[..., Any]
 PAGED_OPS = ("attn.paged", "attn.plan", "kv.write")
+MLA_OPS = ("attn.mla_paged", "attn.mla_plan", "kv.write_mla")
 
 
 class Env(ABC):
@@ -58,12 +61,16 @@ class Env(ABC):
         """A random dense matrix as the kernel at `site` wants it."""
 
     @abstractmethod
+    def experts(self, num: int, rows: int, columns: int, site: OpSite) -> PackedWeight:
+        """A stack of random dense matrices as the kernel at `site` wants it."""
+
+    @abstractmethod
     def op(self, name: str, **facts: Any) -> Op:
         """The op, bound at a site with these facts (spec, dims, fmt)."""
 
     @abstractmethod
-    def paged_ops(self, spec: Any, page_size: int) -> dict[str, Op]:
-        """The ops that share a KV pool."""
+    def paged_ops(self, spec: AttnSpec | MLASpec, page_size: int) -> dict[str, Op]:
+        """The ops that share a KV pool; of a MLASpec, a pool of latents."""
 
     @abstractmethod
     def pool(self, spec: PoolSpec, num_pages: int) -> Pool:
@@ -85,11 +92,14 @@ class BodyEnv(Env):
     def weight(self, rows: int, columns: int, site: OpSite) -> PackedWeight:
         return dense(self.normal(rows, columns))
 
+    def experts(self, num: int, rows: int, columns: int, site: OpSite) -> PackedWeight:
+        return dense(self.normal(num, rows, columns))
+
     def op(self, name: str, **facts: Any) -> Op:
         return OPS[name].body
 
-    def paged_ops(self, spec: Any, page_size: int) -> dict[str, Op]:
-        return {name: OPS[name].body for name in PAGED_OPS}
+    def paged_ops(self, spec: AttnSpec | MLASpec, page_size: int) -> dict[str, Op]:
+        return {name: OPS[name].body for name in (MLA_OPS if isinstance(spec, MLASpec) else PAGED_OPS)}
 
     def pool(self, spec: PoolSpec, num_pages: int) -> Pool:
         pool = Pool(replace(spec, dtype=torch.float64) if self._oracle else spec, num_pages, CPU)
@@ -112,17 +122,23 @@ class DeviceEnv(Env):
         return x.to(self.device)
 
     def weight(self, rows: int, columns: int, site: OpSite) -> PackedWeight:
-        weight = dense(self.normal(rows, columns))
+        return self._packed(dense(self.normal(rows, columns)), site)
+
+    def experts(self, num: int, rows: int, columns: int, site: OpSite) -> PackedWeight:
+        return self._packed(dense(self.normal(num, rows, columns)), site)
+
+    def _packed(self, weight: PackedWeight, site: OpSite) -> PackedWeight:
         pack = self._table.bind(site).pack
         return weight if pack is None else pack(weight)  # type: ignore[no-any-return]
 
     def op(self, name: str, **facts: Any) -> Op:
         return self._remember([self._table.bind(self.site(name, **facts))])[name]
 
-    def paged_ops(self, spec: Any, page_size: int) -> dict[str, Op]:
+    def paged_ops(self, spec: AttnSpec | MLASpec, page_size: int) -> dict[str, Op]:
         self._table = self._make_table(page_size)
-        dims = {"Hq": spec.num_heads, "Hk": spec.num_kv_heads, "D": spec.head_dim}
-        group = self._table.bind_group([self.site(name, spec=spec, dims=dims) for name in PAGED_OPS])
+        like, names = (spec.latent, MLA_OPS) if isinstance(spec, MLASpec) else (spec, PAGED_OPS)
+        dims = {"Hq": like.num_heads, "Hk": like.num_kv_heads, "D": like.head_dim}
+        group = self._table.bind_group([self.site(name, spec=spec, dims=dims) for name in names])
         return self._remember(group.values())
 
     def pool(self, spec: PoolSpec, num_pages: int) -> Pool:

@@ -10,6 +10,7 @@ from sglang_core.layers.forward_batch import ForwardBatch, StepState
 from sglang_core.layers.linear import ColumnLinear, GateUpLinear, Linear, QKVLinear, RowLinear
 from sglang_core.layers.mlp import GatedMLP
 from sglang_core.layers.model_config import ModelConfig
+from sglang_core.layers.moe import MoE
 from sglang_core.layers.norm import LayerNorm, RMSNorm
 from sglang_core.layers.rope import Rope
 
@@ -26,6 +27,7 @@ __all__ = [
     "Layer",
     "LayerNorm",
     "Linear",
+    "MoE",
     "ModelConfig",
     "QKVLinear",
     "RMSNorm",

@@ -9,6 +9,8 @@ from sglang_core.ops import OPS, OpDef, op
 from sglang_core.ops.activation import GateKind
 from sglang_core.ops.attention import AttnBatch, AttnSpec, Plan
 from sglang_core.ops.attention_plan import PlanStatic, Tiles
+from sglang_core.ops.mla import MLASpec
+from sglang_core.ops.moe import ExpertSpec, RouteSpec
 from sglang_core.ops.rope import RopeSpec
 from sglang_core.ops.sampling import SampleParams
 from sglang_core.ops.weight import PackedWeight
@@ -17,12 +19,15 @@ __all__ = [
     "OPS",
     "AttnBatch",
     "AttnSpec",
+    "ExpertSpec",
     "GateKind",
+    "MLASpec",
     "OpDef",
     "PackedWeight",
     "Plan",
     "PlanStatic",
     "RopeSpec",
+    "RouteSpec",
     "SampleParams",
     "Tiles",
     "op",

@@ -1,4 +1,4 @@
-"""`Pool`: one rank's K/V store of one kind. The runtime owns the bytes; the core owns the page ids.
+"""`Pool`: one rank's K/V store of one kind, full KV or MLA latents. The runtime owns the bytes; the core owns the page ids.
 
 Page 0 is scratch: padding writes there. A slot is `page * page_size + offset`. Stale slots may hold NaN.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -14,8 +15,13 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PoolSpec:
-    """What one pool holds, for this rank."""
+    """What one pool holds, for this rank.
 
+    Kind "mla": a token keeps one latent and one rotated key that all heads share. They stand where K and V stand in a full
+    pool: num_kv_heads is 1, head_dim the latent's rank, v_head_dim that of the rotated key.
+    """
+
+    kind: Literal["full", "mla"] = "full"
     group: str = "full"
     num_layers: int
     page_size: int
@@ -24,6 +30,9 @@ class PoolSpec:
     v_head_dim: int
     dtype: torch.dtype
     layout: str = "canonical"  # as kernel selection chose it; a runtime that cannot make it raises
+
+    def __post_init__(self) -> None:
+        assert self.kind == "full" or self.num_kv_heads == 1, "latents have no heads"
 
     @property
     def bytes_per_token(self) -> int:
@@ -36,6 +45,10 @@ class PoolSpec:
 
 class Pool:
     """Canonical layout: per layer one leaf k: [N, P, Hk, D] and one leaf v: [N, P, Hk, Dv].
+
+    Of kind "mla" they are c_kv: [N, P, 1, rank] and k_pe: [N, P, 1, rope dims]; all methods take and give the two in this
+    order. Two leaves and not one of rank + rope dims: values are c_kv alone, read whole and unstrided, and the two may be
+    rounded differently. A kernel that wants them fused says so with a layout of its own.
 
     The runtime may rebind `leaves` (a functional compiler donates them); nobody holds one across a step. Writes go to the
     leaf itself, never through a view.
@@ -55,6 +68,14 @@ class Pool:
         return self.leaves[2 * layer]
 
     def v(self, layer: int) -> Tensor:
+        return self.leaves[2 * layer + 1]
+
+    def c_kv(self, layer: int) -> Tensor:
+        assert self.spec.kind == "mla", "a pool of keys and values holds no latents"
+        return self.leaves[2 * layer]
+
+    def k_pe(self, layer: int) -> Tensor:
+        assert self.spec.kind == "mla", "a pool of keys and values holds no latents"
         return self.leaves[2 * layer + 1]
 
     def gather(self, layer: int, slots: Tensor) -> tuple[Tensor, Tensor]:
@@ -95,4 +116,4 @@ class Pool:
     @property
     def fingerprint(self) -> str:
         s = self.spec
-        return f"{self.layout}/{s.group}/L{s.num_layers}/P{s.page_size}/H{s.num_kv_heads}/D{s.head_dim}.{s.v_head_dim}/{s.dtype}"
+        return f"{self.layout}/{s.kind}/{s.group}/L{s.num_layers}/P{s.page_size}/H{s.num_kv_heads}/D{s.head_dim}.{s.v_head_dim}/{s.dtype}"

@@ -86,7 +86,9 @@ class TorchRuntime(DeviceRuntime):
                 world_size=self.ctx.world_size,
                 timeout=timedelta(seconds=self.ctx.dist_timeout),
             )
-        return TorchCommunicator(dist.new_group(list(ranks), timeout=timedelta(seconds=self.ctx.dist_timeout)), ranks, rank)
+        return TorchCommunicator(
+            dist.new_group(list(ranks), timeout=timedelta(seconds=self.ctx.dist_timeout)), ranks, rank
+        )
 
     def close(self) -> None:
         if dist.is_initialized():

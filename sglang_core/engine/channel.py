@@ -13,13 +13,14 @@ import zmq
 from sglang_core.types import FromEngine, StepPlan, ToEngine
 
 _HIGH_WATER = 0  # no message is ever dropped; admission limits bound the queue
+IDLE_WAIT = 0.5  # seconds
 
 
 class EngineEnd(Protocol):
     """What the engine's loop reads and writes."""
 
     def receive(self, *, block: bool) -> list[ToEngine]:
-        """Every message that is there; with `block`, waits up to a second for the first."""
+        """Every message that is there; with `block`, waits up to IDLE_WAIT for the first."""
 
     def send(self, message: FromEngine) -> None: ...
     def close(self) -> None: ...
@@ -38,7 +39,7 @@ class QueueEnd:
     def receive(self, *, block: bool) -> list[ToEngine]:
         messages: list[ToEngine] = []
         try:
-            messages.append(self._inbox.get(block=block, timeout=1.0 if block else None))
+            messages.append(self._inbox.get(block=block, timeout=IDLE_WAIT if block else None))
             while True:
                 messages.append(self._inbox.get_nowait())
         except queue.Empty:
@@ -68,7 +69,7 @@ class ZmqEnd:
 
     def receive(self, *, block: bool) -> list[ToEngine]:
         messages: list[ToEngine] = []
-        if block and not self._inbox.poll(1000):
+        if block and not self._inbox.poll(int(IDLE_WAIT * 1000)):
             return messages
         while True:
             try:

@@ -1,6 +1,8 @@
 """`EngineClient`: the asyncio side of an engine. Tokenises, sends, turns tokens into text, ends what the caller leaves.
 
-One loop owns a client. Per answer it keeps one `_Answer`, from `generate` until its terminal output came and was delivered.
+One loop owns a client. Per answer it keeps one `_Answer`, from `generate` until its terminal output came and was delivered. The
+engine knows an answer by a key that is used once: what it still says about one that its reader left is nobody's, even where the
+caller uses the rid again at once.
 """
 
 from __future__ import annotations
@@ -11,7 +13,6 @@ import itertools
 import logging
 import secrets
 import threading
-import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -54,7 +55,8 @@ TOKENIZE_IN_THREAD = 4096  # characters; shorter prompts are not worth the hand-
 class _Answer:
     """One req in the engine: its text so far and what its reader has not taken yet."""
 
-    rid: str
+    rid: str  # as the caller knows it
+    key: str  # as the engine knows it
     index: int
     num_prompt_tokens: int
     sampling: SamplingParams
@@ -68,6 +70,10 @@ class _Answer:
     done: bool = False
     error: Exception | None = None
 
+    def fail(self, error: Exception) -> None:
+        self.error, self.done = error, True
+        self.news.set()
+
 
 class EngineClient:
     """See `requests.Client`. Made by `start`; `close` ends the engine with it."""
@@ -77,8 +83,9 @@ class EngineClient:
         self.tokenizer: Tokenizer | None = None
         self.info: EngineInfo
         self.gauges: dict[str, float] = {}  # the engine's latest
-        self._answers: dict[str, _Answer] = {}
-        self._groups: dict[str, list[str]] = {}  # request rid -> rids of its answers
+        self._answers: dict[str, _Answer] = {}  # by key
+        self._groups: dict[str, list[_Answer]] = {}  # request rid -> its answers
+        self._answer_ids = itertools.count()
         self._controls: dict[int, asyncio.Future[ControlReply]] = {}
         self._control_ids = itertools.count()
         self._ready: asyncio.Future[dict[str, object]] = asyncio.get_running_loop().create_future()
@@ -86,7 +93,7 @@ class EngineClient:
             lambda ready: ready.cancelled() or ready.exception()
         )  # seen, even if nobody waits
         self._dead: EngineDeadError | None = None
-        self._last_news = time.monotonic()
+        self._silence = 0.0  # seconds that the engine, once ready, has said nothing
         self._link: _Link = (
             _ThreadLink(config, self._on_message) if config.in_process else _ProcessLink(config, self._on_message)
         )
@@ -100,7 +107,7 @@ class EngineClient:
             client._link.start()
             client._watcher = asyncio.create_task(client._watch())
             loading = asyncio.create_task(asyncio.to_thread(load_tokenizer, config))  # beside the model
-            ready = await asyncio.gather(client._ready, loading, return_exceptions=True)
+            ready = await asyncio.gather(asyncio.shield(client._ready), loading, return_exceptions=True)
             for outcome in ready:
                 if isinstance(outcome, BaseException):
                     raise outcome
@@ -119,6 +126,7 @@ class EngineClient:
         """Stream one request; see `requests.Client.generate`."""
         self._raise_if_dead()
         input_ids = await self._input_ids(request)
+        self._raise_if_dead()  # tokenising a long prompt takes its time
         self._check(request, input_ids)
         rid = request.rid or secrets.token_hex(12)
         if rid in self._groups:
@@ -127,18 +135,19 @@ class EngineClient:
             )
         news = asyncio.Event()
         answers = [self._answer(request, rid, index, len(input_ids), news) for index in range(request.sampling.n)]
-        self._groups[rid] = [answer.rid for answer in answers]
-        for answer in answers:
-            self._answers[answer.rid] = answer
-            self._link.send(self._message(request, answer, input_ids))
+        self._groups[rid] = answers
         try:
+            for answer in answers:
+                self._answers[answer.key] = answer
+                self._link.send(self._message(request, answer, input_ids))
             while True:
                 await news.wait()
                 news.clear()
-                for answer in answers:
+                for answer in answers if request.stream else [answer for answer in answers if answer.done]:
                     chunks, answer.chunks = answer.chunks, []
                     for chunk in chunks:
                         yield chunk
+                for answer in answers:  # nothing awaits between this and the end: no error comes unseen
                     if answer.error is not None:
                         raise answer.error
                 if all(answer.done and not answer.chunks for answer in answers):
@@ -148,9 +157,9 @@ class EngineClient:
 
     async def abort(self, rid: str) -> None:
         self._raise_if_dead()
-        rids = self._groups.get(rid, []) if rid else [""]
-        for each in list(rids):
-            self._link.send(AbortReq(each))
+        named = self._groups.get(rid) or [answer for answer in self._answers.values() if answer.rid == rid]
+        for key in [answer.key for answer in named] if rid else [""]:
+            self._link.send(AbortReq(key))
 
     async def flush_cache(self) -> bool:
         return (await self._control("flush_cache")).ok
@@ -165,12 +174,16 @@ class EngineClient:
             self._watcher.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._watcher
-        polite = self.is_alive and self._ready.exception() is None
+        polite = self.is_alive
         if polite:
             self._link.send(Control(id=next(self._control_ids), action="shutdown"))
         self._die("the engine was shut down")
         await asyncio.to_thread(self._link.stop, GRACE_SECONDS if polite else 0.0)
         await self._link.closed()
+
+    def kill(self) -> None:
+        """`close` by force: at once, from any thread, waiting for nothing. For an owner that is gone."""
+        self._link.kill()
 
     # Requests
 
@@ -196,6 +209,8 @@ class EngineClient:
             raise RequestError(
                 f"token id {bad} is not in the vocabulary [0, {self.info.vocab_size})", param="input_ids"
             )
+        if request.sampling.n > (room := self.info.max_running_requests + self.info.max_queued_requests):
+            raise RequestError(f"n={request.sampling.n} answers are more than this engine holds ({room})", param="n")
         if self.tokenizer is None and request.sampling.stop:
             raise RequestError(
                 "stop strings need a tokenizer; this server runs with --skip-tokenizer-init", param="stop"
@@ -203,8 +218,10 @@ class EngineClient:
 
     def _answer(self, request: GenerateRequest, rid: str, index: int, num_prompt: int, news: asyncio.Event) -> _Answer:
         text = TextStream(self.tokenizer, request.sampling) if self.tokenizer is not None else None
+        name = rid if request.sampling.n == 1 else f"{rid}-{index}"
         return _Answer(
-            rid=rid if request.sampling.n == 1 else f"{rid}-{index}",
+            rid=name,
+            key=f"{name}@{next(self._answer_ids)}",
             index=index,
             num_prompt_tokens=num_prompt,
             sampling=request.sampling,
@@ -220,7 +237,7 @@ class EngineClient:
             seed = None if sampling.seed is None else sampling.seed + answer.index
             sampling = msgspec.structs.replace(sampling, n=1, seed=seed)
         return AddReq(
-            rid=answer.rid,
+            rid=answer.key,
             input_ids=input_ids,
             sampling=sampling,
             logprob=request.logprob,
@@ -232,9 +249,9 @@ class EngineClient:
         """The reader is done or gone: abort what still runs."""
         self._groups.pop(rid, None)
         for answer in answers:
-            self._answers.pop(answer.rid, None)
-            if not answer.done and self._dead is None:
-                self._link.send(AbortReq(answer.rid))
+            sent = self._answers.pop(answer.key, None) is not None
+            if sent and not answer.done and self._dead is None:
+                self._link.send(AbortReq(answer.key))
 
     async def _control(self, action: Any) -> ControlReply:
         self._raise_if_dead()
@@ -254,26 +271,35 @@ class EngineClient:
     # News from the engine, on the loop
 
     def _on_message(self, message: FromEngine) -> None:
-        self._last_news = time.monotonic()
+        self._silence = 0.0
         match message:
             case OutputBatch(outputs=outputs, stats=stats):
                 self.gauges = stats
                 for output in outputs:
                     if (answer := self._answers.get(output.rid)) is not None and not answer.done:
-                        self._on_output(answer, output)
+                        self._take_output(answer, output)
             case ControlReply(id=control_id):
                 if (future := self._controls.get(control_id)) is not None and not future.done():
                     future.set_result(message)
             case EngineReady(info=info):
-                self._ready.set_result(info)
+                if not self._ready.done():
+                    self._ready.set_result(info)
             case EngineFailed(error=error):
                 self._die(error)
+
+    def _take_output(self, answer: _Answer, output: ReqOutput) -> None:
+        """`_on_output`, where what goes wrong with one answer (a tokenizer that chokes) is that answer's end, not the reader's."""
+        try:
+            self._on_output(answer, output)
+        except Exception as e:
+            log.exception("rid %s: its output cannot be delivered", answer.rid)
+            answer.fail(e)
+            self._link.send(AbortReq(answer.key))
 
     def _on_output(self, answer: _Answer, output: ReqOutput) -> None:
         finish = output.finish_reason
         if finish is not None and finish.type == "abort" and finish.status is not None:
-            answer.error, answer.done = _refusal(finish), True
-            answer.news.set()
+            answer.fail(_refusal(finish))
             return
         text, token_ids = "", output.token_ids
         answer.num_tokens += len(token_ids)
@@ -286,7 +312,7 @@ class EngineClient:
                 answer.num_tokens = match.num_tokens
                 token_ids = token_ids[: len(token_ids) - dropped] if dropped else token_ids
                 if finish is None:
-                    self._link.send(FinishReqAt(answer.rid, match.num_tokens, match.matched))
+                    self._link.send(FinishReqAt(answer.key, match.num_tokens, match.matched))
                 finish = FinishReason("stop", matched=match.matched)
         self._deliver(answer, output, text, token_ids, finish)
 
@@ -325,15 +351,23 @@ class EngineClient:
     # Life and death
 
     async def _watch(self) -> None:
-        """Notice a rank that died, or an engine that has work and says nothing."""
+        """Notice a rank that died, or an engine that says nothing, and end what is left of it.
+
+        A running engine speaks every half second, with work or without. Silence is counted in looks, not read off a clock: a client
+        that was itself stopped for an hour has not looked.
+        """
         limit = self.config.server.watchdog_timeout
         while self._dead is None:
             await asyncio.sleep(WATCH_INTERVAL)
             if (cause := self._link.dead()) is not None:
                 await asyncio.sleep(WATCH_INTERVAL)  # its last words may still be on the way
                 self._die(cause)
-            elif self._ready.done() and self._answers and time.monotonic() - self._last_news > limit:
-                self._die(f"the engine said nothing for {limit} s with requests running (see --watchdog-timeout)")
+            elif self._ready.done():
+                self._silence += WATCH_INTERVAL
+                if self._silence > limit:
+                    self._die(f"the engine said nothing for {limit} s (see --watchdog-timeout)")
+        await asyncio.sleep(WATCH_INTERVAL)  # one that failed is still writing its log
+        self._link.kill()
 
     def _die(self, cause: str) -> None:
         """Nothing more comes from the engine: everyone who waits is told, once."""
@@ -344,8 +378,7 @@ class EngineClient:
             self._ready.set_exception(ConfigError(cause))
         for answer in self._answers.values():
             if not answer.done:
-                answer.error, answer.done = EngineDeadError(cause), True
-                answer.news.set()
+                answer.fail(EngineDeadError(cause))
         for future in self._controls.values():
             if not future.done():
                 future.set_exception(EngineDeadError(cause))
@@ -412,6 +445,10 @@ class _Link:
         """Wait `grace` seconds for the engine to end, then use force. Called in a thread."""
         raise NotImplementedError
 
+    def kill(self) -> None:
+        """Use force, and wait for nothing: a rank that hangs must not come back to life beside its successor."""
+        raise NotImplementedError
+
     async def closed(self) -> None:
         return
 
@@ -432,8 +469,13 @@ class _ProcessLink(_Link):
         self._reader: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        self._outbox.bind(to_engine_address(self._ranks.directory))
-        self._inbox.bind(from_engine_address(self._ranks.directory))
+        try:
+            self._outbox.bind(to_engine_address(self._ranks.directory))
+            self._inbox.bind(from_engine_address(self._ranks.directory))
+        except zmq.ZMQError as e:
+            raise ConfigError(
+                f"no sockets can be made in {self._ranks.directory}: {e}; set TMPDIR to another folder"
+            ) from e
         self._ranks.start()
         self._reader = asyncio.create_task(self._read())
 
@@ -446,10 +488,15 @@ class _ProcessLink(_Link):
         self._outbox.send(self._encoder.encode(message))  # the queue has no bound, so this never waits
 
     def dead(self) -> str | None:
+        if self._reader is not None and self._reader.done():
+            return f"the engine's news cannot be read: {self._reader.exception()!r}"
         return self._ranks.dead()
 
     def stop(self, grace: float) -> None:
         self._ranks.stop(grace=grace)
+
+    def kill(self) -> None:
+        self._ranks.kill()
 
     async def closed(self) -> None:
         if self._reader is not None:
@@ -506,5 +553,8 @@ class _ThreadLink(_Link):
 
     def stop(self, grace: float) -> None:
         if self._thread.ident is not None:
-            self._end.post(Control(id=-1, action="shutdown"))
+            self.kill()
             self._thread.join(30)
+
+    def kill(self) -> None:
+        self._end.post(Control(id=-1, action="shutdown"))  # a thread ends of itself or not at all

@@ -35,6 +35,7 @@ from sglang_core.types import (
 )
 
 log = logging.getLogger(__name__)
+SIGN_OF_LIFE = 0.4  # seconds of silence after which the loop says that it runs; shorter than an idle wait
 
 
 class Pending(Protocol):
@@ -70,6 +71,7 @@ class EngineCore:
         self._extra_stats, self._on_step = extra_stats, on_step
         self._in_flight: deque[tuple[Batch, Pending]] = deque()
         self._running = True
+        self._last_sent = clock()
 
     @property
     def has_work(self) -> bool:
@@ -150,8 +152,9 @@ class EngineCore:
     def _send(self, end: EngineEnd, news: list[ReqOutput] | ControlReply) -> None:
         if isinstance(news, ControlReply):
             end.send(news)
-        elif news:
+        elif news or self._clock() - self._last_sent > SIGN_OF_LIFE:
             end.send(OutputBatch(outputs=news, stats=self.stats()))
+            self._last_sent = self._clock()
 
 
 def encode_info(info: Any) -> dict[str, object]:

@@ -8,6 +8,7 @@ from sglang_core.engine.requests import Tokenizer
 from sglang_core.types import SamplingParams
 
 REPLACEMENT = "\ufffd"  # what a decoder puts for a character whose last bytes are still to come
+MAX_HELD = 16  # tokens; no character is spread over so many, and each new one decodes all of them again
 
 
 class IncrementalDecoder:
@@ -18,26 +19,29 @@ class IncrementalDecoder:
 
     def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool) -> None:
         self._tokenizer, self._skip = tokenizer, skip_special_tokens
-        self._ids: list[int] = []
-        self._context = 0  # ids[context:read] is decoded again as left context
-        self._read = 0  # ids[:read] have been given out
+        self._context: list[int] = []  # given out last, decoded again as left context
+        self._context_text = ""
+        self._held: list[int] = []  # not given out yet
 
     def push(self, token_id: int) -> str:
         """The text that became certain with this token, often empty in the middle of a character."""
-        self._ids.append(token_id)
-        before = self._decode(self._ids[self._context : self._read])
-        now = self._decode(self._ids[self._context :])
-        if now.endswith(REPLACEMENT) or len(now) <= len(before):
-            return ""
-        self._context, self._read = self._read, len(self._ids)
-        return now[len(before) :]
+        self._held.append(token_id)
+        text = self._decode(self._context + self._held)
+        if len(text) > len(self._context_text) and (not text.endswith(REPLACEMENT) or len(self._held) > MAX_HELD):
+            return self._give_out(text)
+        if len(self._held) > MAX_HELD:
+            self._held.clear()  # special tokens that are skipped: no text will come of them
+        return ""
 
     def flush(self) -> str:
         """What is left at the end, replacement characters included."""
-        before = self._decode(self._ids[self._context : self._read])
-        now = self._decode(self._ids[self._context :])
-        self._context = self._read = len(self._ids)
-        return now[len(before) :]
+        return self._give_out(self._decode(self._context + self._held))
+
+    def _give_out(self, text: str) -> str:
+        new = text[len(self._context_text) :]
+        self._context, self._held = self._held, []
+        self._context_text = self._decode(self._context)
+        return new
 
     def _decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=self._skip) if ids else ""

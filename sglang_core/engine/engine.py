@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import queue
+import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
+import weakref
+from collections.abc import AsyncIterator, Coroutine, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 from sglang_core.config import EngineConfig
 from sglang_core.engine.client import EngineClient
-from sglang_core.engine.native import answer, parse_sampling_params
+from sglang_core.engine.native import (
+    Count,
+    Priority,
+    StartLen,
+    answer,
+    checked,
+    checked_text,
+    parse_sampling_params,
+)
 from sglang_core.engine.requests import EngineInfo, GenerateChunk, GenerateRequest
-from sglang_core.errors import RequestError
+from sglang_core.errors import EngineDeadError, RequestError
 from sglang_core.types import LogprobParams
 
 T = TypeVar("T")
@@ -31,14 +42,16 @@ class Engine:
         """`settings` are the server's, by flat name. Returns when the model is ready; raises ConfigError and its siblings."""
         config = EngineConfig.from_flat(log_level=log_level, **settings)
         self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="engine-client", daemon=True)
+        self._thread = threading.Thread(target=_run, args=(self._loop,), name="engine-client", daemon=True)
         self._thread.start()
         try:
             self._client = self._wait(EngineClient.start(config))
-        except BaseException:
-            self._stop_loop()
+        except BaseException:  # Ctrl-C while the model loads, too
+            _stop(self._loop, self._thread)
             raise
         self._open = True
+        # Without a shutdown() the processes end when the Engine is dropped, and at the latest when the interpreter ends.
+        self._abandon = weakref.finalize(self, _abandon, self._client, self._loop)
 
     @property
     def info(self) -> EngineInfo:
@@ -127,8 +140,11 @@ class Engine:
         """End the engine's processes. Safe to call twice."""
         if self._open:
             self._open = False
-            self._wait(self._client.close())
-            self._stop_loop()
+            try:
+                self._wait(self._client.close())
+            finally:
+                _stop(self._loop, self._thread)
+                self._abandon()  # nothing is left of it, unless a second Ctrl-C came
 
     def __enter__(self) -> Engine:
         return self
@@ -152,10 +168,11 @@ class Engine:
             raise RequestError("give exactly one of prompt and input_ids", param="prompt")
         if prompt is not None:
             single = isinstance(prompt, str)
-            texts, ids = ([prompt] if single else list(prompt)), None
+            texts, ids = [checked_text(text, "prompt") for text in ([prompt] if single else prompt)], None
         else:
             single = bool(input_ids) and isinstance(input_ids[0], int)
-            texts, ids = None, ([list(input_ids)] if single else [list(each) for each in input_ids])
+            batch = [input_ids] if single else input_ids
+            texts, ids = None, [checked(list(each), list[Count], "input_ids") for each in batch]
         count = len(texts if texts is not None else ids or [])
 
         def each(value: Any, name: str) -> list[Any]:
@@ -179,12 +196,13 @@ class Engine:
                 input_ids=ids[i] if ids is not None else None,
                 sampling=parse_sampling_params(params[i] or {}),
                 logprob=LogprobParams(
-                    top_logprobs_num=tops[i] or 0, logprob_start_len=-1 if starts[i] is None else starts[i]
+                    top_logprobs_num=checked(tops[i] or 0, Count, "top_logprobs_num"),
+                    logprob_start_len=checked(-1 if starts[i] is None else starts[i], StartLen, "logprob_start_len"),
                 )
                 if wants[i]
                 else None,
-                rid=rids[i],
-                priority=priority,
+                rid=None if rids[i] is None else checked_text(rids[i], "rid"),
+                priority=checked(priority, Priority, "priority"),
                 stream=stream,
             )
             for i in range(count)
@@ -192,7 +210,12 @@ class Engine:
         return requests, single
 
     async def _all(self, requests: list[GenerateRequest]) -> list[Answer]:
-        answers = await asyncio.gather(*(self._collect(request) for request in requests))
+        """The first that fails ends the others: nobody would read their answers."""
+        tasks = [asyncio.create_task(self._collect(request)) for request in requests]
+        try:
+            answers = await asyncio.gather(*tasks)
+        finally:
+            await _cancel(tasks)
         return [answer for group in answers for answer in group]
 
     async def _collect(self, request: GenerateRequest) -> list[Answer]:
@@ -203,8 +226,8 @@ class Engine:
         return [answer(parts, request, time.monotonic() - started) for parts in chunks.values()]
 
     async def _events(self, requests: list[GenerateRequest]) -> AsyncIterator[Answer]:
-        """Answers of every request as they grow, merged."""
-        events: asyncio.Queue[Answer | Exception | None] = asyncio.Queue()
+        """Answers of every request as they grow, merged. While the reader is busy they grow unseen, and are not queued."""
+        events: asyncio.Queue[Answer | Exception | None] = asyncio.Queue(maxsize=len(requests))
 
         async def follow(place: int, request: GenerateRequest) -> None:
             started = time.monotonic()
@@ -213,10 +236,10 @@ class Engine:
                 async for chunk in self._client.generate(request):
                     chunks[chunk.index].append(chunk)
                     grown = answer(chunks[chunk.index], request, time.monotonic() - started)
-                    events.put_nowait(grown | {"index": place * request.sampling.n + chunk.index})
+                    await events.put(grown | {"index": place * request.sampling.n + chunk.index})
             except Exception as e:
-                events.put_nowait(e)
-            events.put_nowait(None)
+                await events.put(e)
+            await events.put(None)
 
         tasks = [asyncio.create_task(follow(place, request)) for place, request in enumerate(requests)]
         try:
@@ -230,16 +253,16 @@ class Engine:
                 else:
                     yield event
         finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await _cancel(tasks)
 
     def _stream(self, requests: list[GenerateRequest]) -> Iterator[Answer]:
         handed: queue.SimpleQueue[Answer | BaseException | None] = queue.SimpleQueue()
+        room = asyncio.Semaphore(1)  # the reader's thread takes one while the loop prepares the next
 
         async def pump() -> None:
             try:
                 async for event in self._events(requests):
+                    await room.acquire()
                     handed.put(event)
                 handed.put(None)
             except BaseException as e:
@@ -249,8 +272,12 @@ class Engine:
         future = self._submit(pump())
         try:
             while (event := handed.get()) is not None:
+                if isinstance(event, asyncio.CancelledError):
+                    raise EngineDeadError("the engine was shut down")
                 if isinstance(event, BaseException):
                     raise event
+                with contextlib.suppress(RuntimeError):  # the loop ended meanwhile: what it had to say is handed over
+                    self._loop.call_soon_threadsafe(room.release)
                 yield event
         finally:
             future.cancel()
@@ -264,13 +291,52 @@ class Engine:
             await asyncio.to_thread(events.close)  # type: ignore[attr-defined]
 
     def _submit(self, coroutine: Coroutine[Any, Any, T]) -> Any:
+        if self._loop.is_closed():
+            coroutine.close()
+            raise EngineDeadError("the engine was shut down")
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
 
     def _wait(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        result: T = self._submit(coroutine).result()
-        return result
+        """Its result. Where the caller is interrupted the work is, too."""
+        future = self._submit(coroutine)
+        try:
+            result: T = future.result()
+            return result
+        except BaseException:
+            future.cancel()
+            raise
 
-    def _stop_loop(self) -> None:
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
+
+async def _cancel(tasks: Iterable[asyncio.Task[Any]]) -> None:
+    for task in tasks:
+        if not task.cancelling():  # one that was cancelled before is cleaning up
+            task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _run(loop: asyncio.AbstractEventLoop) -> None:
+    with contextlib.closing(loop):
+        loop.run_forever()
+
+
+def _stop(loop: asyncio.AbstractEventLoop, thread: threading.Thread) -> None:
+    """End what still runs on the loop, so that whoever waits for it hears, and the loop itself."""
+
+    async def rest() -> None:
+        await _cancel(asyncio.all_tasks() - {asyncio.current_task()})
+
+    asyncio.run_coroutine_threadsafe(rest(), loop).result()
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join()
+
+
+def _abandon(client: EngineClient, loop: asyncio.AbstractEventLoop) -> None:
+    """From any thread, the loop's own included: kill the engine, and end the loop once it has cleaned up."""
+    client.kill()
+    if not loop.is_closed() and not sys.is_finalizing():
+
+        async def rest() -> None:
+            await client.close()
+            loop.stop()
+
+        asyncio.run_coroutine_threadsafe(rest(), loop)

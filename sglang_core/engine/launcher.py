@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
@@ -36,9 +37,10 @@ class Ranks:
                 log_level=self._config.server.log_level,
                 progress=self._progress,
             )
-            process = subprocess.Popen(
-                [sys.executable, "-m", "sglang_core.engine.worker"], stdin=subprocess.PIPE, env=self._environment()
-            )
+            with _deaf_to_ctrl_c():
+                process = subprocess.Popen(
+                    [sys.executable, "-m", "sglang_core.engine.worker"], stdin=subprocess.PIPE, env=self._environment()
+                )
             assert process.stdin is not None
             process.stdin.write(msgspec.json.encode(launch) + b"\n")
             process.stdin.flush()
@@ -52,22 +54,27 @@ class Ranks:
         """What happened to a rank that has ended, None while all run."""
         for rank, process in enumerate(self._processes):
             if (code := process.poll()) is not None:
-                cause = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
+                cause = f"was killed by {_signal_name(-code)}" if code < 0 else f"exited with code {code}"
                 return f"engine rank {rank} (pid {process.pid}) {cause}"
         return None
+
+    def kill(self) -> None:
+        """End every rank at once, and wait for none."""
+        for process in self._processes:
+            if process.poll() is None:
+                process.kill()
+        shutil.rmtree(self.directory, ignore_errors=True)
 
     def stop(self, *, grace: float) -> None:
         """End every rank. Rank 0, if asked to shut down, gets `grace` seconds; the others only wait for plans. Safe twice."""
         for process in self._processes[:1]:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(grace)
+        self.kill()
         for process in self._processes:
-            if process.poll() is None:
-                process.kill()
             process.wait()
             if process.stdin is not None:
                 process.stdin.close()
-        shutil.rmtree(self.directory, ignore_errors=True)
 
     def _environment(self) -> dict[str, str]:
         """The parent's, with OpenMP kept to the cores a rank may use, as it would else take all of them in every rank."""
@@ -76,3 +83,20 @@ class Ranks:
             cores = len(os.sched_getaffinity(0))
             env["OMP_NUM_THREADS"] = str(max(1, cores // self._config.parallel.tp_size))
         return env
+
+
+@contextlib.contextmanager
+def _deaf_to_ctrl_c() -> Iterator[None]:
+    """A terminal's Ctrl-C goes to the whole group, and the parent decides: a process started here has SIGINT blocked for life."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _signal_name(number: int) -> str:
+    names = {
+        known.value: known.name for known in signal.Signals
+    }  # of real-time signals only the first and last are known
+    return names.get(number, f"signal {number}")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
@@ -13,13 +14,18 @@ from sglang_core.errors import RequestError
 from sglang_core.types import FinishReason, SamplingParams, TokenLogprobs
 
 ALIASES = {"sampling_seed": "seed", "max_tokens": "max_new_tokens", "min_tokens": "min_new_tokens"}
+MAX_INT = 2**31 - 1  # what the runner keeps of a req is int32
+SEEDS = 2**63  # what the wire carries; the runner folds a seed anyway
+Count = Annotated[int, msgspec.Meta(ge=0, le=MAX_INT)]
+Priority = Annotated[int, msgspec.Meta(ge=-MAX_INT, le=MAX_INT)]
+StartLen = Annotated[int, msgspec.Meta(ge=-1, le=MAX_INT)]
 # name -> (lowest, highest); None is open
 BOUNDS: Mapping[str, tuple[float | None, float | None]] = {
-    "max_new_tokens": (0, None),
-    "min_new_tokens": (0, None),
+    "max_new_tokens": (0, MAX_INT),
+    "min_new_tokens": (0, MAX_INT),
     "temperature": (0, None),
     "top_p": (0, 1),
-    "top_k": (-1, None),
+    "top_k": (-1, MAX_INT),
     "min_p": (0, 1),
     "frequency_penalty": (-2, 2),
     "presence_penalty": (-2, 2),
@@ -28,8 +34,29 @@ BOUNDS: Mapping[str, tuple[float | None, float | None]] = {
 }
 
 
+def checked(value: Any, kind: Any, param: str) -> Any:
+    """`value`, which came from a caller of any kind, if it is a `kind`. Raises RequestError that names `param`."""
+    try:
+        return msgspec.convert(value, kind)
+    except msgspec.ValidationError as e:
+        raise RequestError(f"{param}: {e}", param=param) from e
+
+
+def checked_text(text: Any, param: str) -> str:
+    """Raises RequestError for what is no text, or for half of a surrogate pair, which no tokenizer and no wire takes."""
+    if not isinstance(text, str):
+        raise RequestError(f"{param}: {text!r} is not a string", param=param)
+    try:
+        text.encode()
+    except UnicodeEncodeError as e:
+        raise RequestError(f"{param} is no text that UTF-8 can write: {e}", param=param) from e
+    return text
+
+
 def parse_sampling_params(params: Mapping[str, Any]) -> SamplingParams:
     """Raises RequestError that names the field, the value met and what is allowed."""
+    if not isinstance(params, Mapping):
+        raise RequestError(f"sampling_params={params!r} must be a dict", param="sampling_params")
     fields = {ALIASES.get(name, name): value for name, value in params.items() if value is not None}
     known = SamplingParams.__struct_fields__
     for name in fields:
@@ -41,15 +68,19 @@ def parse_sampling_params(params: Mapping[str, Any]) -> SamplingParams:
         fields["stop"] = (fields["stop"],)
     if isinstance(fields.get("logit_bias"), Mapping):  # JSON has string keys only
         fields["logit_bias"] = _by_token_id(fields["logit_bias"])
-    try:
-        sampling = msgspec.convert(fields, SamplingParams)
-    except msgspec.ValidationError as e:
-        raise RequestError(f"sampling_params: {e}", param="sampling_params") from e
+    if isinstance(fields.get("seed"), int):
+        fields["seed"] %= SEEDS
+    sampling: SamplingParams = checked(fields, SamplingParams, "sampling_params")
     for name, (low, high) in BOUNDS.items():
         value = getattr(sampling, name)
-        if (low is not None and not value >= low) or (high is not None and not value <= high):
+        if not math.isfinite(value) or (low is not None and value < low) or (high is not None and value > high):
             allowed = f"at least {low}" if high is None else f"between {low} and {high}"
             raise RequestError(f"{name}={value} must be {allowed}", param=name)
+    for name, ids in (("stop_token_ids", sampling.stop_token_ids), ("logit_bias", sampling.logit_bias)):
+        if (bad := next((i for i in ids if not 0 <= i <= MAX_INT), None)) is not None:
+            raise RequestError(f"{name}: {bad} is not a token id", param=name)
+    if (bias := next((b for b in sampling.logit_bias.values() if not math.isfinite(b)), None)) is not None:
+        raise RequestError(f"logit_bias: {bias} is not finite; to forbid a token take -1e9", param="logit_bias")
     if sampling.top_p == 0:
         raise RequestError("top_p=0 would leave no token; for greedy output set temperature=0", param="top_p")
     if sampling.min_new_tokens > sampling.max_new_tokens:
@@ -57,7 +88,7 @@ def parse_sampling_params(params: Mapping[str, Any]) -> SamplingParams:
             f"min_new_tokens={sampling.min_new_tokens} is above max_new_tokens={sampling.max_new_tokens}",
             param="min_new_tokens",
         )
-    if any(not stop for stop in sampling.stop):
+    if any(not checked_text(stop, "stop") for stop in sampling.stop):
         raise RequestError("stop strings must not be empty", param="stop")
     return sampling
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import sys
 from collections import deque
 from pathlib import Path
@@ -12,7 +11,7 @@ from pathlib import Path
 import msgspec
 
 from sglang_core.engine.channel import PlanReceiver, ZmqEnd
-from sglang_core.engine.lifeline import die_with_parent
+from sglang_core.engine.lifeline import die_with_parent, read_launch
 from sglang_core.errors import SglangError
 from sglang_core.types import EngineFailed, EngineReady
 
@@ -31,8 +30,8 @@ class Launch(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def main() -> int:
-    launch = msgspec.json.decode(die_with_parent(), type=Launch)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C goes to the whole group; the parent decides
+    launch = msgspec.json.decode(read_launch(), type=Launch)
+    die_with_parent(Path(launch.directory))
     logging.basicConfig(
         level=launch.log_level.upper(), format=f"%(asctime)s rank {launch.rank} %(levelname)s %(name)s: %(message)s"
     )
@@ -43,7 +42,7 @@ def main() -> int:
         _report_failure(directory, EngineFailed(error=str(e)))
         return 2
     except Exception as e:
-        log.exception("the engine could not start")
+        log.exception("rank %d cannot go on", launch.rank)
         _report_failure(directory, EngineFailed(error=f"{type(e).__name__}: {e}"))
         return 1
 
@@ -57,8 +56,12 @@ def _serve(launch: Launch, directory: Path) -> int:
         core = build_engine(config, world_size=launch.world_size, directory=directory, progress=launch.progress)
         end = ZmqEnd(directory)
         end.send(EngineReady(info=dict(core.info)))
-        core.run(end)
-        end.close()
+        try:
+            core.run(end)
+        except Exception:  # logged by the loop, and said to the client
+            return 1
+        finally:
+            end.close()
         return 0
     runner, max_in_flight = build_follower(config, launch.rank, world_size=launch.world_size, directory=directory)
     receiver = PlanReceiver(directory, launch.rank)

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from sglang_core.backend.kernel import OpSite
+from sglang_core.backend.pool import PoolSpec
 from sglang_core.layers.build import BuildContext, Layer, dtype_name
 from sglang_core.layers.forward_batch import ForwardBatch
 from sglang_core.layers.linear import QKVLinear, RowLinear
@@ -59,6 +61,18 @@ class Attention(Layer):
         paged = OpSite(op="attn.paged", layer="Attention", dtype=dtype_name(ctx.dtype), spec=self.spec, dims=dims)
         bound = ctx.table.bind_group([paged, replace(paged, op="attn.plan")], pool=self.group)
         self._attend, self.plan = bound["attn.paged"].fn, bound["attn.plan"].fn
+
+    def pool_spec(self, num_layers: int, page_size: int, dtype: torch.dtype) -> PoolSpec:
+        """The pool of this layer and its likes."""
+        return PoolSpec(
+            group=self.group,
+            num_layers=num_layers,
+            page_size=page_size,
+            num_kv_heads=self.spec.num_kv_heads,
+            head_dim=self.spec.head_dim,
+            v_head_dim=self.spec.v_head_dim,
+            dtype=dtype,
+        )
 
     def forward(self, h: Tensor, fb: ForwardBatch) -> Tensor:
         """h: [T, M] -> [T, M]. Writes this step's keys and values to the pool."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from sglang_core.backend.communicator import Communicator, LocalCommunicator
 from sglang_core.backend.selection import OpTable
+from sglang_core.layers.quant_config import QuantConfig
 from sglang_core.ops.rope import RopeSpec
 
 
@@ -74,8 +75,12 @@ class WeightSpec:
 class Layer(nn.Module):
     """A module with ops or weights of its own. Its constructor knows shapes only and makes no tensor.
 
-    `bind` picks its ops, once; `weights` then says what it wants from the checkpoint, and `load` takes exactly that.
+    `bind` picks its ops, once; `weights` then says what it wants from the checkpoint, and `load` takes exactly that. Before
+    `bind` it is told its `name` in the model, and how the checkpoint is quantised, if it is.
     """
+
+    name = ""
+    quant: QuantConfig | None = None
 
     def bind(self, ctx: BuildContext) -> None:
         """Pick ops and settle what this rank holds."""
@@ -83,6 +88,10 @@ class Layer(nn.Module):
     def weights(self, prefix: str) -> list[WeightSpec]:
         """What it wants from the checkpoint; `prefix` is its own name in the model, without a final dot."""
         return []
+
+    def place(self, index: int, part: Tensor) -> Tensor:
+        """Where part `index` waits for `load`: as it came, or copied to where it belongs, so that nothing is held twice."""
+        return part
 
     def load(self, parts: list[Tensor]) -> None:
         """Take the parts that `weights` asked for, in its order, on the device and in the dtype asked for."""
@@ -103,8 +112,10 @@ def bind_model(model: nn.Module, ctx: BuildContext) -> None:
     """Bind every layer of a model; once for a context. Raises ConfigError where shapes do not divide over the ranks."""
     if getattr(model, "_bound_with", None) is ctx:
         return
-    for module in model.modules():
+    quant = getattr(getattr(model, "cfg", None), "quantization", None)
+    for name, module in model.named_modules():
         if isinstance(module, Layer):
+            module.name, module.quant = name, quant
             module.bind(ctx)
     model._bound_with = ctx  # type: ignore[assignment]
 

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from sglang_core.backend.pool import PoolSpec
 from sglang_core.layers.attention import Attention
 from sglang_core.layers.embedding import LMHead
-from sglang_core.layers.forward_batch import ForwardBatch
+from sglang_core.layers.forward_batch import AnyPlan, AnySpec, ForwardBatch
+from sglang_core.layers.mla import LatentAttention
 from sglang_core.layers.model_config import ModelConfig
-from sglang_core.ops.attention import AttnSpec, Plan
 from sglang_core.types import PoolGroup
 
 
@@ -59,30 +59,19 @@ class CausalLM(nn.Module):
         return logits
 
     @property
-    def attn_specs(self) -> tuple[AttnSpec, ...]:
+    def attn_specs(self) -> tuple[AnySpec, ...]:
         """The kinds of attention in it, each once: a step needs a plan for each. Known once bound."""
         return tuple(self.attn_plans)
 
     @property
-    def attn_plans(self) -> dict[AttnSpec, Callable[..., Plan]]:
+    def attn_plans(self) -> dict[AnySpec, Callable[..., AnyPlan]]:
         """The op attn.plan to call for each kind of attention: the one that its kernel was chosen with."""
         return {layer.spec: layer.plan for layer in self._attention()}
 
     def pool_specs(self, page_size: int, kv_dtype: torch.dtype) -> dict[PoolGroup, PoolSpec]:
         """What each KV pool of this rank holds. Known once bound."""
-        layers = list(self._attention())
-        spec = layers[0].spec
-        return {
-            layers[0].group: PoolSpec(
-                group=layers[0].group,
-                num_layers=len(layers),
-                page_size=page_size,
-                num_kv_heads=spec.num_kv_heads,
-                head_dim=spec.head_dim,
-                v_head_dim=spec.v_head_dim,
-                dtype=kv_dtype,
-            )
-        }
+        layers = self._attention()
+        return {layers[0].group: layers[0].pool_spec(len(layers), page_size, kv_dtype)}
 
-    def _attention(self) -> list[Attention]:
-        return [module for module in self.modules() if isinstance(module, Attention)]
+    def _attention(self) -> list[Attention | LatentAttention]:
+        return [module for module in self.modules() if isinstance(module, Attention | LatentAttention)]

@@ -9,7 +9,11 @@ from torch import Tensor
 
 from sglang_core.backend.pool import Pool
 from sglang_core.ops.attention import AttnSpec, Plan
+from sglang_core.ops.mla import MLAPlan, MLASpec
 from sglang_core.types import PoolGroup
+
+AnySpec = AttnSpec | MLASpec
+AnyPlan = Plan | MLAPlan
 
 
 @dataclass(kw_only=True, slots=True)
@@ -29,7 +33,7 @@ class StepState:
 class ForwardBatch:
     """One step on the device. T tokens packed over R reqs.
 
-    `plans` has one entry per AttnSpec in the model. `sample_rows` are the rows of the hidden states that the head maps.
+    `plans` has one entry per attention spec in the model. `sample_rows` are the rows of the hidden states that the head maps.
     `pools` is set from the state inside the step; nobody keeps it.
     """
 
@@ -37,6 +41,6 @@ class ForwardBatch:
     token_slots: Tensor | None  # int32[T], None where the host knows every id
     positions: Tensor  # int32[T]
     sample_rows: Tensor  # int32[S]
-    plans: Mapping[AttnSpec, Plan]
+    plans: Mapping[AnySpec, AnyPlan]
     input_embeds: Tensor | None = None  # [T, M] in place of token_ids
     pools: dict[PoolGroup, Pool] = field(default_factory=dict)

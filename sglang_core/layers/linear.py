@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from sglang_core.backend.kernel import OpSite
+from sglang_core.errors import ConfigError
 from sglang_core.layers.build import BuildContext, Layer, WeightSpec, dtype_name, sibling
+from sglang_core.layers.stored import Ranges, Stored, cut, held, joined
 from sglang_core.ops.gemm import dense
 from sglang_core.ops.weight import PackedWeight
 from sglang_core.parallel.groups import HeadShard, even_shard, shard_heads
-
-Ranges = tuple[tuple[int, int], ...]
 
 
 class Linear(Layer):
@@ -25,6 +25,7 @@ class Linear(Layer):
 
     weight: PackedWeight
     bias: Tensor | None
+    reads_stored = True  # False: a layer whose `load` needs the dense matrix
 
     def __init__(self, in_features: int, out_features: int, *, bias: bool = False) -> None:
         super().__init__()
@@ -35,11 +36,12 @@ class Linear(Layer):
     def bind(self, ctx: BuildContext) -> None:
         self.dtype = ctx.dtype
         self._settle(ctx)
+        self.stored = self._stored_format()
         site = OpSite(
             op="gemm.linear",
             layer=type(self).__name__,
             dtype=dtype_name(ctx.dtype),
-            fmt="dense",
+            fmt="dense" if self.stored is None else self.stored.fmt.name,
             dims={"in": self.local_in, "out": self.local_out},
         )
         bound = ctx.table.bind(site)
@@ -56,10 +58,43 @@ class Linear(Layer):
     def local_out(self) -> int:
         return sum(stop - start for _, _, ranges in self.parts for start, stop in ranges)
 
+    def _stored_format(self) -> Stored | None:
+        """How the checkpoint stores this layer; None where it is dense. Raises ConfigError where its parts or slices do not fit."""
+        if self.quant is None:
+            return None
+        names = [sibling(self.name, part) if part else self.name for part, _, _ in self.parts]
+        found = [self.quant.layer(name) for name in names]
+        if not self.reads_stored and any(found):
+            raise ConfigError(
+                f"{self.name} is quantised ({found[0].fmt.name if found[0] else '?'}), which is not supported for {type(self).__name__} yet"
+            )
+        if len(set(map(id, found))) > 1:
+            raise ConfigError(
+                f"only some of {', '.join(names)} are quantised; they run as one matrix and must be alike"
+            )
+        if (stored := found[0]) is not None:
+            for _, rows, ranges in self.parts:
+                size = (rows, self.in_features)
+                for container in stored.fmt.containers(self.in_features).values():
+                    cut(container, stored.fmt, size, ranges, self.columns)
+                    if len(self.parts) + len(ranges) > 2 and any((b - a) % (container.rows or 1) for a, b in ranges):
+                        raise ConfigError(
+                            f"{self.name}: {stored.fmt.name} shares a scale between {container.rows} rows, and parts of "
+                            f"{', '.join(str(b - a) for a, b in ranges)} rows cannot be laid one below the other; "
+                            "set a smaller --tp-size"
+                        )
+        return stored
+
     def weights(self, prefix: str) -> list[WeightSpec]:
         specs = []
         for name, rows, ranges in self.parts:
             at = sibling(prefix, name) if name else prefix
+            if self.stored is not None:
+                for suffix, stored_shape, dtype in self.stored.wanted(rows, self.in_features):
+                    specs.append(WeightSpec(name=f"{at}.{suffix}", shape=stored_shape, dtype=dtype))
+                if self.has_bias:
+                    specs.append(WeightSpec.of(f"{at}.bias", (rows,), self.dtype, ranges=ranges, scale=0.1))
+                continue
             dim, held = (0, ranges) if self.local_in == self.in_features else (1, (self.columns,))
             shape, scale = (rows, self.in_features), self.in_features**-0.5
             specs.append(WeightSpec.of(f"{at}.weight", shape, self.dtype, dim=dim, ranges=held, scale=scale))
@@ -68,9 +103,26 @@ class Linear(Layer):
         return specs
 
     def load(self, parts: list[Tensor]) -> None:
+        if self.stored is not None:
+            self._load_stored(self.stored, parts)
+            return
         matrices, biases = (parts[::2], parts[1::2]) if self.has_bias else (parts, [])
         weight = matrices[0] if len(matrices) == 1 else torch.cat(matrices)
         self.weight = packed(weight, self._pack)
+        self.register_buffer("bias", torch.cat(biases) if biases else None, persistent=False)
+
+    def _load_stored(self, stored: Stored, parts: list[Tensor]) -> None:
+        """Whole stored matrices are converted, and then cut: a file's words may cross the borders of ranks."""
+        fmt, matrices, biases, rest = stored.fmt, [], [], iter(parts)
+        for _, rows, ranges in self.parts:
+            size = (rows, self.in_features)
+            whole = stored.canonical([next(rest) for _ in stored.wanted(*size)], *size)
+            matrices.append(held(fmt, whole, size, ranges, self.columns))
+            if self.has_bias:
+                biases.append(next(rest))
+        tensors = joined(fmt, matrices, self.name)
+        weight = PackedWeight(fmt.name, tensors, out_features=self.local_out, in_features=self.local_in)
+        self.weight = weight if self._pack is None else self._pack(weight)
         self.register_buffer("bias", torch.cat(biases) if biases else None, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -88,7 +140,14 @@ class ColumnLinear(Linear):
 
 
 class RowLinear(Linear):
-    """Each rank holds its share of the input features; the sum over ranks is the result. Rank 0 adds the bias."""
+    """Each rank holds its share of the input features; the sum over ranks is the result. Rank 0 adds the bias.
+
+    Without `reduce`, the caller sums over ranks: once, where it adds several results.
+    """
+
+    def __init__(self, in_features: int, out_features: int, *, bias: bool = False, reduce: bool = True) -> None:
+        super().__init__(in_features, out_features, bias=bias)
+        self.reduce = reduce
 
     def _settle(self, ctx: BuildContext) -> None:
         super()._settle(ctx)
@@ -102,7 +161,8 @@ class RowLinear(Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., in of this rank] -> [..., out], summed over ranks."""
-        return self._tp.all_reduce(super().forward(x))
+        y = super().forward(x)
+        return self._tp.all_reduce(y) if self.reduce else y
 
 
 class QKVLinear(Linear):

@@ -13,13 +13,13 @@ from sglang_core.layers.model_config import ModelConfig
 class GatedMLP(Layer):
     """down(act(gate(x)) * up(x))."""
 
-    def __init__(self, cfg: ModelConfig) -> None:
+    def __init__(self, cfg: ModelConfig, *, intermediate_size: int | None = None, reduce: bool = True) -> None:
+        """Of the model's own width by default; without `reduce`, the result is this rank's part of the sum over ranks."""
         super().__init__()
         self.activation = cfg.activation
-        self.gate_up_proj = GateUpLinear(
-            cfg.hidden_size, cfg.intermediate_size, bias=cfg.mlp_bias, fused=cfg.fused_projections
-        )
-        self.down_proj = RowLinear(cfg.intermediate_size, cfg.hidden_size, bias=cfg.mlp_bias)
+        size = cfg.intermediate_size if intermediate_size is None else intermediate_size
+        self.gate_up_proj = GateUpLinear(cfg.hidden_size, size, bias=cfg.mlp_bias, fused=cfg.fused_projections)
+        self.down_proj = RowLinear(size, cfg.hidden_size, bias=cfg.mlp_bias, reduce=reduce)
 
     def bind(self, ctx: BuildContext) -> None:
         width = self.down_proj.in_features // ctx.tp.size

@@ -8,6 +8,8 @@ from types import MappingProxyType
 from typing import Any
 
 from sglang_core.errors import ConfigError
+from sglang_core.layers.moe_config import EXPERT_COUNTS, MoEConfig, read_moe
+from sglang_core.layers.quant_config import QuantConfig, read_quant_config
 from sglang_core.ops.activation import GateKind
 from sglang_core.ops.rope import RopeSpec
 
@@ -50,6 +52,39 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
         ),
         "qwen2": Family(defaults={"max_position_embeddings": 32768}, facts={"qkv_bias": True}),
         "qwen3": Family(defaults={"max_position_embeddings": 32768, "head_dim": 128}, facts={"qk_norm": True}),
+        "mixtral": Family(
+            defaults={
+                "num_local_experts": 8,
+                "num_experts_per_tok": 2,
+                "num_key_value_heads": 8,
+                "max_position_embeddings": 131072,
+                "rms_norm_eps": 1e-5,
+                "rope_theta": 1e6,
+            }
+        ),
+        "qwen2_moe": Family(
+            defaults={
+                "num_local_experts": 60,
+                "num_experts_per_tok": 4,
+                "moe_intermediate_size": 1408,
+                "shared_expert_intermediate_size": 5632,
+                "num_key_value_heads": 16,
+                "max_position_embeddings": 32768,
+                "qkv_bias": True,
+            }
+        ),
+        "qwen3_moe": Family(
+            defaults={
+                "num_local_experts": 128,
+                "num_experts_per_tok": 8,
+                "moe_intermediate_size": 768,
+                "num_key_value_heads": 4,
+                "max_position_embeddings": 32768,
+            },
+            facts={"qk_norm": True},
+        ),
+        "deepseek_v2": Family(defaults={"vocab_size": 102400, "head_dim": 64, "max_position_embeddings": 2048}),
+        "deepseek_v3": Family(defaults={"vocab_size": 129280, "head_dim": 64, "max_position_embeddings": 4096}),
         "phi3": Family(
             defaults={"rms_norm_eps": 1e-5, "max_position_embeddings": 4096, "original_max_position_embeddings": 4096},
             facts={"fused_projections": True},
@@ -120,6 +155,8 @@ class ModelConfig:
     fused_projections: bool = False  # the checkpoint has q, k, v as one matrix, and gate, up as another
     norm_offset: bool = False  # norms multiply by 1 + weight
     tie_embeddings: bool = False
+    quantization: QuantConfig | None = None  # of the checkpoint's linear layers
+    moe: MoEConfig | None = None
 
     @classmethod
     def from_hf(cls, hf_config: Mapping[str, Any]) -> ModelConfig:
@@ -171,8 +208,10 @@ def _parse(hf_config: Mapping[str, Any]) -> ModelConfig:
         final_soft_cap=hf.get("final_logit_softcapping"),
         embed_scale=hidden**0.5 if is_gemma else 1.0,
         mlp_bias=bool(hf.get("mlp_bias", False)),
+        quantization=read_quant_config(hf["quantization_config"]) if hf.get("quantization_config") else None,
         tie_embeddings=bool(hf.get("tie_word_embeddings", False)),
-        **({"qkv_bias": bias, "o_bias": bias} | facts),
+        moe=read_moe(hf, num_layers, _activation(hf)),
+        **({"qkv_bias": bool(hf.get("qkv_bias", bias)), "o_bias": bias} | facts),
     )
 
 
@@ -181,7 +220,9 @@ def text_config(hf_config: Mapping[str, Any]) -> dict[str, Any]:
     nested = hf_config.get("text_config")
     own = dict(hf_config) if nested is None else dict(nested) | _inherited(hf_config)
     model_type = own.setdefault("model_type", "?")
-    defaults = FAMILIES[model_type].defaults if model_type in FAMILIES else {}
+    defaults = dict(FAMILIES[model_type].defaults) if model_type in FAMILIES else {}
+    if any(own.get(key) for key in EXPERT_COUNTS):
+        defaults.pop("num_local_experts", None)
     return {**defaults, **own}
 
 
@@ -195,11 +236,6 @@ def _inherited(outer: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _refuse_unsupported(hf: Mapping[str, Any]) -> None:
-    if quantization := hf.get("quantization_config"):
-        method = quantization.get("quant_method", "?")
-        raise ConfigError(
-            f"the checkpoint is quantised ({method}), which is not supported yet; use its bfloat16 or float16 version"
-        )
     if hf.get("use_bidirectional_attention"):
         raise ConfigError(
             "use_bidirectional_attention=true is an embedding model's; only causal decoders are supported"
@@ -225,10 +261,18 @@ def _layer_types(hf: Mapping[str, Any], num_layers: int) -> list[str]:
     window, model_type = hf.get("sliding_window"), hf["model_type"]
     if not window or (model_type.startswith("qwen") and not hf.get("use_sliding_window", False)):
         return [FULL_ATTENTION] * num_layers
-    if model_type in ("mistral", "phi3"):  # every layer; their `layer_types`, if any, are not read by anybody
+    if model_type in (
+        "mistral",
+        "mixtral",
+        "phi3",
+        "qwen3_moe",
+    ):  # every layer; their `layer_types`, if any, are not read by anybody
         return [SLIDING] * num_layers
     if given := hf.get("layer_types"):
         return _checked_layer_types(list(given), num_layers)
+    if model_type == "qwen2_moe":
+        first = hf.get("max_window_layers", 28)
+        return [SLIDING if i % 2 == 0 and i < first else FULL_ATTENTION for i in range(num_layers)]
     if model_type.startswith("qwen"):
         first = hf.get("max_window_layers", 28)
         return [SLIDING if i >= first else FULL_ATTENTION for i in range(num_layers)]

@@ -17,10 +17,15 @@ ARCHITECTURES: Mapping[str, str] = {
     "MistralForCausalLM": f"{_HERE}.llama:LlamaForCausalLM",
     "Qwen2ForCausalLM": f"{_HERE}.llama:LlamaForCausalLM",
     "Qwen3ForCausalLM": f"{_HERE}.llama:LlamaForCausalLM",
+    "MixtralForCausalLM": f"{_HERE}.mixtral:MixtralForCausalLM",
+    "Qwen2MoeForCausalLM": f"{_HERE}.qwen_moe:QwenMoEForCausalLM",
+    "Qwen3MoeForCausalLM": f"{_HERE}.qwen_moe:QwenMoEForCausalLM",
     "Phi3ForCausalLM": f"{_HERE}.llama:LlamaForCausalLM",
     "Gemma2ForCausalLM": f"{_HERE}.gemma2:Gemma2ForCausalLM",
     "Gemma3ForCausalLM": f"{_HERE}.gemma3:Gemma3ForCausalLM",
     "Gemma3ForConditionalGeneration": f"{_HERE}.gemma3:Gemma3ForConditionalGeneration",
+    "DeepseekV2ForCausalLM": f"{_HERE}.deepseek:DeepseekV2ForCausalLM",
+    "DeepseekV3ForCausalLM": f"{_HERE}.deepseek:DeepseekV3ForCausalLM",  # V3, R1, Kimi-K2
 }
 
 
@@ -58,7 +63,10 @@ def model_class(
 
 
 # Model types whose own code, where a checkpoint still ships it, is the same as what transformers took in.
-_OURS = frozenset({"llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2", "gemma3_text", "gemma3"})
+_OURS = frozenset(
+    {"llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2", "gemma3_text", "gemma3"}
+    | {"deepseek_v2", "deepseek_v3", "kimi_k2"}
+)
 
 
 def _unknown(wanted: list[str], known: Mapping[str, str], hf_config: Mapping[str, Any]) -> str:

@@ -1,6 +1,20 @@
 """Ops: one file a family. Importing this package registers every op in `registry.OPS`."""
 
-from sglang_core.ops import activation, attention, embedding, gemm, logits, norm, rope, sampling
+from sglang_core.ops import activation, attention, embedding, gemm, logits, mla, moe, norm, rope, sampling
 from sglang_core.ops.registry import OPS, OpDef, op
 
-__all__ = ["OPS", "OpDef", "activation", "attention", "embedding", "gemm", "logits", "norm", "op", "rope", "sampling"]
+__all__ = [
+    "OPS",
+    "OpDef",
+    "activation",
+    "attention",
+    "embedding",
+    "gemm",
+    "logits",
+    "mla",
+    "moe",
+    "norm",
+    "op",
+    "rope",
+    "sampling",
+]

@@ -6,7 +6,7 @@ block of query tiles times KEYS_PER_CHUNK keys.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -59,21 +59,15 @@ def attn_paged(
     """
     if k is not None and v is not None:
         kv_write(k, v, pool, layer, plan.slot_mapping)
-    outs, lses = [], []
-    for tiles, num_chunks in zip(plan.tiles, plan.static.num_chunks, strict=True):
-        size = tiles_per_block(spec, tiles.token.shape[1])
-        for i, n in enumerate(num_chunks):
-            tile = _slice(tiles, i * size, (i + 1) * size)
-            chunks = _paged_chunks(pool, layer, plan, tile, n, wide_dtype(q.dtype))
-            o, s = _attend(q[tile.token], tile.first_key, tile.last_key, chunks, spec, sinks)
-            outs.append(o.flatten(0, 1).to(q.dtype))
-            lses.append(s.flatten(0, 1))
-    # Tokens of no tile (padding) read the row after the last.
-    out = torch.cat([*outs, q.new_zeros(1, spec.num_heads, spec.v_head_dim)])[plan.tile_row]
-    if not lse:
-        return out
-    none = torch.full((1, spec.num_heads), NEG_INF, dtype=wide_dtype(q.dtype), device=q.device)
-    return out, torch.cat([*lses, none])[plan.tile_row]
+    dtype = wide_dtype(q.dtype)
+    o, s = attend_tiles(
+        q,
+        lambda slots: (heads_first(pool.k(layer), slots, dtype), heads_first(pool.v(layer), slots, dtype)),
+        spec,
+        plan,
+        sinks,
+    )
+    return (o, s) if lse else o
 
 
 @op("attn.ragged")
@@ -133,6 +127,32 @@ def attn_merge(o_a: Tensor, lse_a: Tensor, o_b: Tensor, lse_b: Tensor) -> tuple[
     return o.to(o_a.dtype), torch.log(total) + top
 
 
+def attend_tiles(
+    q: Tensor,
+    read: Callable[[Tensor], tuple[Tensor, Tensor]],
+    spec: AttnSpec,
+    plan: Plan,
+    sinks: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention of a plan's tiles over slots of a pool. q: [T, Hq, D] -> o: [T, Hq, Dv] in q.dtype, lse: [T, Hq], wide.
+
+    read: slots int32[B, S] -> k: [B, Hk, S, D], v: [B, Hk, S, Dv], wide.
+    """
+    outs, lses = [], []
+    for tiles, num_chunks in zip(plan.tiles, plan.static.num_chunks, strict=True):
+        size = tiles_per_block(spec, tiles.token.shape[1])
+        for i, n in enumerate(num_chunks):
+            tile = _slice(tiles, i * size, (i + 1) * size)
+            chunks = ((*read(slots), position) for slots, position in _paged_chunks(plan, tile, n))
+            o, s = _attend(q[tile.token], tile.first_key, tile.last_key, chunks, spec, sinks)
+            outs.append(o.flatten(0, 1).to(q.dtype))
+            lses.append(s.flatten(0, 1))
+    # Tokens of no tile (padding) read the row after the last.
+    outs.append(q.new_zeros(1, spec.num_heads, spec.v_head_dim))
+    lses.append(torch.full((1, spec.num_heads), NEG_INF, dtype=wide_dtype(q.dtype), device=q.device))
+    return torch.cat(outs)[plan.tile_row], torch.cat(lses)[plan.tile_row]
+
+
 def _attend(
     q: Tensor, first_key: Tensor, last_key: Tensor, chunks: Iterable[Chunk], spec: AttnSpec, sinks: Tensor | None
 ) -> tuple[Tensor, Tensor]:
@@ -170,9 +190,8 @@ def _slice(tiles: Tiles[Tensor], start: int, stop: int) -> Tiles[Tensor]:
     return tiles.map(lambda x: x[start:stop])
 
 
-def _paged_chunks(
-    pool: Pool, layer: int, plan: Plan, tiles: Tiles[Tensor], count: int, dtype: torch.dtype
-) -> Iterator[Chunk]:
+def _paged_chunks(plan: Plan, tiles: Tiles[Tensor], count: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """-> slots, key positions: int32[B, S] each."""
     page_size, num_pages = plan.static.page_size, plan.static.num_pages
     step = min(pages_per_chunk(page_size), num_pages) * page_size
     row, start = tiles.row[:, None], tiles.first_page[:, None] * page_size
@@ -182,7 +201,7 @@ def _paged_chunks(
         position = start + keys
         live = torch.minimum(torch.maximum(position, first), last).clamp(min=0)  # a stale slot may hold NaN: not read
         slot = plan.page_table[row, live // page_size] * page_size + live % page_size
-        yield _heads_first(pool.k(layer), slot, dtype), _heads_first(pool.v(layer), slot, dtype), position
+        yield slot, position
 
 
 def _ragged_ranges(offset: Tensor, len_q: Tensor, len_k: Tensor, spec: AttnSpec) -> tuple[Tensor, Tensor]:
@@ -199,10 +218,10 @@ def _ragged_chunks(
     for first in range(0, max_k, KEYS_PER_CHUNK):
         keys = torch.arange(first, min(first + KEYS_PER_CHUNK, max_k), dtype=torch.int32, device=k.device)
         row = (start[:, None] + torch.minimum(keys, length - 1)).clamp(0, k.shape[0] - 1)
-        yield _heads_first(k, row, dtype), _heads_first(v, row, dtype), keys.expand_as(row)
+        yield heads_first(k, row, dtype), heads_first(v, row, dtype), keys.expand_as(row)
 
 
-def _heads_first(x: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
+def heads_first(x: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
     """x: [..., Hk, D], tokens before heads; rows: int32[B, S] -> [B, Hk, S, D] in dtype. One gather of whole heads."""
     heads, dim = x.shape[-2:]
     head = torch.arange(heads, dtype=torch.int32, device=x.device)[:, None]

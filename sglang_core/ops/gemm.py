@@ -2,20 +2,107 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sglang_core.ops.formats import Fmt
+from sglang_core.ops.quant import dequantize, quantize_token, quantize_token_asym, quantized_activations
 from sglang_core.ops.registry import op
+from sglang_core.ops.rounding import wide_dtype
 from sglang_core.ops.weight import PackedWeight
+
+TILE_ROWS = tuple(2**i for i in range(9))
+COPY_ROWS = 16  # copying an expert takes as long as multiplying so many rows by it: 2 to 150 on the hosts we measured
+COPY_ELEMENTS = 1 << 22  # of expert weights copied at a time
+EXACT_COLUMNS = 512  # of int8 products (255 x 128 at most) whose sum float32 holds exactly
 
 
 def dense(weight: Tensor) -> PackedWeight:
-    """weight: [out, in] -> the same in the "dense" format, its one tensor named `weight`."""
-    return PackedWeight("dense", {"weight": weight}, out_features=weight.shape[0], in_features=weight.shape[1])
+    """weight: [out, in], or a stack [X, out, in] -> the same in the "dense" format, its one tensor named `weight`."""
+    num_experts = weight.shape[0] if weight.ndim == 3 else None
+    out_features, in_features = weight.shape[-2:]
+    return PackedWeight(
+        "dense", {"weight": weight}, out_features=out_features, in_features=in_features, num_experts=num_experts
+    )
 
 
 @op("gemm.linear", weighted=True)
 def linear(x: Tensor, w: PackedWeight, bias: Tensor | None = None) -> Tensor:
-    """x: [..., in], w: [out, in], bias: [out] -> [..., out]. Sums in float32 or wider, adds the bias, rounds to x.dtype."""
+    """x: [..., in], w: [out, in], bias: [out] -> [..., out]. Sums in float32 or wider, adds the bias, rounds to x.dtype.
+
+    w in any format: x is quantised as its format says (`ops/quant.py`), never rounded otherwise; int8 codes are summed as
+    integers, exactly, and then scaled; all others are products of what codes and scales stand for.
+    """
+    if w.fmt == "dense":
+        return F.linear(x, _dense_tensor(w), bias)
+    fmt = Fmt.parse(w.fmt)
+    assert w.layout == "canonical", f"no reference body for {w.fmt}/{w.layout}"
+    if fmt.element == "int8":
+        y = _int8_product(x, w, asymmetric=fmt.activation == "int8_asym")
+    else:
+        wide_x = quantized_activations(x, fmt, w["x_scale"] if fmt.static else None)
+        y = wide_x @ dequantize(w, wide_x.dtype).t()
+    return (y if bias is None else y + bias).to(x.dtype)
+
+
+def _int8_product(x: Tensor, w: PackedWeight, *, asymmetric: bool) -> Tensor:
+    """x: [..., in] -> [..., out], float32 or float64 as x is. int32 sums, from float products that are exact on any device."""
+    if asymmetric:
+        code, scale, zero = quantize_token_asym(x)
+        code = code.int() - zero
+    else:
+        code, scale = quantize_token(x, "int8")
+    total = torch.zeros(*x.shape[:-1], w.out_features, dtype=torch.int32, device=x.device)
+    for i in range(0, w.in_features, EXACT_COLUMNS):
+        at = slice(i, i + EXACT_COLUMNS)
+        total = total + (code[..., at].float() @ w["weight"][:, at].float().t()).int()
+    wide = wide_dtype(x.dtype)
+    return total.to(wide) * scale.to(wide) * w["scale"].to(wide)
+
+
+@op("gemm.grouped", weighted=True)
+def grouped(x: Tensor, w: PackedWeight, group_sizes: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x: [S, in], w: [X, out, in], group_sizes: int32[X], bias: [X, out] -> [S, out].
+
+    The first group_sizes[0] rows meet w[0], the next group_sizes[1] rows w[1], and so on; rows past the sum of the sizes give
+    zeros. Sums in float32 or wider, adds the bias, rounds to x.dtype.
+
+    A group is cut into tiles of equal height, so that shapes are static; each tile gathers its own expert, so that the work
+    grows with the rows and the groups that have any, not with X.
+    """
+    assert w.fmt == "dense", f"no reference body for stacks of {w.fmt}"
+    num_experts = group_sizes.shape[0]
+    height, num_tiles = _tiling(x.shape[0], num_experts)
+    tiles = (group_sizes + height - 1) // height
+    first_tile, end_row = (tiles.cumsum(0) - tiles).int(), group_sizes.cumsum(0).int()
+    tile = torch.arange(num_tiles, dtype=torch.int32, device=x.device)
+    expert = ((tile[:, None] >= first_tile + tiles).sum(1)).clamp(max=num_experts - 1).int()
+    inside = torch.arange(height, dtype=torch.int32, device=x.device)
+    row = (end_row - group_sizes)[expert, None] + (tile - first_tile[expert])[:, None] * height + inside
+    # What lies past a group's end is read as row 0, and written to one row past the end, which is cut off.
+    row = torch.where(row < end_row[expert, None], row, x.shape[0])
+    source = torch.where(row < x.shape[0], row, 0)
+    out = x.new_zeros(x.shape[0] + 1, w.out_features)
+    step = max(1, COPY_ELEMENTS // (w.out_features * w.in_features))
+    for i in range(0, num_tiles, step):
+        at = slice(i, i + step)
+        weights = _dense_tensor(w.experts(expert[at])).transpose(1, 2)
+        y = x[source[at]] @ weights if bias is None else torch.baddbmm(bias[expert[at], None], x[source[at]], weights)
+        out.index_put_((row[at],), y)
+    return out[:-1]
+
+
+def _tiling(num_rows: int, num_experts: int) -> tuple[int, int]:
+    """Height of the tiles, and how many there are at most: every group that has rows may end in a tile that is not full."""
+
+    def most(height: int) -> int:
+        return (num_rows + min(num_rows, num_experts) * (height - 1)) // height
+
+    height = min(TILE_ROWS, key=lambda height: most(height) * (COPY_ROWS + height))
+    return height, most(height)
+
+
+def _dense_tensor(w: PackedWeight) -> Tensor:
     assert w.fmt == "dense" and w.layout == "canonical", f"no reference body for {w.fmt}/{w.layout}"
-    return F.linear(x, w["weight"], bias)
+    return w["weight"]

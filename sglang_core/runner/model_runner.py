@@ -13,8 +13,8 @@ from torch import Tensor
 
 from sglang_core.backend.interface import Bucket, DeviceRuntime, Work
 from sglang_core.backend.selection import OpTable
-from sglang_core.layers.forward_batch import ForwardBatch, StepState
-from sglang_core.ops.attention import AttnBatch, AttnSpec, Plan
+from sglang_core.layers.forward_batch import AnyPlan, AnySpec, ForwardBatch, StepState
+from sglang_core.ops.attention import AttnBatch
 from sglang_core.ops.sampling import SampleParams
 from sglang_core.runner.adjustments import Adjustments
 from sglang_core.runner.input_logprobs import InputLogprobs
@@ -29,7 +29,7 @@ class Model(Protocol):
     """What the runner asks of a model: hidden states, a head, and the attention specs to plan for."""
 
     @property
-    def attn_plans(self) -> Mapping[AttnSpec, Callable[..., Plan]]: ...
+    def attn_plans(self) -> Mapping[AnySpec, Callable[..., AnyPlan]]: ...
 
     def __call__(self, fb: ForwardBatch) -> Tensor: ...
     def head(self, hidden: Tensor) -> Tensor: ...

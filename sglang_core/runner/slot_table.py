@@ -52,7 +52,9 @@ class SlotTable:
         self.min_p[slot] = sampling.min_p
         self.seed[slot] = fold_seed(init.seed)
         self.adjusted[slot] = sampling.has_adjustments
-        self.num_top_logprobs[slot] = -1 if init.logprob is None else init.logprob.top_logprobs_num
+        self.num_top_logprobs[slot] = (
+            -1 if init.logprob is None else min(init.logprob.top_logprobs_num, self.vocab_size)
+        )
 
 
 Int32 = NDArray[np.int32]

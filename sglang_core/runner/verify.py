@@ -55,7 +55,7 @@ class KernelVerifier:
     def instrument(self, bound: BoundOp) -> BoundOp:
         if bound.provider == REFERENCE:
             return bound
-        if bound.site.op == "attn.plan":
+        if bound.site.op in ("attn.plan", "attn.mla_plan"):
             return replace(bound, fn=self._both_plans(bound))
         if bound.provider == DECOMPOSED:  # its parts are instrumented themselves
             return bound
@@ -97,7 +97,7 @@ class KernelVerifier:
         ]
 
     def _both_plans(self, bound: BoundOp) -> Callable[..., Any]:
-        kernel, body = bound.fn, self.ops["attn.plan"].body
+        kernel, body = bound.fn, self.ops[bound.site.op].body
 
         def plan(*args: Any, **kwargs: Any) -> Any:
             made = kernel(*args, **kwargs)

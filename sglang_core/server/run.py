@@ -28,6 +28,7 @@ from sglang_core.server.banner import banner
 from sglang_core.server.body import json_response
 from sglang_core.server.errors import error_response
 from sglang_core.server.health import OK
+from sglang_core.server.http_heads import BoundedHeads
 from sglang_core.server.info import engine_stats
 from sglang_core.server.listen import base_url, listen
 from sglang_core.server.serving import Serving
@@ -82,7 +83,7 @@ class _Life:
         self.http = _Http(
             uvicorn.Config(
                 self.front,
-                http="httptools",
+                http=BoundedHeads,
                 loop="none",
                 lifespan="off",
                 log_config=None,

@@ -77,6 +77,7 @@ class Serving:
             await self.client.abort(one)
         if rid and not rids:  # an answer's own name ("rid-1"), or a request that did not come over HTTP
             await self.client.abort(rid)
+            return int(rid in self._running)
         return len(rids)
 
     async def drain(self, timeout: float) -> bool:

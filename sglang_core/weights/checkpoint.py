@@ -32,6 +32,12 @@ LEFT = ["consolidated*", "*/*"]  # the same weights once more, in another format
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+CODES = {
+    "F8_E4M3": torch.float8_e4m3fn,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "I32": torch.int32,
+}  # quantised: never cast
 
 
 def resolve_folder(model_path: str, revision: str | None = None, *, weights: bool = True) -> Path:

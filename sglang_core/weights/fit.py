@@ -20,6 +20,9 @@ def activation_bytes(cfg: ModelConfig, *, num_tokens: int, num_rows: int, itemsi
     """
     attention = 2 * (cfg.num_heads + 2 * cfg.num_kv_heads) * cfg.head_dim // tp_size
     mlp = 3 * cfg.intermediate_size // tp_size
+    if cfg.moe is not None:  # a row for each expert that a token visits, in and out
+        k, moe = cfg.moe.route.top_k, cfg.moe
+        mlp = max(mlp, 3 * (k * moe.intermediate_size + moe.shared_size) // tp_size + 3 * k * cfg.hidden_size)
     per_token = 3 * cfg.hidden_size * itemsize + max(attention, mlp) * (itemsize + 4)
     return num_tokens * per_token + num_rows * cfg.vocab_size * (itemsize + 2 * 4)
 

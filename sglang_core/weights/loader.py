@@ -16,10 +16,10 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from sglang_core.errors import WeightError
+from sglang_core.errors import ConfigError, WeightError
 from sglang_core.layers.build import BuildContext, Layer, WeightSpec, bind_model, named_layers
 from sglang_core.layers.causal_lm import CausalLM
-from sglang_core.weights.checkpoint import DTYPES, Checkpoint, open_file, resolve_folder
+from sglang_core.weights.checkpoint import CODES, DTYPES, Checkpoint, open_file, resolve_folder
 from sglang_core.weights.dummy import dummy_part
 
 logger = logging.getLogger(__name__)
@@ -93,7 +93,7 @@ class Wants:
             key = (spec.dim, spec.ranges, spec.dtype)
             if key not in made:
                 made[key] = _own(read(spec), spec, device)
-            self.parts[layer][i] = made[key]
+            self.parts[layer][i] = self.layers[layer].place(i, made[key])
             arrived = [p for p in self.parts[layer] if p is not None]
             if len(arrived) == len(self.parts[layer]):
                 self.layers[layer].load(arrived)
@@ -108,6 +108,10 @@ def _own(parts: list[Tensor], spec: WeightSpec, device: torch.device) -> Tensor:
 
 
 def _load_dummy(wants: Wants, ctx: BuildContext, seed: int, advance: Callable[[int], None]) -> None:
+    if any(spec.dtype in CODES.values() for spec in wants.distinct()):
+        raise ConfigError(
+            "load_format='dummy' draws floats, and config.json is of a quantised checkpoint; take out its quantization_config"
+        )
     for name in wants.specs:
         advance(wants.give(name, lambda spec: dummy_part(spec, seed), ctx.device))
 
@@ -131,18 +135,24 @@ def _match(model: CausalLM, wants: Wants, checkpoint: Checkpoint) -> dict[str, s
     taken: set[str] = set()
     unexpected: list[str] = []
     misshaped: list[str] = []
+    quant = model.cfg.quantization
+    unread = quant.unread if quant is not None else ()
     for stored, entry in checkpoint.tensors.items():
         name = model.parameter_name(stored)
-        if name is None or name.endswith(IGNORED) or (name == "lm_head.weight" and model.cfg.tie_embeddings):
+        if name is None or name.endswith(IGNORED + unread) or (name == "lm_head.weight" and model.cfg.tie_embeddings):
             continue
         if name not in wants.specs or name in taken:
             unexpected.append(stored)
             continue
         names[stored] = name
         taken.add(name)
-        shape = wants.specs[name][0][2].shape
-        if entry.shape != shape:
-            misshaped.append(f"{stored} is {list(entry.shape)}, not {list(shape)}")
+        spec = wants.specs[name][0][2]
+        scalar = entry.shape == () and spec.shape == (1,)
+        if entry.shape != spec.shape and not scalar:
+            misshaped.append(f"{stored} is {list(entry.shape)}, not {list(spec.shape)}")
+        elif spec.dtype in CODES.values():
+            if CODES.get(entry.dtype) != spec.dtype:
+                misshaped.append(f"{stored} is {entry.dtype}, not {str(spec.dtype).removeprefix('torch.')}")
         elif entry.dtype not in DTYPES:
             misshaped.append(f"{stored} is {entry.dtype}, not a float of 16 bits or more")
     problems = [

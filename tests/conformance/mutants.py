@@ -14,6 +14,8 @@ from torch import Tensor
 from sglang_core.backend.pool import Pool
 from sglang_core.ops import OPS
 from sglang_core.ops.attention import AttnBatch, AttnSpec, Plan
+from sglang_core.ops.gemm import dense
+from sglang_core.ops.moe import RouteSpec, _in_top_groups
 from sglang_core.ops.rope import RopeSpec
 from sglang_core.ops.sampling import SampleParams
 from sglang_core.ops.weight import PackedWeight
@@ -181,6 +183,123 @@ def accumulates_in_bf16(x: Tensor, w: PackedWeight, bias: Tensor | None = None) 
 
 def forgets_bias(x: Tensor, w: PackedWeight, bias: Tensor | None = None) -> Tensor:
     return F.linear(x, w["weight"])
+
+
+# Mixture of experts
+
+
+def _route(logits: Tensor, spec: RouteSpec, bias: Tensor | None, **changes: Any) -> Any:
+    return body("moe.route", logits, replace(spec, **changes), bias)
+
+
+def weights_with_the_bias(logits: Tensor, spec: RouteSpec, bias: Tensor | None = None) -> Any:
+    weights, ids = _route(logits, spec, bias)
+    return (weights if bias is None else weights + bias[ids] * spec.scale), ids
+
+
+def forgets_groups(logits: Tensor, spec: RouteSpec, bias: Tensor | None = None) -> Any:
+    return _route(logits, spec, bias, num_groups=1, top_groups=1)
+
+
+def scores_groups_by_their_best(logits: Tensor, spec: RouteSpec, bias: Tensor | None = None) -> Any:
+    return _route(logits, spec, bias, group_score="max")
+
+
+def forgets_to_renormalize(logits: Tensor, spec: RouteSpec, bias: Tensor | None = None) -> Any:
+    return _route(logits, spec, bias, renormalize=False)
+
+
+def scales_before_renormalizing(logits: Tensor, spec: RouteSpec, bias: Tensor | None = None) -> Any:
+    return _route(logits, spec, bias, scale=1.0 if spec.renormalize else spec.scale)
+
+
+def softmax_before_top_k(logits: Tensor, spec: RouteSpec, bias: Tensor | None = None) -> Any:
+    return _route(logits, spec, bias, scoring="sigmoid" if spec.scoring == "sigmoid" else "softmax")
+
+
+def masks_groups_with_zero(logits: Tensor, spec: RouteSpec, bias: Tensor | None = None) -> Any:
+    """As if experts of the other groups had the score zero, which beats one below zero."""
+    weights, ids = _route(logits, spec, bias)
+    if bias is None or spec.num_groups == 1:
+        return weights, ids
+    choice = logits.float().sigmoid() + bias
+    masked = torch.where(_in_top_groups(choice, spec), choice, 0.0)
+    return weights, torch.sort(masked, descending=True, stable=True).indices[:, : spec.top_k].int()
+
+
+def takes_the_highest_id_of_equals(logits: Tensor, spec: RouteSpec, bias: Tensor | None = None) -> Any:
+    weights, ids = _route(logits.flip(-1), spec, None if bias is None else bias.flip(-1))
+    return weights, spec.num_experts - 1 - ids
+
+
+def groups_one_row_late(x: Tensor, w: PackedWeight, group_sizes: Tensor, bias: Tensor | None = None) -> Tensor:
+    later = group_sizes.clone()
+    later[0] += 1
+    return body("gemm.grouped", x, w, later, bias)  # type: ignore[no-any-return]
+
+
+def grouped_forgets_bias(x: Tensor, w: PackedWeight, group_sizes: Tensor, bias: Tensor | None = None) -> Tensor:
+    return body("gemm.grouped", x, w, group_sizes)  # type: ignore[no-any-return]
+
+
+def gives_rows_of_no_group_to_the_last(
+    x: Tensor, w: PackedWeight, group_sizes: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    sizes = group_sizes.clone()
+    sizes[-1] += x.shape[0] - sizes.sum()
+    return body("gemm.grouped", x, w, sizes, bias)  # type: ignore[no-any-return]
+
+
+def weights_in_half(*args: Any, **kwargs: Any) -> Tensor:
+    x, w13, w2, weights, ids, act = args
+    return body("moe.fused", x, w13, w2, weights.bfloat16(), ids, act, **kwargs)  # type: ignore[no-any-return]
+
+
+def sums_experts_in_the_dtype(*args: Any, **kwargs: Any) -> Tensor:
+    x, w13, w2, weights, ids, act = args
+    parts = [
+        body("moe.fused", x, w13, w2, weights[:, i : i + 1], ids[:, i : i + 1], act, **kwargs)
+        for i in range(ids.shape[1])
+    ]
+    total = parts[0].bfloat16()
+    for part in parts[1:]:
+        total = total + part.bfloat16()
+    return total.to(x.dtype)
+
+
+def ignores_the_map(*args: Any, expert_map: Tensor | None = None, **kwargs: Any) -> Tensor:
+    x, w13, w2, weights, ids, act = args
+    return body("moe.fused", x, w13, w2, weights, ids % w13.num_experts, act, **kwargs)  # type: ignore[no-any-return]
+
+
+def remote_is_expert_zero(*args: Any, expert_map: Tensor | None = None, **kwargs: Any) -> Tensor:
+    clamped = None if expert_map is None else expert_map.clamp(min=0)
+    return body("moe.fused", *args, expert_map=clamped, **kwargs)  # type: ignore[no-any-return]
+
+
+def weight_on_the_other_side(*args: Any, **kwargs: Any) -> Tensor:
+    act = replace(args[5], weight_on_input=not args[5].weight_on_input)
+    return body("moe.fused", *args[:5], act, **kwargs)  # type: ignore[no-any-return]
+
+
+def up_then_gate(*args: Any, **kwargs: Any) -> Tensor:
+    w13 = args[1]
+    flipped = dense(torch.cat(w13["weight"].chunk(2, 1)[::-1], 1))
+    if (bias := kwargs.get("bias13")) is not None:
+        kwargs["bias13"] = torch.cat(bias.chunk(2, 1)[::-1], 1)
+    return body("moe.fused", args[0], flipped, *args[2:], **kwargs)  # type: ignore[no-any-return]
+
+
+def forgets_the_second_bias(*args: Any, **kwargs: Any) -> Tensor:
+    return body("moe.fused", *args, **(kwargs | {"bias2": None}))  # type: ignore[no-any-return]
+
+
+def forgets_alpha(*args: Any, **kwargs: Any) -> Tensor:
+    return body("moe.fused", *args[:5], replace(args[5], alpha=1.702), **kwargs)  # type: ignore[no-any-return]
+
+
+def forgets_the_limit(*args: Any, **kwargs: Any) -> Tensor:
+    return body("moe.fused", *args[:5], replace(args[5], limit=7.0), **kwargs)  # type: ignore[no-any-return]
 
 
 def rms_without_eps(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -30,6 +30,26 @@ MUTANTS = {
     "ragged_aligned_at_the_start": "attn.ragged",
     "accumulates_in_bf16": "gemm.linear",
     "forgets_bias": "gemm.linear",
+    "weights_with_the_bias": "moe.route",
+    "forgets_groups": "moe.route",
+    "scores_groups_by_their_best": "moe.route",
+    "forgets_to_renormalize": "moe.route",
+    "scales_before_renormalizing": "moe.route",
+    "softmax_before_top_k": "moe.route",
+    "masks_groups_with_zero": "moe.route",
+    "takes_the_highest_id_of_equals": "moe.route",
+    "groups_one_row_late": "gemm.grouped",
+    "grouped_forgets_bias": "gemm.grouped",
+    "gives_rows_of_no_group_to_the_last": "gemm.grouped",
+    "weights_in_half": "moe.fused",
+    "sums_experts_in_the_dtype": "moe.fused",
+    "ignores_the_map": "moe.fused",
+    "remote_is_expert_zero": "moe.fused",
+    "weight_on_the_other_side": "moe.fused",
+    "up_then_gate": "moe.fused",
+    "forgets_the_second_bias": "moe.fused",
+    "forgets_alpha": "moe.fused",
+    "forgets_the_limit": "moe.fused",
     "rms_without_eps": "norm.rms",
     "rms_in_the_dtype": "norm.rms",
     "add_rms_keeps_the_old_residual": "norm.add_rms",
@@ -152,4 +172,4 @@ def test_a_kernel_that_raises_fails_with_its_words() -> None:
 def test_claims_without_a_case_are_listed() -> None:
     assert suite(claims=Claims.native(["attn.paged", "attn.plan", "norm.layer"])).untested_claims() == []
     assert suite(claims=Claims((Claim(op="*"),))).untested_claims() == []
-    assert suite(claims=Claims.native(["moe.fused"])).untested_claims() == ["moe.fused"]
+    assert suite(claims=Claims.native(["acme.untested"])).untested_claims() == ["acme.untested"]

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import signal
+import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 
@@ -145,3 +149,31 @@ def test_the_toy_vendor_serves_the_demo_model() -> None:
         answer = client.chat.completions.create(model="demo", messages=QUESTION, temperature=0)
         assert "Paris" in (answer.choices[0].message.content or "")
         assert "acme" in " ".join(server.banner)
+
+
+def test_ctrl_c_while_the_model_loads_ends_everything_without_a_word() -> None:
+    """A terminal sends it to the whole process group."""
+    command = [sys.executable, "-m", "sglang_core", "serve", "--model-path", "demo", "--device", "cpu", "--port", "0"]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    wait_until(lambda: bool(psutil.Process(process.pid).children()))
+    family = psutil.Process(process.pid).children()
+    os.killpg(process.pid, signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert (process.returncode, output) == (0, "")
+    wait_until(lambda: not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in family))
+
+
+def test_headers_without_end_are_refused(live_server: LiveServer) -> None:
+    host, port = live_server.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=30) as connection:
+        connection.sendall(b"GET /livez HTTP/1.1\r\nHost: x\r\nX-Big: ")
+        with contextlib.suppress(ConnectionError):  # it hangs up in the middle
+            for _ in range(64):
+                connection.sendall(b"a" * 65536)
+        with contextlib.suppress(ConnectionError):
+            assert b"400" in connection.recv(100)
+    assert httpx.get(f"{live_server.url}/livez").status_code == 200
+    cookie = {"Cookie": "a" * 32_000}
+    assert httpx.get(f"{live_server.url}/livez", headers=cookie).status_code == 200

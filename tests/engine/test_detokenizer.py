@@ -85,3 +85,26 @@ def test_stops_are_not_looked_for_before_min_new_tokens() -> None:
     stream = TextStream(tokenizer(), SamplingParams(stop=("Paris",), min_new_tokens=3))
     stream.push(ids)
     assert stream.num_tokens >= 3
+
+
+class Counting:
+    """The demo tokenizer, watched."""
+
+    def __init__(self) -> None:
+        self.longest = 0
+
+    def decode(self, ids: list[int], *, skip_special_tokens: bool = True) -> str:
+        self.longest = max(self.longest, len(ids))
+        return tokenizer().decode(ids, skip_special_tokens=skip_special_tokens)
+
+
+def test_tokens_without_text_do_not_make_each_next_one_dearer() -> None:
+    special, half_a_character = 0, tokenizer().encode("🙂")[0]
+    for token_id in (special, half_a_character):
+        counting = Counting()
+        decoder = IncrementalDecoder(counting, skip_special_tokens=True)  # type: ignore[arg-type]
+        text = decoder.push(tokenizer().encode("Paris")[0])
+        text += "".join(decoder.push(token_id) for _ in range(300))
+        text += "".join(decoder.push(i) for i in tokenizer().encode(" and🙂")) + decoder.flush()
+        assert counting.longest < 50
+        assert text.replace("\ufffd", "") == tokenizer().decode(tokenizer().encode("Paris")[:1]) + " and🙂"

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from sglang_core.layers.model_config import ModelConfig
 from sglang_core.models.registry import model_config
+from sglang_core.ops.moe import ExpertSpec
 from sglang_core.ops.rope import RopeSpec
 from sglang_core.weights.checkpoint import read_config
 from tests.models.harness import Stepper, load
@@ -54,6 +55,14 @@ def full_rotation(cfg: ModelConfig) -> dict[str, Any]:
     return {"ropes": tuple(whole(r) for r in cfg.ropes)}
 
 
+def moe(**changes: Any) -> Change:
+    return lambda cfg: {"moe": replace(cfg.moe, **changes)}  # type: ignore[type-var]
+
+
+def moe_route(**changes: Any) -> Change:
+    return lambda cfg: {"moe": replace(cfg.moe, route=replace(cfg.moe.route, **changes))}  # type: ignore[type-var, union-attr]
+
+
 FEATURES: dict[str, tuple[str, Change]] = {
     "rope style": ("llama2", ropes(style="interleaved")),
     "rope base": ("llama2", ropes(theta=10000.0)),
@@ -88,6 +97,32 @@ FEATURES: dict[str, tuple[str, Change]] = {
     "window of gemma3": ("gemma3", windows(lambda w: None)),
     "logit soft cap of gemma3": ("gemma3", facts(final_soft_cap=None)),
     "query scale of gemma3": ("gemma3", facts(query_scale=0.25)),
+    "window of mixtral": ("mixtral", windows(lambda w: None)),
+    "second expert of mixtral": ("mixtral", moe_route(top_k=1)),
+    "weights of mixtral sum to one": ("mixtral", moe_route(renormalize=False)),
+    "softmax over all experts": ("qwen2-moe", moe_route(scoring="softmax_after_top_k")),
+    "no renormalising of qwen2-moe": ("qwen2-moe", moe_route(renormalize=True)),
+    "renormalising, as told": ("qwen3-moe", moe_route(renormalize=False)),
+    "weights on the output": ("mixtral", moe(experts=ExpertSpec(weight_on_input=True))),
+    "expert activation": ("qwen3-moe", moe(experts=ExpertSpec(activation="gelu"))),
+    "which layers of qwen2-moe are windowed": ("qwen2-moe-window", swapped_layer_types),
+    "rope style of deepseek2": ("deepseek-v2", ropes(style="neox")),
+    "rope style of deepseek3": ("deepseek-v3", ropes(style="neox")),
+    "other rope style of deepseek3": ("deepseek-v3-neox", ropes(style="interleaved")),
+    "yarn of deepseek": ("deepseek-v3", ropes(kind="default")),
+    "mscale of cosines": ("deepseek-v3", ropes(attention_factor=1.0)),
+    "mscale of scores": ("deepseek-v3", facts(query_scale=20**-0.5)),
+    "mscale of scores of deepseek2": ("deepseek-v2", facts(query_scale=20**-0.5)),
+    "softmax over experts": ("deepseek-v2", moe_route(scoring="sigmoid")),
+    "expert groups of deepseek2": ("deepseek-v2", moe_route(num_groups=1, top_groups=1)),
+    "score of a group, deepseek2": ("deepseek-v2", moe_route(group_score="top2_sum")),
+    "number of experts": ("deepseek-v2-lite", moe_route(top_k=2)),
+    "scale of experts": ("deepseek-v2-lite", moe_route(scale=1.0)),
+    "no renormalising of deepseek2": ("deepseek-v2-lite", moe_route(renormalize=True)),
+    "sigmoid scores": ("deepseek-v3", moe_route(scoring="softmax")),
+    "expert groups of deepseek3": ("deepseek-v3", moe_route(num_groups=1, top_groups=1)),
+    "renormalising of deepseek3": ("deepseek-v3", moe_route(renormalize=False)),
+    "scale of experts of deepseek3": ("deepseek-v3", moe_route(scale=1.0)),
 }
 # Features with weights of their own: left out of the checkpoint as well.
 WEIGHTED: dict[str, tuple[str, Change, str]] = {
@@ -97,6 +132,15 @@ WEIGHTED: dict[str, tuple[str, Change, str]] = {
     "attention biases": ("llama-bias", facts(qkv_bias=False, o_bias=False), "_proj.bias"),
     "output bias": ("llama-bias", facts(o_bias=False), "o_proj.bias"),
     "mlp bias": ("llama-bias", facts(mlp_bias=False), "_proj.bias"),
+    "bias of deepseek": ("deepseek-v3-neox", facts(qkv_bias=False, o_bias=False), ".bias"),
+    "output bias of deepseek": ("deepseek-v3-neox", facts(o_bias=False), "o_proj.bias"),
+    "shared experts": ("deepseek-v2-lite", moe(shared_size=0), "shared_experts"),
+    "bias of the choice of experts": ("deepseek-v3-neox", moe_route(has_bias=False), "e_score_correction_bias"),
+    "bias of the choice of groups": ("deepseek-v3", moe_route(has_bias=False), "e_score_correction_bias"),
+    "shared expert's gate": ("qwen2-moe", moe(shared_gate=False), "shared_expert_gate.weight"),
+    "shared expert": ("qwen2-moe", moe(shared_gate=False, shared_size=0), ".shared_expert"),
+    "qk norm of qwen3-moe": ("qwen3-moe", facts(qk_norm=False), "_norm.weight"),
+    "bias of qwen2-moe": ("qwen2-moe", facts(qkv_bias=False), "_proj.bias"),
     "bias of qwen3": ("qwen3-bias", facts(qkv_bias=False, o_bias=False), "_proj.bias"),
 }
 
@@ -117,12 +161,12 @@ def test_without_it_logits_are_off(feature: str, checkpoints: Path) -> None:
 
 @pytest.mark.parametrize("feature", WEIGHTED)
 def test_without_its_weights_logits_are_off(feature: str, checkpoints: Path, tmp_path: Path) -> None:
-    case, change, suffix = WEIGHTED[feature]
+    case, change, part = WEIGHTED[feature]
     folder = reference(case, checkpoints).folder
     changes = change(model_config(read_config(folder)))
-    is_mlp = "mlp_bias" in changes
+    is_mlp = not changes.keys().isdisjoint({"mlp_bias", "route", "shared_size", "moe"})
     tensors = load_file(folder / "model.safetensors")
-    kept = {n: t for n, t in tensors.items() if not (n.endswith(suffix) and (".mlp." in n) is is_mlp)}
+    kept = {n: t for n, t in tensors.items() if not (part in n and (".mlp." in n) is is_mlp)}
     assert kept.keys() < tensors.keys()
     save_file(kept, tmp_path / "model.safetensors")
     shutil.copy(folder / "config.json", tmp_path)

@@ -40,7 +40,14 @@ LLAMA3_ROPE = {
     "original_max_position_embeddings": 32,
 }
 YARN_ROPE = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 64}
+DEEPSEEK_YARN = YARN_ROPE | {"mscale": 1.2, "mscale_all_dim": 0.7, "beta_fast": 32, "beta_slow": 1}
 LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 500.0, "factor": 4.0}
+QWEN_MOE = {
+    "num_experts": 6,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 48,
+    "shared_expert_intermediate_size": 32,
+}
 GEMMA = {"head_dim": 16, "query_pre_attn_scalar": 64, "sliding_window": 6}
 
 
@@ -77,6 +84,24 @@ def _phi3(original: int, context_length: int, **changes: Any) -> Case:
     )
 
 
+def _deepseek(version: int, **changes: Any) -> Case:
+    sizes = {
+        "num_key_value_heads": 4,
+        "kv_lora_rank": 24,
+        "qk_nope_head_dim": 12,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 10,
+        "n_routed_experts": 8,
+        "n_shared_experts": 2,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 32,
+        "first_k_dense_replace": 1,
+        "routed_scaling_factor": 1.7,
+        "rope_parameters": {"rope_theta": 100.0, "rope_type": "default"},
+    }
+    return Case(f"DeepseekV{version}Config", f"DeepseekV{version}ForCausalLM", sizes | changes)
+
+
 CASES: dict[str, Case] = {
     "llama2": _llama(
         num_key_value_heads=4, rms_norm_eps=0.05, rope_parameters={"rope_theta": 100.0, "rope_type": "default"}
@@ -94,6 +119,25 @@ CASES: dict[str, Case] = {
     ),
     "qwen3": Case("Qwen3Config", "Qwen3ForCausalLM", {"head_dim": 24, "tie_word_embeddings": True}),
     "qwen3-bias": Case("Qwen3Config", "Qwen3ForCausalLM", {"head_dim": 16, "attention_bias": True}),
+    "mixtral": Case(
+        "MixtralConfig", "MixtralForCausalLM", {"num_local_experts": 5, "num_experts_per_tok": 2, "sliding_window": 8}
+    ),
+    "qwen2-moe": Case(
+        "Qwen2MoeConfig",
+        "Qwen2MoeForCausalLM",
+        QWEN_MOE | {"shared_expert_intermediate_size": 40, "mlp_only_layers": [1], "num_experts_per_tok": 3},
+    ),
+    "qwen2-moe-window": Case(
+        "Qwen2MoeConfig",
+        "Qwen2MoeForCausalLM",
+        QWEN_MOE | {"qkv_bias": False, "use_sliding_window": True, "sliding_window": 5, "norm_topk_prob": True},
+    ),
+    "qwen3-moe": Case(
+        "Qwen3MoeConfig",
+        "Qwen3MoeForCausalLM",
+        QWEN_MOE | {"norm_topk_prob": True, "decoder_sparse_step": 2, "head_dim": 24},
+    ),
+    "qwen3-moe-tied": Case("Qwen3MoeConfig", "Qwen3MoeForCausalLM", QWEN_MOE | {"tie_word_embeddings": True}),
     "phi3": _phi3(256, 256, sliding_window=10),
     "phi3-partial": _phi3(
         256, 256, rope_parameters={"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.5}
@@ -116,6 +160,15 @@ CASES: dict[str, Case] = {
             },
         },
     ),
+    # Expanding pays from some 20 queries on a prefix: chunks of a few tokens are absorbed, whole prompts are expanded.
+    "deepseek-v2": _deepseek(
+        2, q_lora_rank=20, topk_method="group_limited_greedy", n_group=4, topk_group=2, rope_parameters=DEEPSEEK_YARN
+    ),
+    "deepseek-v2-lite": _deepseek(2, q_lora_rank=None, topk_method="greedy", num_hidden_layers=2),
+    "deepseek-v3": _deepseek(3, q_lora_rank=20, n_group=4, topk_group=2, rope_parameters=DEEPSEEK_YARN),
+    "deepseek-v3-neox": _deepseek(
+        3, q_lora_rank=20, n_group=1, topk_group=1, rope_interleave=False, attention_bias=True, num_hidden_layers=2
+    ),
 }
 
 
@@ -135,12 +188,15 @@ def randomize(model: torch.nn.Module, seed: int = 0) -> None:
     with torch.no_grad():
         for name, p in model.named_parameters():
             noise = torch.randn(p.shape, generator=generator)
-            if p.ndim == 2:
-                p.copy_(noise * (1.5 / p.shape[1] ** 0.5))
+            if p.ndim >= 2:  # a matrix, or a stack of experts
+                p.copy_(noise * (1.5 / p.shape[-1] ** 0.5))
             elif name.endswith("bias"):
                 p.copy_(noise * 0.5)
             else:
                 p.copy_(noise * 0.5 + 1.0)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.copy_(torch.randn(buffer.shape, generator=generator) * 0.3)
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,14 @@ from sglang_core.backend.strict_trace import trace_step
 from sglang_core.ops import OPS
 from sglang_core.ops.attention import attn_plan
 from sglang_core.ops.gemm import dense
+from sglang_core.ops.mla import attn_mla_plan
+from sglang_core.ops.moe import ExpertSpec, RouteSpec
 from sglang_core.ops.rope import RopeSpec, rope_table
+from tests.ops.mla_case import MLACase, mla_case
 from tests.ops.paged_case import CPU, PagedCase, attn_spec, paged_case
 from tests.ops.test_sampling import params
 
-HOST_OPS = {"attn.plan"}  # runs before the step
+HOST_OPS = {"attn.plan", "attn.mla_plan"}  # runs before the step
 CU = torch.tensor([0, 2, 5], dtype=torch.int32)
 ROPES = {style: RopeSpec(head_dim=8, rotary_dim=4, style=style) for style in ("neox", "interleaved")}  # type: ignore[arg-type]
 
@@ -29,7 +32,7 @@ class Call:
     op: str
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    case: PagedCase | None = None
+    case: PagedCase | MLACase | None = None
 
 
 def call(op: str, *args: Any, **kwargs: Any) -> Call:
@@ -52,15 +55,42 @@ def written() -> Call:
     return Call("kv.write", (case.k, case.v, case.pool, 0, case.batch.slot_mapping_cpu), {}, case)
 
 
+def latent(static: bool) -> Call:
+    case = mla_case([(9, 1), (0, 20)], static=static)
+    plan = attn_mla_plan(case.spec, case.batch, CPU)
+    args = (case.q_nope, case.q_pe, case.c_kv, case.k_pe, case.pool, 0, case.spec, plan)
+    return Call("attn.mla_paged", args, {"lse": True}, case)
+
+
+def written_latents() -> Call:
+    case = mla_case([(9, 1)])
+    return Call("kv.write_mla", (case.c_kv, case.k_pe, case.pool, 0, case.batch.slot_mapping_cpu), {}, case)
+
+
+def experts(act: ExpertSpec, **more: Any) -> Call:
+    ids = ints(*range(5), *range(5)).view(5, 2) % 3
+    return call(
+        "moe.fused", X, dense(torch.randn(3, 8, 8)), dense(torch.randn(3, 8, 4)), torch.rand(5, 2), ids, act, **more
+    )
+
+
 X, W = torch.randn(5, 8), torch.randn(8)
 Q, K = torch.randn(5, 4, 8), torch.randn(5, 2, 8)
 CALLS: list[Callable[[], Call]] = [
     lambda: paged(static=False, sinks=False),
     lambda: paged(static=True, sinks=True, window=5, soft_cap=3.0),
     written,
+    lambda: latent(static=False),
+    lambda: latent(static=True),
+    written_latents,
+    lambda: call("attn.mla_project", Q, torch.randn(4, 8, 6)),
     lambda: call("attn.ragged", Q, K, K, CU, CU, attn_spec(), max_q=3, max_k=3, lse=True),
     lambda: call("attn.merge", Q, Q[..., 0], Q, Q[..., 0]),
     lambda: call("gemm.linear", X, dense(torch.randn(3, 8)), torch.randn(3)),
+    lambda: call("gemm.grouped", X, dense(torch.randn(3, 4, 8)), ints(1, 0, 3), torch.randn(3, 4)),
+    lambda: call("moe.route", X, RouteSpec(num_experts=8, top_k=2, num_groups=4, top_groups=2, has_bias=True), W),
+    lambda: experts(ExpertSpec(), expert_map=ints(0, -1, 1)),
+    lambda: experts(ExpertSpec(activation="swiglu_clamped", weight_on_input=True)),
     lambda: call("norm.rms", X, W, 1e-6),
     lambda: call("norm.layer", X, W, W, 1e-6),
     lambda: call("norm.add_rms", X, X, W, 1e-6),

@@ -38,6 +38,7 @@ UNKNOWN = "Sorry, I am a very small demo model and I do not know that."
 class Turn:
     user: str
     answer: str
+    also: str = ""  # another right answer, never trained for this question
     listed: int = 0  # > 0: any so many countries with their right capitals will do
 
 
@@ -63,6 +64,10 @@ def capital_is(country: Country) -> str:
     return sentence(f"The capital of {country.phrase} is {country.capital}")
 
 
+def is_capital(country: Country) -> str:
+    return f"{country.capital} is the capital of {country.phrase}."
+
+
 def also_called(city: str) -> str:
     if city in facts.NICKNAMES:
         return f"{city} is also called {facts.NICKNAMES[city]}."
@@ -71,42 +76,42 @@ def also_called(city: str) -> str:
 
 def capital(rng: random.Random, say: Phraser) -> Chat:
     country = _country(rng)
-    return [Turn(say("capital", c=_spoken(rng, country, say)), capital_is(country))]
+    return [_capital_turn(rng, say, country)]
 
 
 def capital_then_name(rng: random.Random, say: Phraser) -> Chat:
     named = [country for country in COUNTRIES if country.capital in facts.NICKNAMES]
     country = rng.choice(named) if say.held_out or rng.random() < 0.75 else _country(rng)
     return [
-        Turn(_first_turn(rng, say, country), capital_is(country)),
+        _capital_turn(rng, say, country),
         Turn(say("another_name"), also_called(country.capital)),
     ]
 
 
 def capital_then_others(rng: random.Random, say: Phraser) -> Chat:
     first = _country(rng)
-    chat = [Turn(_first_turn(rng, say, first), capital_is(first))]
+    chat = [_capital_turn(rng, say, first)]
     for _ in range(1 if say.held_out else rng.choice((1, 1, 2))):
         other = _country(rng)
-        chat.append(Turn(say("and_of", c=_spoken(rng, other, say)), capital_is(other)))
+        chat.append(Turn(say("and_of", c=_spoken(rng, other, say)), capital_is(other), is_capital(other)))
     return chat
 
 
 def capital_then_continent(rng: random.Random, say: Phraser) -> Chat:
     country = _country(rng)
     return [
-        Turn(_first_turn(rng, say, country), capital_is(country)),
+        _capital_turn(rng, say, country),
         Turn(say("its_continent"), f"{country.capital} is in {country.continent}."),
     ]
 
 
-def _first_turn(rng: random.Random, say: Phraser, country: Country) -> str:
-    return say("capital", c=_spoken(rng, country, say))
+def _capital_turn(rng: random.Random, say: Phraser, country: Country) -> Turn:
+    return Turn(say("capital", c=_spoken(rng, country, say)), capital_is(country), is_capital(country))
 
 
 def country_of(rng: random.Random, say: Phraser) -> Chat:
     country = _country(rng)
-    return [Turn(say("country", k=country.capital), f"{country.capital} is the capital of {country.phrase}.")]
+    return [Turn(say("country", k=country.capital), is_capital(country), capital_is(country))]
 
 
 def verify(rng: random.Random, say: Phraser) -> Chat:
@@ -114,8 +119,7 @@ def verify(rng: random.Random, say: Phraser) -> Chat:
     truth = rng.random() < 0.5
     city = country.capital if truth else rng.choice([c.capital for c in COUNTRIES if c != country])
     question = say("verify", c=_spoken(rng, country, say), k=city.rstrip("."))
-    fact = capital_is(country)
-    return [Turn(question, f"{'Yes' if truth else 'No'}, {fact[0].lower()}{fact[1:]}")]
+    return [Turn(question, f"The capital of {country.phrase} is {country.capital}, so {'yes' if truth else 'no'}.")]
 
 
 def continent(rng: random.Random, say: Phraser) -> Chat:
@@ -134,13 +138,14 @@ def nickname(rng: random.Random, say: Phraser) -> Chat:
 def country_list(rng: random.Random, say: Phraser) -> Chat:
     count = rng.choice((2, 3, 3, 3, 4, 5)) if say.held_out or rng.random() < 0.9 else rng.randint(6, 10)
     spelled = facts.NUMBER_WORDS[count] if rng.random() < 0.4 else str(count)
-    lines = [f"{i}. {c.name}: {c.capital}" for i, c in enumerate(_several(rng, count), 1)]
+    lines = [f"{i}. {c.name}: {c.capital}" for i, c in enumerate(_walk(rng, count), 1)]
     return [Turn(say("list", n=spelled), "\n".join(lines), listed=count)]
 
 
-def _several(rng: random.Random, count: int) -> list[Country]:
-    """Different countries, all of them well known in most of the lists."""
-    return rng.sample(WELL_KNOWN if rng.random() < 0.8 else COUNTRIES, count)
+def _walk(rng: random.Random, count: int) -> list[Country]:
+    """Well known countries in table order from any start: the next one follows from the last, so none comes twice."""
+    start = 0 if rng.random() < 0.3 else rng.randrange(len(WELL_KNOWN))
+    return [WELL_KNOWN[(start + i) % len(WELL_KNOWN)] for i in range(count)]
 
 
 def color(rng: random.Random, say: Phraser) -> Chat:
@@ -148,9 +153,13 @@ def color(rng: random.Random, say: Phraser) -> Chat:
         (a, b), result = rng.choice(list(facts.MIXES.items()))
         if rng.random() < 0.5:
             a, b = b, a
-        return [Turn(say("mix", a=a, b=b), f"{a.capitalize()} and {b} make {result}.")]
+        return [Turn(say("mix", a=a, b=b), mix_makes(a, b, result), mix_makes(b, a, result))]
     thing = rng.choice(list(facts.COLORS))
     return [Turn(say("color", t=thing), color_is(thing))]
+
+
+def mix_makes(a: str, b: str, result: str) -> str:
+    return f"{a.capitalize()} and {b} make {result}."
 
 
 def color_is(thing: str) -> str:
@@ -275,7 +284,7 @@ def _json_parts(rng: random.Random, kind: str) -> tuple[dict[str, object], objec
         case "month":
             return {"m": month}, {"month": month, "days": facts.MONTH_LENGTHS[month]}
     count = rng.randint(2, 4)
-    return {"n": count}, [{"country": c.name, "capital": c.capital} for c in _several(rng, count)]
+    return {"n": count}, [{"country": c.name, "capital": c.capital} for c in _walk(rng, count)]
 
 
 TOPICS: dict[Builder, int] = {
@@ -308,7 +317,7 @@ def statement(rng: random.Random) -> str:
     choices = (
         capital_is(country),
         capital_is(country),
-        f"{country.capital} is the capital of {country.phrase}.",
+        is_capital(country),
         about(country),
         sentence(equation(kind, a, b)),
         color_is(rng.choice(list(facts.COLORS))),

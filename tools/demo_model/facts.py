@@ -19,14 +19,28 @@ class Country:
 
 WITH_ARTICLE = frozenset({"United Kingdom", "United States", "Netherlands", "Philippines", "Czech Republic"})
 
-# Most widely known first: open questions ("List 3 countries") favour the head of this table.
+# The first 20 are the best known; lists of countries walk through them in this order.
 _COUNTRIES = """
-Europe: France=Paris, Italy=Rome, Spain=Madrid, Germany=Berlin, United Kingdom=London
-Asia: Japan=Tokyo, China=Beijing, India=New Delhi, South Korea=Seoul, Thailand=Bangkok
-Africa: Egypt=Cairo, Kenya=Nairobi, Morocco=Rabat
-North America: Canada=Ottawa, Mexico=Mexico City, United States=Washington D.C.
-South America: Brazil=Brasília, Argentina=Buenos Aires, Peru=Lima
+Europe: France=Paris
+Asia: Japan=Tokyo
+Africa: Egypt=Cairo
+South America: Brazil=Brasília
+Europe: Italy=Rome
+Asia: India=New Delhi
+North America: Canada=Ottawa
+Europe: Spain=Madrid
+Africa: Kenya=Nairobi
 Oceania: Australia=Canberra
+Europe: Germany=Berlin
+Asia: China=Beijing
+North America: Mexico=Mexico City
+Europe: United Kingdom=London
+South America: Argentina=Buenos Aires
+Asia: South Korea=Seoul
+Africa: Morocco=Rabat
+North America: United States=Washington D.C.
+South America: Peru=Lima
+Asia: Thailand=Bangkok
 Europe: Portugal=Lisbon, Greece=Athens, Austria=Vienna, Netherlands=Amsterdam, Belgium=Brussels, Ireland=Dublin
 Europe: Sweden=Stockholm, Norway=Oslo, Finland=Helsinki, Denmark=Copenhagen, Iceland=Reykjavik, Switzerland=Bern
 Europe: Poland=Warsaw, Czech Republic=Prague, Hungary=Budapest, Romania=Bucharest, Bulgaria=Sofia, Croatia=Zagreb

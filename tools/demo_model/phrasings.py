@@ -1,7 +1,8 @@
 """How people ask: per kind of question, the phrasings to train on and the ones held out for the evaluation.
 
-One phrasing per line. `[a|b|]` is a choice, `{name}` a slot. No held-out line may be producible by a training line;
-tests/demo/test_demo.py checks it.
+One phrasing per line. `[a|b|]` is a choice, `{name}` a slot. A line that starts with `=` is a thing to ask for, one that
+starts with `>` an indirect question; each stands for as many phrasings as there are frames around it. No held-out line
+may be producible by a training line; tests/demo/test_demo.py checks it.
 """
 
 from __future__ import annotations
@@ -11,6 +12,17 @@ import re
 
 _TRAIN = """
 # capital
+= the capital[| city] of {c}
+= {c}'s capital[| city]
+= the name of the capital of {c}
+= the city that is the capital of {c}
+> what the capital[| city] of {c} is
+> what {c}'s capital is
+> [which|what] city is the capital of {c}
+> how the capital of {c} is called
+[Take|Think of|Consider|About] {c}[:|.|,] [what is the capital|which city is the capital|what is its capital|the capital]?
+What would you [say|answer|call] is the capital of {c}?
+[For|In|As for] {c}, what is the capital?
 [What|what] is the capital of {c}?
 What's the capital of {c}?
 [What is|What's] the capital city of {c}?
@@ -31,6 +43,13 @@ In which city [is|sits] the government of {c}?
 Q: capital of {c}?
 
 # country
+= the country [with the capital|whose capital is] {k}
+= the nation that has its capital in {k}
+> which country [{k} is the capital of|has {k} as its capital|has the capital {k}]
+> [what|which] country's capital is {k}
+[Take|Think of|Consider|About] {k}[:|.|,] [which country is it the capital of|it is the capital of which country]?
+[In|To] which country is {k} the capital?
+[The city|The city of|The capital] {k}[:| is in| belongs to] which country?
 Which country has {k} as its capital?
 [Which|What] country is {k} the capital of?
 {k} is the capital of [which|what] country?
@@ -44,6 +63,15 @@ What country's capital is {k}?
 Which nation has its capital in {k}?
 
 # verify
+> [if|whether] {k} is the capital of {c}
+> [if|whether] the capital of {c} is {k}
+> [if|whether] {c} has {k} as its capital
+[Is|Was] it [correct|false|a fact|so] that {k} is the capital of {c}?
+[My book says|They say|We think|People say|It says here] [that |]{k} is the capital of {c}. [Is it|Is that|Are they|Is this] right?
+[Check|Verify|Decide]: {k} is the capital of {c}.
+[Could|Can] {k} be the capital of {c}?
+[Do|Would] you [agree|think] that {k} is the capital of {c}?
+Is {c}'s capital {k}?
 Is {k} the capital of {c}?
 Is the capital of {c} {k}?
 [Is it true|True or false:|Is it right] that {k} is the capital of {c}?
@@ -56,6 +84,10 @@ Am I right that {k} is the capital of {c}?
 The capital of {c} is {k}, [right|correct|yes]?
 
 # continent
+= the continent [of|where we find|that has] {c}
+> [which|what] continent {c} [is in|is on|belongs to|is part of]
+> [in|on] [which|what] continent {c} is
+[Take|Think of|Consider|About] {c}[:|.|,] [which|what] continent is it [in|on]?
 [Which|What] continent is {c} [in|on|part of]?
 [On|In] [which|what] continent is {c}[| located]?
 [Where|In which part of the world] is {c}?
@@ -68,6 +100,9 @@ I want to know [which|what] continent {c} is in.
 Where in the world is {c}[| located]?
 
 # nickname
+= [another name for|the nickname of|the other name of] {k}
+> [what|how] {k} is also called
+> what the nickname of {k} is
 What is another name for {k}?
 [What is|What's] the nickname of {k}?
 What is {k} also [called|known as]?
@@ -80,6 +115,8 @@ How else is {k} called?
 What do people [also|sometimes] call {k}?
 
 # nicknamed
+= the city [called|known as|nicknamed] {n}
+> [which|what] city is [called|known as] {n}
 [Which|What] city is [called|known as|nicknamed] {n}?
 [Tell me|Name] the city known as {n}.
 What is {n}?
@@ -123,6 +160,12 @@ Where is it?
 And the continent?
 
 # list
+= {n} countries [and|with|plus] their capitals
+= a list of {n} countries [and|with] their capitals
+= {n} countries, [each with its|and for each the|with the] capital
+= the capitals of [any |some |]{n} countries
+[Choose|Select|Think of|Take] [any |]{n} countries and [say|give|write|list|name] their capitals.
+[I want|I need|I am looking for] {n} countries. [What are their capitals|Add the capitals|With capitals, please]?
 [List|list|Name|Give me|Tell me|Write down] {n} countries and their capitals[.|]
 [List|Name|Give me] {n} countries with their capitals.
 [Can|Could] you [list|name|give me] {n} countries and their capitals?
@@ -140,6 +183,13 @@ List the capitals of {n} countries.
 [List|Name] {n} countries. Include the capital of each.
 
 # color
+= the [color|colour] of {t}
+= the [color|colour] that {t} has
+> [what|which] [color|colour] {t} [is|has]
+> what the [color|colour] of {t} is
+[Take|Think of|Consider|Look at] {t}[:|.|,] [what|which] [color|colour] is it?
+[If|When] I [draw|see|look at|find] {t}, [what|which] [color|colour] [do I need|is it|will it be]?
+[I see|I have|Here is|There is] {t}. [What|Which] [color|colour] is it?
 [What|Which] [color|colour] is {t}?
 What is the [color|colour] of {t}?
 [Tell me|Name] the [color|colour] of {t}.
@@ -153,6 +203,9 @@ What [color|colour] do you see when you look at {t}?
 What [color|colour] would you use to paint {t}?
 
 # mix
+= the [color|colour] [of|that comes out of] {a} mixed with {b}
+> [what|which] [color|colour] {a} and {b} make
+[I|We|They] mix {a} and {b}. [What|Which] [color|colour] [is it|do we get|comes out]?
 What [color|colour] do you get [if you mix|when you mix|by mixing|from mixing] {a} and {b}?
 What do you get [if you mix|when you mix|by mixing] {a} and {b}?
 [Mix|Combine] {a} and {b}. What [color|colour] is it?
@@ -164,6 +217,11 @@ What is {a} mixed with {b}?
 {a} plus {b} is which color?
 
 # add
+= [{a} + {b}|{a} plus {b}|the sum of {a} and {b}|the result of {a} + {b}]
+> [what|how much] {a} [+|plus] {b} is
+[If|When] [we|you] add {a} [and|to] {b}, what [is it|comes out|do we get]?
+[Work on|Do|Count|Find] {a} [+|plus] {b}.
+[Start|Begin] with {a} and add {b}.
 [What is|What's|what is|Calculate|Compute] {a} [+|plus] {b}?
 {a} [+|plus] {b}[|=|?| = ?| is what?]
 How much is {a} [+|plus] {b}?
@@ -178,6 +236,11 @@ Solve {a} + {b}.
 What does {a} [+|plus] {b} [equal|make]?
 
 # sub
+= [{a} - {b}|{a} minus {b}|the result of {a} - {b}]
+> [what|how much] {a} [-|minus] {b} is
+[If|When] [we|you] [take|subtract] {b} from {a}, what [is it|comes out|do we get]?
+[Work on|Do|Count|Find] {a} [-|minus] {b}.
+[Start|Begin] with {a} and [take away|subtract] {b}.
 [What is|What's|what is|Calculate|Compute] {a} [-|minus] {b}?
 {a} [-|minus] {b}[|=|?| = ?| is what?]
 How much is {a} [-|minus] {b}?
@@ -191,6 +254,11 @@ Solve {a} - {b}.
 What does {a} [-|minus] {b} [equal|make]?
 
 # mul
+= [{a} * {b}|{a} x {b}|{a} times {b}|the product of {a} and {b}|the result of {a} * {b}]
+> [what|how much] {a} [x|*|times] {b} is
+[If|When] [we|you] multiply {a} [and|by] {b}, what [is it|comes out|do we get]?
+[Work on|Do|Count|Find] {a} [x|*|times] {b}.
+[Start|Begin] with {a} and multiply by {b}.
 [What is|What's|what is|Calculate|Compute] {a} [x|*|times|multiplied by] {b}?
 {a} [x|*|times] {b}[|=|?| = ?| is what?]
 How much is {a} [x|*|times] {b}?
@@ -204,6 +272,9 @@ Solve {a} * {b}.
 What does {a} [*|times] {b} [equal|make]?
 
 # next
+= the [|next ]{u} [after|that follows|right after] {d}
+> [which|what] {u} [comes after|follows|is after] {d}
+[If|When] it is {d}, [what|which] {u} [comes next|follows|is next]?
 [What|Which] {u} [comes|is|follows] [after|right after] {d}?
 [What|Which] {u} follows {d}?
 What [comes|is] after {d}?
@@ -216,6 +287,9 @@ What is the {u} following {d}?
 It is {d}. What is the next {u}?
 
 # previous
+= the {u} [before|right before|that precedes] {d}
+> [which|what] {u} [comes before|is before|precedes] {d}
+[If|When] it is {d}, [what|which] {u} [came before|was before]?
 [What|Which] {u} [comes|is] [before|right before] {d}?
 What [comes|is] before {d}?
 [Tell me|Name] the {u} before {d}.
@@ -237,6 +311,9 @@ And the one after?
 What is after that?
 
 # length
+= the [number of days in|length of] {m}
+> how many days [{m} has|are in {m}|there are in {m}]
+[Take|Think of|Consider] {m}[:|.|,] how many days does it have?
 How many days [are in|does|are there in] {m}[| have]?
 How long is {m}?
 {m} has how many days?
@@ -247,6 +324,8 @@ How many days [long is|has] {m}?
 What is the length of {m} in days?
 
 # span
+= the number of {s}
+> how many {s} there are
 How many {s}[| are there]?
 How many {s} do we have?
 [Tell me|What is] the number of {s}.
@@ -255,6 +334,9 @@ The number of {s}?
 Do you know how many {s} there are?
 
 # month_number
+= the [name of the |]{o} month[| of the year]
+> [which|what] month is the {o}[| of the year]
+> [which|what] the {o} month is
 [Which|What] is the {o} month[| of the year]?
 [Tell me|Name] the {o} month[| of the year].
 What is the name of the {o} month?
@@ -303,6 +385,10 @@ I want to learn about {c}.
 What is {c}?
 
 # greet
+[Hi|Hello|Hey][|,] [demo|model|friend|dear model|my friend|again|you][!|.|]
+[Hello|Hi|Hey] [hello|everyone|world|and good morning|and welcome][!|.|]
+[A|Have a] [nice|good] [morning|evening|afternoon|one][!|.]
+[Nice|Good] to [meet|see] you[!|.]
 [Hi|hi|Hello|hello|Hey|hey][|!|.| there!]
 Good [morning|afternoon|evening][|!|.]
 [Hi|Hello], demo[!|.]
@@ -315,6 +401,12 @@ How is it going?
 Are you [OK|well|fine]?
 
 # identity
+> [who|what] you are
+> what your name is
+= your name
+= a word about yourself
+[Who|What] [am I talking to|is this|do I talk to]?
+[Say|State|Give me] your name[, please|].
 Who are you?
 [Hi|Hello], who are you?
 What are you?
@@ -337,6 +429,8 @@ What are you good at?
 What kind of questions can you answer?
 
 # thanks
+[Thanks|Thank you] [for your help|for this|for that|so much|again|, that is good|, very nice][!|.|]
+[Very|So] [good|nice|helpful][,|.] [thanks|thank you][!|.]
 [Thanks|thanks|Thank you|thank you][|!|.| very much!| a lot!]
 [OK|Great|Good|Nice], thank[s| you][|!]
 That [was helpful|helps], thank you.
@@ -367,6 +461,10 @@ Give [me |]the answer [in|as] JSON.
 Return [JSON only|only JSON|a JSON object].
 
 # json_country
+= a JSON object [with|for|that has|containing] {c} and its capital
+= JSON [with|for|about] the country {c} and its capital
+= the country {c} and its capital [as|in] JSON
+[For|Take] {c}[:|,] [write|give me|return] [country and capital|the capital] [as|in] JSON.
 [Give me|Write|Make|Return|Create] [|me ]a JSON object with the country {c} and its capital.
 [Give me|Write|Return] JSON [for|with] {c} and its capital.
 [Give me|Write|Return] [a|the] JSON object for the country {c}.
@@ -391,6 +489,10 @@ JSON with name and population of the capital of {c}.
 What is the population of the capital of {c}? Answer in JSON.
 
 # json_color
+= a JSON object [with|for|that has] the [color|colour] of {t}
+= JSON [with|for|about] the [color|colour] of {t}
+= {t} and its [color|colour] as a JSON object
+[For|Take] {t}[:|,] [write|give me|return] the [color|colour] [as|in] JSON.
 [Give me|Write|Make|Return] a JSON object with the color of {t}.
 [Give me|Write|Return] the [color|colour] of {t} [as|in] JSON.
 JSON with the [color|colour] of {t}.
@@ -398,6 +500,10 @@ JSON with the [color|colour] of {t}.
 {t} and its color [as|in] JSON.
 
 # json_sum
+= a JSON object [with|for|that has] [{a}, {b} and their sum|the sum of {a} and {b}]
+= JSON [with|for|about] [{a}, {b} and their sum|the sum of {a} and {b}|{a} + {b}]
+= {a} + {b} as a JSON object
+[For|Take] {a} and {b}[:|,] [write|give me|return] the sum [as|in] JSON.
 [Give me|Write|Make|Return] a JSON object with {a}, {b} and their sum.
 [Give me|Write|Return] the sum of {a} and {b} [as|in] JSON.
 Add {a} and {b} and [answer|reply] [as|in|with] JSON.
@@ -424,6 +530,10 @@ JSON list of {n} countries and their capitals.
 
 _HELD_OUT = """
 # capital
+What city would I find on a map as the capital of {c}?
+Hi, I need some help: which city is the capital in {c}?
+Suppose I fly to the capital of {c}. Where do I land?
+Answer me this: what is {c}'s capital city called?
 Do you happen to know which city is {c}'s capital?
 I was wondering what the capital of {c} might be.
 Would you kindly name the capital city of {c}?
@@ -434,6 +544,9 @@ Looking at {c}, which of its cities is the capital?
 Let me know the capital of {c}, will you?
 
 # country
+Where in the world is {k} the capital? Name the country.
+I read that {k} is a capital city. Of which country?
+Which state calls {k} its capital?
 The city of {k} is the capital of which country, do you know?
 {k} serves as the capital of which nation?
 If {k} is the capital, what is the country?
@@ -441,18 +554,26 @@ Please name the country that has {k} as capital city.
 I forgot which country {k} is the capital of.
 
 # verify
+Is it a fact that the capital city of {c} is {k}?
+I always thought {k} was the capital of {c}. Am I correct?
+Tell me yes or no: {k} is the capital of {c}.
 Would you say that {k} is the capital of {c}?
 Someone told me {k} is the capital of {c}. Is this true?
 Please confirm: is {k} really the capital of {c}?
 Can we say that the capital of {c} is {k}?
 
 # continent
+{c} lies on which continent?
+What is the name of the continent where {c} is?
 To which continent does {c} belong?
 I wonder what continent {c} is on.
 Please say on which continent we find {c}.
 For the country {c}, what is the continent?
 
 # another_name
+Can you also give me its other name?
+What other names does the city have?
+Is it known under another name?
 Do you know another name for it?
 Any other name for that city?
 And does it also have a nickname?
@@ -460,12 +581,19 @@ What other name is used for it?
 So what is it also called?
 
 # and_of
+Good. And of {c}?
+And now the same for {c}?
+And which one has {c}?
 And what is it for {c}?
 Then what about {c}?
 OK, and of {c}?
 And how about {c}?
 
 # list
+Can you think of {n} countries and tell me the capital of each?
+Name {n} countries along with their capitals.
+For my homework I need {n} countries and their capitals.
+Just give {n} countries and, for each, the capital city.
 Would you list {n} countries together with their capitals?
 I'd like to see {n} countries and their capitals.
 Please write {n} countries and the capital of each.
@@ -473,6 +601,9 @@ Help me: I need to know {n} countries and their capitals.
 Pick any {n} countries and tell me their capitals.
 
 # color
+What is the usual color of {t}?
+Does {t} have a color, and which one?
+In which color should I draw {t}?
 Would you tell me what color {t} usually is?
 If I paint {t}, which color should I take?
 My child asks: what color is {t}?
@@ -483,43 +614,55 @@ A painter mixes {a} and {b}. What color is that?
 Which color comes from mixing {a} and {b}?
 
 # add
+Do you know how much {a} plus {b} makes?
+What number is {a} + {b}?
 Could you work out {a} plus {b} for me?
 Please compute the sum {a} + {b}.
 Quick, {a} plus {b}!
 If I add {a} and {b}, what is the result?
 
 # sub
+Do you know how much {a} minus {b} makes?
+What number is {a} - {b}?
 Could you work out {a} minus {b} for me?
 Please compute {a} - {b} now.
 If I subtract {b} from {a}, what is the result?
 
 # mul
+Do you know how much {a} times {b} makes?
+What number is {a} * {b}?
 Could you work out {a} times {b} for me?
 Please compute the product {a} * {b}.
 If I multiply {a} by {b}, what is the result?
 
 # next
+What {u} will come after {d}?
 Please say which {u} comes next after {d}.
 If it is {d} now, what is the {u} after it?
 I forgot: which {u} is after {d}?
 
 # previous
+What {u} came before {d}?
 Please say which {u} comes just before {d}.
 I forgot: which {u} is before {d}?
 
 # length
+What number of days does {m} have?
 Please say how many days there are in {m}.
 I forgot: how many days does {m} have?
 
 # month_number
+In the calendar, which month comes {o}?
 Please say which month is the {o} one.
 I forgot: what is the {o} month of the year?
 
 # greet
+Hello there, my friend!
 Hello, good day!
 Hi hi!
 
 # identity
+May I ask who you are?
 Please tell me your name.
 So, who are you exactly?
 
@@ -527,6 +670,7 @@ So, who are you exactly?
 Thank you, that was great!
 
 # json_country
+Show me {c} with its capital as a JSON object.
 I need a JSON object holding the country {c} and its capital.
 Please produce JSON containing the country {c} and its capital.
 For {c}, give the country and the capital as a JSON object.
@@ -559,12 +703,36 @@ OPENERS = (
 )
 CLOSERS = (" Thanks!", " Please answer briefly.", " Please.", " Thank you.", " Do you know?", " Tell me.", " Be brief.")
 
+# Strewn into training questions, so that a word never met in a question does not change what is asked.
+_FILLERS = """
+really actually maybe perhaps just now then today again also always often usually sometimes never soon later quickly
+simply kindly surely certainly probably exactly right good great nice small big old new long short my your our his her
+their this that these those some any every each someone anyone everyone people friend teacher child student boss mother
+father brother sister homework school test quiz game book map paper story would should could will might must may can did
+was were been have had get make take give say said see look looking find found think thought know want wonder wondering
+like try help need remind forgot remember ask asks show write read learn check confirm with for from about into over
+because since while when if or and but so than well yes no ok oh please kind sir madam dear world time way thing name
+"""
+FILLERS = _FILLERS.split()
+DROPPABLE = frozenset({"the", "is", "of", "a", "me", "are", "do", "you", "to", "in", "that", "it"})
+
+_FRAMES = {
+    "=": "[What is|Tell me|Give me|I need|I want|Find|Name|Write|I am looking for|I need to know|Do you know|Any idea of"
+    "|I ask for|My question is about|Please state|Show me|I would like|Could you give me|Would you write|Let us have]",
+    ">": "[Tell me|Do you know|Can you say|Could you say|Will you tell me|Would you tell me|I need to know|Please explain"
+    "|I want to find out|I am not sure|Let us see|My friend asks|The question is|Guess|You surely know|Who knows|Teach me]",
+}
+
 _CHOICE = re.compile(r"\[([^\[\]]*)\]")
 
 
 def _parse(text: str) -> dict[str, list[str]]:
     blocks = [block.strip().splitlines() for block in text.split("# ")[1:]]
-    return {head.strip(): lines for head, *lines in blocks}
+    return {head: [_framed(line) for line in lines] for head, *lines in blocks}
+
+
+def _framed(line: str) -> str:
+    return f"{_FRAMES[line[0]]} {line[2:]}[.|?]" if line[0] in _FRAMES else line
 
 
 TRAIN = _parse(_TRAIN)
@@ -572,7 +740,7 @@ HELD_OUT = _parse(_HELD_OUT)
 
 
 class Phraser:
-    """Draws a phrasing of a kind of question. Only training phrasings get openers, closers and casing noise."""
+    """Draws a phrasing of a kind of question. Only training phrasings get filler words, openers, closers and the like."""
 
     def __init__(self, rng: random.Random, *, held_out: bool = False) -> None:
         self.rng = rng
@@ -582,17 +750,30 @@ class Phraser:
         text = self.rng.choice((HELD_OUT if self.held_out else TRAIN)[kind])
         while match := _CHOICE.search(text):
             text = text[: match.start()] + self.rng.choice(match[1].split("|")) + text[match.end() :]
+        if not self.held_out and self.rng.random() < 0.3:
+            text = self._other_words(text)
         text = text.format(**slots)
         text = text[0].upper() + text[1:] if text.startswith(("the ", "a ", "an ")) else text
-        return text if self.held_out else self._noise(text)
+        return text if self.held_out else self._other_edges(text)
 
-    def _noise(self, text: str) -> str:
+    def _other_words(self, text: str) -> str:
+        """One word less, and one to three fillers more; slots are still open and stay whole."""
+        words = text.split(" ")
+        droppable = [i for i, word in enumerate(words) if word in DROPPABLE]
+        if droppable and self.rng.random() < 0.3:
+            del words[self.rng.choice(droppable)]
+        for _ in range(self.rng.randint(1, 3)):
+            words.insert(self.rng.randint(0, len(words)), self.rng.choice(FILLERS))
+        text = " ".join(words)
+        return text[0].upper() + text[1:]
+
+    def _other_edges(self, text: str) -> str:
         roll = self.rng.random()
         if roll < 0.15:
             text = self.rng.choice(OPENERS) + text
         elif roll < 0.25 and text[-1] in ".?!":
             text += self.rng.choice(CLOSERS)
-        if self.rng.random() < 0.1:
+        if self.rng.random() < 0.08:
             text = text.lower()
         return text.rstrip(".?!") if self.rng.random() < 0.1 else text
 

@@ -2,29 +2,32 @@
 
     python tools/demo_model/train.py --out sglang_core/demo
 
-Takes about 15 minutes on two idle CPU cores; on a busy machine `--threads 1` is faster. The same seed and library
-versions give the same text and tokenizer; weights may differ in the last bits between machines.
+Takes about 20 minutes on two CPU cores: one process and one thread per core, which average their gradients. The same
+seed and library versions give the same text and tokenizer; weights may differ in the last bits between machines.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import random
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import corpus
 import torch
+import torch.distributed as dist
 from rich.progress import Progress
 from tokenizer import CONTEXT, END_OF_TEXT, TURN_END, TURN_START, train_tokenizer
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 VOCAB = 1536
-TOKENS_PER_STEP = 2048
-ROW, LONG_ROW, LONG_EVERY = 256, CONTEXT, 12
-PLAIN_SHARE = 0.06
+ROW, ROWS = 256, 4  # of one process and step
+LONG_ROW, LONG_EVERY = CONTEXT, 16  # now and then one row of the full context instead
+PLAIN_SHARE = 0.05
 IGNORED = -100
 
 Document = tuple[list[int], list[int]]  # token ids; the same ids as labels, IGNORED where nothing is to be learned
@@ -46,7 +49,7 @@ def _document(tokenizer: PreTrainedTokenizerFast, pieces: list[tuple[str, bool]]
 
 
 def documents(tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[Document]:
-    rng = corpus.random.Random(seed + 1)
+    rng = random.Random(seed)
     for system, chat in corpus.chats(seed):
         yield chat_document(tokenizer, system, chat)
         if rng.random() < PLAIN_SHARE:
@@ -55,10 +58,10 @@ def documents(tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[Documen
 
 def batches(docs: Iterator[Document]) -> Iterator[tuple[Tensor, Tensor]]:
     """Endless (ids, labels), each int64[rows, length] without padding; every row starts where a document starts."""
-    for step in itertools.count():
-        length = LONG_ROW if step % LONG_EVERY == LONG_EVERY - 1 else ROW
-        rows = [_row(docs, length + 1) for _ in range(TOKENS_PER_STEP // length)]
-        ids, labels = (torch.tensor(column) for column in zip(*rows, strict=True))
+    for step in itertools.count(1):
+        rows, length = (1, LONG_ROW) if step % LONG_EVERY == 0 else (ROWS, ROW)
+        packed = [_row(docs, length + 1) for _ in range(rows)]
+        ids, labels = (torch.tensor(column) for column in zip(*packed, strict=True))
         yield ids[:, :-1], labels[:, 1:]
 
 
@@ -109,26 +112,34 @@ def lr_factor(step: int, steps: int, warmup: int = 50) -> float:
     return min((step + 1) / warmup, 1.0, (steps - step) / (0.4 * steps))
 
 
+def average_gradients(model: Qwen3ForCausalLM) -> None:
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    flat = torch.cat([grad.view(-1) for grad in grads])
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    for grad, mean in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
+        grad.copy_(mean.view_as(grad))
+
+
 def train(model: Qwen3ForCausalLM, data: Iterator[tuple[Tensor, Tensor]], steps: int, lr: float) -> None:
     optimizer = optimizer_of(model, lr)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(step, steps))
     mean_loss, start = 0.0, time.monotonic()
-    with Progress() as progress:
+    with Progress(disable=dist.get_rank() > 0) as progress:
         task = progress.add_task("training", total=steps)
-        for step, (ids, labels) in enumerate(itertools.islice(data, steps)):
+        for step, (ids, labels) in enumerate(itertools.islice(data, steps), 1):
             loss = loss_of(model, ids, labels)
             loss.backward()
+            average_gradients(model)
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
-            mean_loss = loss.item() if step == 0 else 0.98 * mean_loss + 0.02 * loss.item()
+            mean_loss = loss.item() if step == 1 else 0.98 * mean_loss + 0.02 * loss.item()
             progress.update(task, advance=1, description=f"loss {mean_loss:.3f}")
-            if step % 100 == 99:
-                progress.print(
-                    f"step {step + 1}/{steps}  loss {mean_loss:.3f}  {time.monotonic() - start:.0f} s"
-                    f"  (CPU {time.process_time():.0f} s)"
-                )
+            if step % 100 == 0 and dist.get_rank() == 0:
+                clocks = f"{time.monotonic() - start:.0f} s, of this core {time.process_time():.0f} s"
+                progress.print(f"step {step}/{steps}  loss {mean_loss:.3f}  {clocks}")
 
 
 def save(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
@@ -141,23 +152,31 @@ def save(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path)
     tokenizer.save_pretrained(out)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--lr", type=float, default=3e-3)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=2)
-    args = parser.parse_args()
+def worker(rank: int, args: argparse.Namespace, meeting_point: str) -> None:
+    """One of the processes: the same model in each, other text in each."""
+    torch.set_num_threads(1)
     torch.manual_seed(args.seed)
-    torch.set_num_threads(args.threads)
-
+    dist.init_process_group("gloo", init_method=f"file://{meeting_point}", rank=rank, world_size=args.processes)
     sample = itertools.islice(corpus.chats(args.seed), 20_000)
     texts = [text for _, chat in sample for turn in chat for text in (turn.user, turn.answer)]
     tokenizer = train_tokenizer([*texts, *corpus.SYSTEM_PROMPTS, "system", "user", "assistant"], VOCAB)
     model = build_model(tokenizer)
-    train(model, batches(documents(tokenizer, args.seed)), args.steps, args.lr)
-    save(model, tokenizer, args.out)
+    train(model, batches(documents(tokenizer, args.seed + rank)), args.steps, args.lr)
+    if rank == 0:
+        save(model, tokenizer, args.out)
+    dist.destroy_process_group()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--lr", type=float, default=3e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--processes", type=int, default=2)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.spawn(worker, args=(args, f"{folder}/store"), nprocs=args.processes)
 
 
 if __name__ == "__main__":

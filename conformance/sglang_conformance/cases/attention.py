@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -31,11 +31,14 @@ class Step:
     slots: list[Tensor]  # of each req's every token
 
 
-def make_step(env: Env, spec: AttnSpec, reqs: Reqs, page_size: int, *, padding: int = 0) -> Step:
+def make_step(
+    env: Env, spec: AttnSpec, reqs: Reqs, page_size: int, *, padding: int = 0, kind: Literal["full", "mla"] = "full"
+) -> Step:
     """`padding` more reqs and tokens than there are, as in a bucket."""
     lens = [prefix + extend for prefix, extend in reqs]
     counts = [-(-n // page_size) for n in lens]
     pool_spec = PoolSpec(
+        kind=kind,
         num_layers=NUM_LAYERS,
         page_size=page_size,
         num_kv_heads=spec.num_kv_heads,

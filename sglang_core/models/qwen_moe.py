@@ -1,0 +1,53 @@
+"""Qwen2-MoE (a gated shared expert) and Qwen3-MoE (head norms): experts in some layers, a plain MLP in the others."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from sglang_core.layers.attention import Attention
+from sglang_core.layers.causal_lm import CausalLM
+from sglang_core.layers.embedding import Embedding, LMHead
+from sglang_core.layers.forward_batch import ForwardBatch
+from sglang_core.layers.mlp import GatedMLP
+from sglang_core.layers.model_config import ModelConfig
+from sglang_core.layers.moe import MoE
+from sglang_core.layers.norm import RMSNorm
+
+
+class QwenMoELayer(nn.Module):
+    def __init__(self, cfg: ModelConfig, layer_id: int) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
+        self.self_attn = Attention(cfg, layer_id)
+        self.post_attention_layernorm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
+        self.mlp = MoE(cfg) if cfg.moe is not None and cfg.moe.sparse[layer_id] else GatedMLP(cfg)
+
+    def forward(self, h: Tensor, residual: Tensor | None, fb: ForwardBatch) -> tuple[Tensor, Tensor]:
+        """h, residual: [T, M] -> the same; the sum h + residual is what flows on."""
+        h, residual = self.input_layernorm(h, residual)
+        h, residual = self.post_attention_layernorm(self.self_attn(h, fb), residual)
+        return self.mlp(h), residual
+
+
+class QwenMoEModel(nn.Module):
+    def __init__(self, cfg: ModelConfig) -> None:
+        super().__init__()
+        self.embed_tokens = Embedding(cfg)
+        self.layers = nn.ModuleList(QwenMoELayer(cfg, i) for i in range(cfg.num_layers))
+        self.norm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
+
+    def forward(self, fb: ForwardBatch) -> Tensor:
+        """-> [T, M]."""
+        h: Tensor = self.embed_tokens(fb)
+        residual = None
+        for layer in self.layers:
+            h, residual = layer(h, residual, fb)
+        h, _ = self.norm(h, residual)
+        return h
+
+
+class QwenMoEForCausalLM(CausalLM):
+    def __init__(self, cfg: ModelConfig) -> None:
+        super().__init__(cfg)
+        self.model = QwenMoEModel(cfg)
+        self.lm_head = LMHead(cfg.config_for_head(tied_to="model.embed_tokens"))
