@@ -10,7 +10,7 @@ import threading
 import time
 import weakref
 from collections.abc import AsyncIterator, Coroutine, Iterable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypedDict, TypeVar, Unpack
 
 from sglang_core.config import EngineConfig
 from sglang_core.engine.client import EngineClient
@@ -29,6 +29,18 @@ from sglang_core.types import LogprobParams
 
 T = TypeVar("T")
 Answer = dict[str, Any]
+SamplingDict = dict[str, Any]  # SGLang's names; see `SamplingParams`
+
+
+class GenerateOptions(TypedDict, total=False):
+    """What `generate` also takes. A list has one entry a prompt; anything else is for all."""
+
+    input_ids: Sequence[int] | Sequence[Sequence[int]]  # in place of prompts
+    return_logprob: bool | Sequence[bool]
+    logprob_start_len: int | Sequence[int] | None  # first input position with logprobs; none by default
+    top_logprobs_num: int | Sequence[int] | None
+    rid: str | Sequence[str] | None
+    priority: int
 
 
 class Engine:
@@ -65,31 +77,16 @@ class Engine:
     def generate(
         self,
         prompt: str | Sequence[str] | None = None,
-        sampling_params: dict[str, Any] | Sequence[dict[str, Any]] | None = None,
+        sampling_params: SamplingDict | Sequence[SamplingDict] | None = None,
         *,
-        input_ids: Sequence[int] | Sequence[Sequence[int]] | None = None,
         stream: bool = False,
-        return_logprob: bool | Sequence[bool] = False,
-        logprob_start_len: int | Sequence[int] | None = None,
-        top_logprobs_num: int | Sequence[int] | None = None,
-        rid: str | Sequence[str] | None = None,
-        priority: int = 0,
+        **options: Unpack[GenerateOptions],
     ) -> Any:
         """One prompt -> a dict, several -> a list of them: {"text", "output_ids", "meta_info"}. With n > 1, n a prompt.
 
         With `stream`, an iterator of such dicts, texts cumulative, each with the prompt's place as "index".
         """
-        requests, single = self._requests(
-            prompt,
-            sampling_params,
-            input_ids,
-            return_logprob,
-            logprob_start_len,
-            top_logprobs_num,
-            rid,
-            priority,
-            stream,
-        )
+        requests, single = _requests(prompt, sampling_params, stream, options)
         if stream:
             return self._stream(requests)
         answers = self._wait(self._all(requests))
@@ -98,28 +95,13 @@ class Engine:
     async def async_generate(
         self,
         prompt: str | Sequence[str] | None = None,
-        sampling_params: dict[str, Any] | Sequence[dict[str, Any]] | None = None,
+        sampling_params: SamplingDict | Sequence[SamplingDict] | None = None,
         *,
-        input_ids: Sequence[int] | Sequence[Sequence[int]] | None = None,
         stream: bool = False,
-        return_logprob: bool | Sequence[bool] = False,
-        logprob_start_len: int | Sequence[int] | None = None,
-        top_logprobs_num: int | Sequence[int] | None = None,
-        rid: str | Sequence[str] | None = None,
-        priority: int = 0,
+        **options: Unpack[GenerateOptions],
     ) -> Any:
         """`generate` for asyncio code, on any loop; with `stream` it gives an async iterator."""
-        requests, single = self._requests(
-            prompt,
-            sampling_params,
-            input_ids,
-            return_logprob,
-            logprob_start_len,
-            top_logprobs_num,
-            rid,
-            priority,
-            stream,
-        )
+        requests, single = _requests(prompt, sampling_params, stream, options)
         if stream:
             return self._async_stream(requests)
         answers = await asyncio.wrap_future(self._submit(self._all(requests)))
@@ -151,63 +133,6 @@ class Engine:
 
     def __exit__(self, *exc: object) -> None:
         self.shutdown()
-
-    def _requests(
-        self,
-        prompt: Any,
-        sampling_params: Any,
-        input_ids: Any,
-        return_logprob: Any,
-        logprob_start_len: Any,
-        top_logprobs_num: Any,
-        rid: Any,
-        priority: int,
-        stream: bool,
-    ) -> tuple[list[GenerateRequest], bool]:
-        if (prompt is None) == (input_ids is None):
-            raise RequestError("give exactly one of prompt and input_ids", param="prompt")
-        if prompt is not None:
-            single = isinstance(prompt, str)
-            texts, ids = [checked_text(text, "prompt") for text in ([prompt] if single else prompt)], None
-        else:
-            single = bool(input_ids) and isinstance(input_ids[0], int)
-            batch = [input_ids] if single else input_ids
-            texts, ids = None, [checked(list(each), list[Count], "input_ids") for each in batch]
-        count = len(texts if texts is not None else ids or [])
-
-        def each(value: Any, name: str) -> list[Any]:
-            if not isinstance(value, list | tuple):
-                return [value] * count
-            if len(value) != count:
-                raise RequestError(
-                    f"{name} has {len(value)} entries for {count} prompts; give one each, or one for all", param=name
-                )
-            return list(value)
-
-        wants, starts = each(return_logprob, "return_logprob"), each(logprob_start_len, "logprob_start_len")
-        tops, params, rids = (
-            each(top_logprobs_num, "top_logprobs_num"),
-            each(sampling_params, "sampling_params"),
-            each(rid, "rid"),
-        )
-        requests = [
-            GenerateRequest(
-                text=texts[i] if texts is not None else None,
-                input_ids=ids[i] if ids is not None else None,
-                sampling=parse_sampling_params(params[i] or {}),
-                logprob=LogprobParams(
-                    top_logprobs_num=checked(tops[i] or 0, Count, "top_logprobs_num"),
-                    logprob_start_len=checked(-1 if starts[i] is None else starts[i], StartLen, "logprob_start_len"),
-                )
-                if wants[i]
-                else None,
-                rid=None if rids[i] is None else checked_text(rids[i], "rid"),
-                priority=checked(priority, Priority, "priority"),
-                stream=stream,
-            )
-            for i in range(count)
-        ]
-        return requests, single
 
     async def _all(self, requests: list[GenerateRequest]) -> list[Answer]:
         """The first that fails ends the others: nobody would read their answers."""
@@ -340,3 +265,65 @@ def _abandon(client: EngineClient, loop: asyncio.AbstractEventLoop) -> None:
             loop.stop()
 
         asyncio.run_coroutine_threadsafe(rest(), loop)
+
+
+def _requests(
+    prompt: Any, sampling_params: Any, stream: bool, options: GenerateOptions
+) -> tuple[list[GenerateRequest], bool]:
+    """One request a prompt, and whether a single one was given rather than a list."""
+    if unknown := options.keys() - GenerateOptions.__annotations__.keys():
+        raise TypeError(f"generate() got unknown arguments: {', '.join(sorted(unknown))}")
+    input_ids: Any = options.get("input_ids")
+    if (prompt is None) == (input_ids is None):
+        raise RequestError("give exactly one of prompt and input_ids", param="prompt")
+    texts: list[str | None]
+    ids: list[list[int] | None]
+    if prompt is not None:
+        single = isinstance(prompt, str)
+        texts = [checked_text(text, "prompt") for text in ([prompt] if single else prompt)]
+        ids = [None] * len(texts)
+    else:
+        single = bool(input_ids) and isinstance(input_ids[0], int)
+        ids = [checked(list(each), list[Count], "input_ids") for each in ([input_ids] if single else input_ids)]
+        texts = [None] * len(ids)
+
+    def each(name: str, value: Any) -> list[Any]:
+        if not isinstance(value, list | tuple):
+            return [value] * len(texts)
+        if len(value) != len(texts):
+            raise RequestError(
+                f"{name} has {len(value)} entries for {len(texts)} prompts; give one each, or one for all", param=name
+            )
+        return list(value)
+
+    rows = zip(
+        texts,
+        ids,
+        each("sampling_params", sampling_params),
+        each("return_logprob", options.get("return_logprob", False)),
+        each("logprob_start_len", options.get("logprob_start_len")),
+        each("top_logprobs_num", options.get("top_logprobs_num")),
+        each("rid", options.get("rid")),
+        strict=True,
+    )
+    priority = checked(options.get("priority", 0), Priority, "priority")
+    requests = [
+        GenerateRequest(
+            text=text,
+            input_ids=of_ids,
+            sampling=parse_sampling_params(params or {}),
+            logprob=_logprob(start, top) if wanted else None,
+            rid=None if rid is None else checked_text(rid, "rid"),
+            priority=priority,
+            stream=stream,
+        )
+        for text, of_ids, params, wanted, start, top, rid in rows
+    ]
+    return requests, single
+
+
+def _logprob(start: Any, top: Any) -> LogprobParams:
+    return LogprobParams(
+        top_logprobs_num=checked(top or 0, Count, "top_logprobs_num"),
+        logprob_start_len=checked(-1 if start is None else start, StartLen, "logprob_start_len"),
+    )

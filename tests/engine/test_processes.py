@@ -37,7 +37,7 @@ def wait_until(condition: object, seconds: float = 30.0) -> None:
 def test_processes_give_what_a_thread_gives_and_end_on_shutdown(engine: Engine) -> None:
     params = {"temperature": 0, "max_new_tokens": 12, "ignore_eos": True}
     with Engine(**SETTINGS) as other:
-        children = psutil.Process().children(recursive=True)
+        children = [psutil.Process(pid) for pid in other.client._link.pids]  # type: ignore[attr-defined]
         directory = Path(other.client._link._ranks.directory)  # type: ignore[attr-defined]
         assert children and directory.stat().st_mode & 0o777 == 0o700
         assert other.generate("Hello", params)["output_ids"] == engine.generate("Hello", params)["output_ids"]
@@ -116,8 +116,9 @@ def test_a_hung_engine_is_found_and_killed_and_an_idle_one_is_left_alone() -> No
 
 async def test_a_start_that_is_given_up_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    before = set(psutil.Process().children())  # servers of other tests
     starting = asyncio.create_task(EngineClient.start(EngineConfig.from_flat(**SETTINGS)))
-    while not (children := psutil.Process().children()):
+    while not (children := set(psutil.Process().children()) - before):
         await asyncio.sleep(0.01)
     starting.cancel()
     with pytest.raises(asyncio.CancelledError):

@@ -102,7 +102,8 @@ class XeonBackend(Backend):
     def claims(self, ctx: KernelContext) -> Claims:
         """What `kernels` brings, in float32 and bfloat16. Float16 overflows in bodies never checked with it."""
         unsupported = Claim(op="*", dtypes=("float16",), support=Support.UNSUPPORTED)
-        native = [Claim(op=op, dtypes=DTYPES) for op in dict.fromkeys(k.op for k in self.kernels(ctx))]
+        ops = dict.fromkeys(kernel.op for kernel in self.kernels(ctx))
+        native = [Claim(op=op, dtypes=DTYPES, formats=("dense",) if op == "gemm.linear" else ("*",)) for op in ops]
         return Claims((unsupported, *native))
 
     def config_defaults(self, ctx: DefaultsContext) -> dict[str, Any]:
