@@ -31,7 +31,7 @@ WORDS = [
     "中文",
     "🙂",
 ]
-NUM_REQUESTS, AT_ONCE, POOL, PAGE_SIZE = 40, 16, 154, 7
+NUM_REQUESTS, AT_ONCE, POOL, PAGE_SIZE = 40, 16, 126, 7
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Asked:
 def draw(rnd: random.Random, number: int) -> Asked:
     text = " ".join(rnd.choices(WORDS, k=rnd.randint(1, 20)))
     sampling = SamplingParams(
-        max_new_tokens=rnd.choice([0, 1, 7, 20, 40]),
+        max_new_tokens=rnd.choice([0, 1, 20, 60, 60]),
         temperature=rnd.choice([0.0, 0.0, 0.0, 1.5]),
         top_k=rnd.choice([-1, 5]),
         frequency_penalty=rnd.choice([0.0, 0.0, 1.0]),
