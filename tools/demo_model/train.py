@@ -161,10 +161,7 @@ def worker(rank: int, args: argparse.Namespace, meeting_point: str) -> None:
     texts = [text for _, chat in sample for turn in chat for text in (turn.user, turn.answer)]
     tokenizer = train_tokenizer([*texts, *corpus.SYSTEM_PROMPTS, "system", "user", "assistant"], VOCAB)
     model = build_model(tokenizer)
-    if args.resume is not None:
-        model.load_state_dict(Qwen3ForCausalLM.from_pretrained(args.resume, dtype=torch.float32).state_dict())
-    text_seed = args.seed + rank + (args.processes if args.resume is not None else 0)  # other text than the first time
-    train(model, batches(documents(tokenizer, text_seed)), args.steps, args.lr)
+    train(model, batches(documents(tokenizer, args.seed + rank)), args.steps, args.lr)
     if rank == 0:
         save(model, tokenizer, args.out)
     dist.destroy_process_group()
@@ -176,7 +173,6 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--resume", type=Path, help="go on from this checkpoint, on other text")
     parser.add_argument("--processes", type=int, default=2)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
