@@ -9,10 +9,15 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import hypothesis
 import psutil
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach for the network
+# In CI the drawn examples are always the same, so that a change is judged by what it changes; elsewhere they are new each time.
+hypothesis.settings.register_profile("ci", derandomize=True)
+if os.environ.get("CI"):
+    hypothesis.settings.load_profile("ci")
 # Tiny tensors: a second thread costs more than it gives, most of all on a shared machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 

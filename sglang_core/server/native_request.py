@@ -146,7 +146,8 @@ class NativeRequest(RequestBody):
         if isinstance(self.sampling_params, list):
             _check_length(self.sampling_params, len(prompts), is_batch, "sampling_params")
             fields = [
-                parse(NativeSampling, raw or {}, f"sampling_params[{i}]") for i, raw in enumerate(self.sampling_params)
+                parse(NativeSampling, {} if raw is None else raw, f"sampling_params[{i}]")
+                for i, raw in enumerate(self.sampling_params)
             ]
         else:
             raw = {} if self.sampling_params is None else self.sampling_params

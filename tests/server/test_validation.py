@@ -134,6 +134,8 @@ NATIVE_ONLY = [
     ({"sampling_params": [{}]}, "sampling_params"),
     ({"sampling_params": "greedy"}, "sampling_params"),
     ({"text": ["a", "b"], "sampling_params": [{}]}, "sampling_params"),
+    ({"text": ["a", "b"], "sampling_params": [None, False]}, "sampling_params[1]"),
+    ({"text": ["a", "b"], "sampling_params": [{}, []]}, "sampling_params[1]"),
     ({"text": ["a", "b"], "sampling_params": [{}, {"top_p": 2}]}, "sampling_params[1].top_p"),
     ({"sampling_params": {"temperature": -1}}, "sampling_params.temperature"),
     ({"sampling_params": {"max_new_tokens": 2, "min_new_tokens": 3}}, "sampling_params.min_new_tokens"),
