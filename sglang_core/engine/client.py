@@ -13,6 +13,7 @@ import itertools
 import logging
 import secrets
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -428,26 +429,26 @@ def _joined(first: GenerateChunk, then: GenerateChunk) -> GenerateChunk:
     )
 
 
-class _Link:
+class _Link(ABC):
     """How the client reaches its engine."""
 
-    def start(self) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def start(self) -> None: ...
 
-    def send(self, message: ToEngine) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def send(self, message: ToEngine) -> None: ...
 
+    @abstractmethod
     def dead(self) -> str | None:
         """What ended the engine, None while it runs."""
-        raise NotImplementedError
 
+    @abstractmethod
     def stop(self, grace: float) -> None:
         """Wait `grace` seconds for the engine to end, then use force. Called in a thread."""
-        raise NotImplementedError
 
+    @abstractmethod
     def kill(self) -> None:
         """Use force, and wait for nothing: a rank that hangs must not come back to life beside its successor."""
-        raise NotImplementedError
 
     async def closed(self) -> None:
         return
