@@ -10,8 +10,11 @@ SEED_MASK = 0x7FFF_FFFF  # seeds are non-negative int32
 SEED_STRIDE = 1_000_003  # keeps the seeds of neighbouring random_seed values apart
 
 
-def check(req: Req, config: SchedulerConfig, num_waiting: int, pool_tokens: int) -> None:
-    """Raise for a req that could never run, or that finds the queue full. The message says what would help."""
+def check(req: Req, config: SchedulerConfig, num_waiting: int, num_free_slots: int, pool_tokens: int) -> None:
+    """Raise for a req that could never run, or that finds the queue full. The message says what would help.
+
+    The next step takes a waiting req into each free slot: those do not count against the queue.
+    """
     n = len(req.input_ids)
     if n == 0:
         raise RequestError("the prompt has no tokens; it needs at least one", param="input_ids", code="empty_prompt")
@@ -30,7 +33,7 @@ def check(req: Req, config: SchedulerConfig, num_waiting: int, pool_tokens: int)
         )
     if req.cache_ids is not None and len(req.cache_ids) != n:
         raise RequestError(f"cache_ids has {len(req.cache_ids)} ids for a prompt of {n}", param="cache_ids")
-    if config.max_queued is not None and num_waiting >= config.max_queued:
+    if config.max_queued is not None and num_waiting >= config.max_queued + num_free_slots:
         raise QueueFullError(
             f"{num_waiting} requests wait already (--max-queued-requests {config.max_queued}); retry later"
         )

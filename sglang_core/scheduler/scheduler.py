@@ -78,7 +78,7 @@ class Scheduler:
         """Queue a req. Raises RequestError for one that could never run, QueueFullError where the queue is full."""
         if req.rid in self._reqs:
             raise RequestError(f"rid {req.rid!r} is in use by a running request", param="rid", code="duplicate_rid")
-        intake.check(req, self.config, len(self._queue), self._pool_tokens)
+        intake.check(req, self.config, len(self._queue), len(self._free_slots), self._pool_tokens)
         intake.settle(req, self.config, self._pool_tokens, self._clock(), self._num_added)
         self._num_added += 1
         self._reqs[req.rid] = req

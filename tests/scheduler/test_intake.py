@@ -56,6 +56,15 @@ def test_a_full_queue_answers_429(harness) -> None:
     assert (h.scheduler.num_running, h.scheduler.num_waiting) == (1, 2)
 
 
+def test_free_slots_count_before_the_queue_is_full(harness) -> None:
+    """A burst on an idle engine is held to slots and queue together, however late the first step comes."""
+    h = harness(max_running=2, max_queued=1)
+    for rid in "abc":
+        h.add(rid, [1])
+    with pytest.raises(QueueFullError, match="3 requests wait already"):
+        h.add("d", [1])
+
+
 def test_seeds_are_the_reqs_own_or_drawn_from_the_configs(harness) -> None:
     def seeds(random_seed: int) -> list[int]:
         h = harness(random_seed=random_seed)
