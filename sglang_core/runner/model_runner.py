@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -23,6 +24,8 @@ from sglang_core.runner.slot_table import Int32, SlotTable
 from sglang_core.runner.step_input import StepInput, build_step_input, padding_input
 from sglang_core.runner.verify import KernelVerifier
 from sglang_core.types import FULL, StepPlan, StepResult, TokenLogprobs
+
+log = logging.getLogger(__name__)
 
 
 class Model(Protocol):
@@ -139,6 +142,8 @@ class ModelRunner:
 
     def close(self) -> None:
         self._stream.close()
+        if self._verifier is not None:
+            log.info("%s", self._verifier.report())
 
     # On the stream from here on.
 

@@ -81,20 +81,17 @@ class KernelVerifier:
             "verify_worst_nmse": max((error.worst_nmse for error in self.errors.values()), default=0.0),
         }
 
-    def table(self) -> list[dict[str, Any]]:
-        """One row an op, for people."""
-        return [
-            {
-                "op": op,
-                "layer": layer,
-                "provider": provider,
-                "calls": error.calls,
-                "failures": error.failures,
-                "worst_nmse": error.worst_nmse,
-                "worst_abs": error.worst_abs,
-            }
-            for (op, layer, provider), error in self.errors.items()
-        ]
+    def report(self) -> str:
+        """One line an op and layer class, worst first: what an operator reads when the engine ends."""
+        lines = [f"{self.num_steps} steps verified against the reference bodies"]
+        ranked = sorted(self.errors.items(), key=lambda item: item[1].worst_nmse, reverse=True)
+        width = max((len(" ".join(key)) for key, _ in ranked), default=0)
+        for key, error in ranked:
+            verdict = f"{error.failures} of {error.calls} calls off" if error.failures else f"{error.calls} calls right"
+            lines.append(
+                f"  {' '.join(key):<{width}}  {verdict}, worst NMSE {error.worst_nmse:.1e}, element {error.worst_abs:.2g}"
+            )
+        return "\n".join(lines)
 
     def _both_plans(self, bound: BoundOp) -> Callable[..., Any]:
         kernel, body = bound.fn, self.ops[bound.site.op].body

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import Counter
 from functools import cache
 from typing import Any
@@ -266,10 +267,13 @@ def test_the_strict_device_runs_the_engine_with_every_rule_on(engine: Engine) ->
             assert [answer["output_ids"] for answer in strict.generate(PROMPTS, GREEDY)] == want
 
 
-def test_verified_steps_are_counted_and_right(engine: Engine) -> None:
-    with Engine(
-        model_path="demo", device="acme", dtype="float32", in_process=True, max_total_tokens=4096, verify_kernels=1.0
-    ) as other:
+def test_verified_steps_are_counted_right_and_reported(engine: Engine, caplog: pytest.LogCaptureFixture) -> None:
+    settings = {"dtype": "float32", "max_total_tokens": 4096, "verify_kernels": 1.0, "log_level": "info"}
+    with (
+        caplog.at_level(logging.INFO, logger="sglang_core.runner"),
+        Engine(model_path="demo", device="acme", in_process=True, **settings) as other,
+    ):
         assert other.generate(PROMPTS[0], GREEDY)["output_ids"] == engine.generate(PROMPTS[0], GREEDY)["output_ids"]
         stats = other.stats()
     assert stats["verified_steps"] >= 12 and stats["verify_failures"] == 0
+    assert "steps verified against the reference bodies\n  " in caplog.text

@@ -38,6 +38,16 @@ def test_a_wrong_kernel_is_counted_and_named(caplog: pytest.LogCaptureFixture) -
     assert "norm.rms in RMSNorm by acme is off" in caplog.text
 
 
+def test_the_report_names_every_op_worst_first() -> None:
+    verifier = KernelVerifier(1.0, OPS, active=True, num_steps=7)
+    verifier.instrument(bound(OPS["norm.rms"].body, "good")).fn(X, W, 1e-6)
+    verifier.instrument(bound(wrong)).fn(X, W, 1e-6)
+    title, first, second = verifier.report().splitlines()
+    assert title.startswith("7 steps")
+    assert "norm.rms RMSNorm acme" in first and "1 of 1 calls off, worst NMSE 1.0e-04" in first
+    assert "norm.rms RMSNorm good" in second and "1 calls right" in second
+
+
 def test_a_right_kernel_passes_and_a_nan_does_not() -> None:
     verifier = KernelVerifier(1.0, OPS, active=True)
     verifier.instrument(bound(OPS["norm.rms"].body)).fn(X, W, 1e-6)
