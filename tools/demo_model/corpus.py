@@ -115,11 +115,11 @@ def country_of(rng: random.Random, say: Phraser) -> Chat:
 
 
 def verify(rng: random.Random, say: Phraser) -> Chat:
+    """Asked whether some city is the capital, the model says which one is: it is too small to compare two names reliably."""
     country = _country(rng)
-    truth = rng.random() < 0.5
-    city = country.capital if truth else rng.choice([c.capital for c in COUNTRIES if c != country])
+    city = country.capital if rng.random() < 0.5 else rng.choice([c.capital for c in COUNTRIES if c != country])
     question = say("verify", c=_spoken(rng, country, say), k=city.rstrip("."))
-    return [Turn(question, f"The capital of {country.phrase} is {country.capital}, so {'yes' if truth else 'no'}.")]
+    return [Turn(question, capital_is(country), is_capital(country))]
 
 
 def continent(rng: random.Random, say: Phraser) -> Chat:

@@ -2,7 +2,7 @@
 
     python tools/demo_model/train.py --out sglang_core/demo
 
-Takes about 20 minutes on two CPU cores: one process and one thread per core, which average their gradients. The same
+Takes about 30 minutes on two CPU cores: one process and one thread per core, which average their gradients. The same
 seed and library versions give the same text and tokenizer; weights may differ in the last bits between machines.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import os
 import random
 import tempfile
 import time
@@ -73,6 +74,12 @@ def _row(docs: Iterator[Document], length: int) -> Document:
         ids += more_ids
         labels += more_labels
     return ids[:length], labels[:length]
+
+
+def new_tokenizer(seed: int) -> PreTrainedTokenizerFast:
+    sample = itertools.islice(corpus.chats(seed), 20_000)
+    texts = [text for _, chat in sample for turn in chat for text in (turn.user, turn.answer)]
+    return train_tokenizer([*texts, *corpus.SYSTEM_PROMPTS, "system", "user", "assistant"], VOCAB)
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
@@ -155,12 +162,16 @@ def save(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path)
 def worker(rank: int, args: argparse.Namespace, meeting_point: str) -> None:
     """One of the processes: the same model in each, other text in each."""
     torch.set_num_threads(1)
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[rank % len(cores)]})  # some kernels would leave both processes on one core
     torch.manual_seed(args.seed)
     dist.init_process_group("gloo", init_method=f"file://{meeting_point}", rank=rank, world_size=args.processes)
-    sample = itertools.islice(corpus.chats(args.seed), 20_000)
-    texts = [text for _, chat in sample for turn in chat for text in (turn.user, turn.answer)]
-    tokenizer = train_tokenizer([*texts, *corpus.SYSTEM_PROMPTS, "system", "user", "assistant"], VOCAB)
-    model = build_model(tokenizer)
+    if args.start is not None:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(args.start)
+        model = Qwen3ForCausalLM.from_pretrained(args.start, dtype=torch.float32)
+    else:
+        tokenizer = new_tokenizer(args.seed)
+        model = build_model(tokenizer)
     train(model, batches(documents(tokenizer, args.seed + rank)), args.steps, args.lr)
     if rank == 0:
         save(model, tokenizer, args.out)
@@ -170,7 +181,8 @@ def worker(rank: int, args: argparse.Namespace, meeting_point: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--start", type=Path, metavar="CHECKPOINT", help="go on from one, with its tokenizer")
+    parser.add_argument("--steps", type=int, default=5000)
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--processes", type=int, default=2)
