@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import NamedTuple
 
 from sglang_core.types import Req
@@ -18,9 +19,14 @@ class Chunk(NamedTuple):
 class StepBudget:
     """Tokens that one step may still take. Decodes are in already; prefill chunks share what they leave."""
 
-    def __init__(self, num_tokens: int, *, chunked: bool) -> None:
+    def __init__(
+        self, num_tokens: int, *, chunked: bool, most: int = sys.maxsize, recurrent: bool = False, state_pages: int = 0
+    ) -> None:
+        """most: tokens of one chunk. state_pages: the page size if states are kept at the ends of pages, else 0."""
         self.remaining = num_tokens
         self._chunked = chunked
+        self._most = most
+        self._recurrent, self._state_pages = recurrent, state_pages
         self._untouched = True
 
     def take(self, req: Req) -> Chunk | None:
@@ -28,13 +34,22 @@ class StepBudget:
         start, want = next_extend(req)
         if not self._chunked:
             granted = want if want <= self.remaining or self._untouched else 0
+        elif self._recurrent and logprob_start(req) >= 0:  # a token computed again would need the state before it
+            granted = want if want <= self.remaining else 0
         else:
-            granted = min(want, self.remaining)
+            granted = min(want, self.remaining, self._most)
+            if self._state_pages:
+                granted = self._to_a_page_end(start, start + granted, req.num_tokens) - start
         if start + granted <= req.reserved_len:  # nothing new: no budget, or just the token that is computed again
             return None
         self.remaining -= granted
         self._untouched = False
         return Chunk(req, start, start + granted)
+
+    def _to_a_page_end(self, start: int, stop: int, num_tokens: int) -> int:
+        """Where a chunk ends so that its state can be shared: after the last whole page that another req could start from."""
+        end = min(stop, num_tokens - 1) // self._state_pages * self._state_pages
+        return end if end > start else stop
 
 
 def logprob_start(req: Req) -> int:

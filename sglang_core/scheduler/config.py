@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from sglang_core.errors import ConfigError
 from sglang_core.scheduler.policy import POLICIES
+from sglang_core.types import FULL_GROUP, GroupSpec
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,7 +27,19 @@ class SchedulerConfig:
     tokens_per_step: int = 1  # S: tokens that a decode step may accept
     fair_every: int = 16  # a policy may pass over the oldest waiting req so often, then it goes first
     output_reserve: float = 0.7  # share of a req's allowed output that pages are kept for at first; adapts
+    num_adapter_slots: int = 0  # adapters that the reqs of a batch may have between them
     prefix_wait_tokens: int = 64  # tokens that another req must be computing for a req to wait for them
+    groups: tuple[GroupSpec, ...] = (FULL_GROUP,)  # pools of the model
+
+    @property
+    def tree_groups(self) -> tuple[GroupSpec, ...]:
+        """Groups whose pages the prefix tree holds: an encoder's output is no prefix."""
+        return tuple(group for group in self.groups if group.kind != "cross")
+
+    @property
+    def recurrent(self) -> bool:
+        """Whether the model has states: what comes before a token is then known only where one was kept."""
+        return any(group.kind == "state" for group in self.groups)
 
     def __post_init__(self) -> None:
         for name in ("max_running", "page_size", "max_in_flight", "tokens_per_step", "fair_every"):
@@ -40,6 +53,11 @@ class SchedulerConfig:
             raise ConfigError(f"token_budget={self.token_budget} must be at least 2; set --chunked-prefill-size")
         if self.policy not in POLICIES:
             raise ConfigError(f"policy={self.policy!r} is not one of {', '.join(POLICIES)}; set --schedule-policy")
+        if self.tokens_per_step > 1 and self.recurrent:
+            raise ConfigError(
+                f"tokens_per_step={self.tokens_per_step} is not supported for a model with recurrent states: "
+                "the state after some of a step's tokens is not kept; set it to 1"
+            )
         if self.tokens_per_step > 1 and self.max_in_flight > 1:
             raise ConfigError(
                 f"tokens_per_step={self.tokens_per_step} needs max_in_flight=1, not {self.max_in_flight}: "

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from sglang_core.scheduler.chunked_prefill import Chunk, logprob_start_in
-from sglang_core.types import Batch, ForwardMode, Req, SlotInit, StepPlan
+from sglang_core.types import AdapterWrite, Batch, ForwardMode, Req, SlotInit, StepPlan
 
 
-def build_batch(step: int, decodes: list[Req], chunks: list[Chunk], entered: Iterable[Req]) -> Batch:
+def build_batch(
+    step: int, decodes: list[Req], chunks: list[Chunk], entered: Iterable[Req], adapter_writes: list[AdapterWrite]
+) -> Batch:
     """The batch of one step, decodes first, and the marks on its reqs that the step is in flight.
 
     The KV of a decode's new token, at `reserved_len`, is written by this step; its id is -1 while the step that samples it is
@@ -27,19 +29,25 @@ def build_batch(step: int, decodes: list[Req], chunks: list[Chunk], entered: Ite
         extend_lens=[1] * len(decodes) + [stop - start for _, start, stop in chunks],
         token_ids=token_ids,
         sample=sample,
-        page_starts=[req.sent_pages for req in reqs],
-        new_pages={group: [req.pages[group][req.sent_pages :] for req in reqs] for group in reqs[0].pages},
+        page_starts={group: [req.sent_pages[group] for req in reqs] for group in reqs[0].pages},
+        new_pages={group: [req.pages[group][req.sent_pages[group] :] for req in reqs] for group in reqs[0].pages},
         inits=[_slot_init(req) for req in entered],
+        adapter_writes=adapter_writes,
         logprob_starts=_logprob_starts(len(decodes), chunks),
     )
+    if reqs[0].states is not None:
+        ends = [start + extend for start, extend in zip(plan.prefix_lens, plan.extend_lens, strict=True)]
+        states = [req.states.step(end) for req, end in zip(reqs, ends, strict=True)]
+        plan.state_reads.extend(read for read, _ in states)
+        plan.state_writes.extend(write for _, write in states)
     _mark_in_flight(reqs, decodes, chunks, sample)
     return Batch(reqs=tuple(reqs), plan=plan)
 
 
 def _mark_in_flight(reqs: list[Req], decodes: list[Req], chunks: list[Chunk], sample: Sequence[bool]) -> None:
-    group = next(iter(reqs[0].pages))
-    for req in reqs:
-        req.sent_pages = len(req.pages[group])
+    for group in reqs[0].pages:
+        for req in reqs:
+            req.sent_pages[group] = len(req.pages[group])
     for req in decodes:
         req.reserved_len += 1
         req.num_in_flight += 1
@@ -75,4 +83,8 @@ def _slot_init(req: Req) -> SlotInit:
         history=req.input_ids + req.output_ids if penalised else [],
         stop_ids=sorted(req.stop_ids) if params.min_new_tokens else [],
         logprob=req.logprob,
+        adapter=req.adapter_slot,
+        encoder_len=req.encoder_len,
+        encoder_pages=req.encoder_pages,
+        encoder_is_new=req.encoder_is_new,
     )

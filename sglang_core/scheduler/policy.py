@@ -8,7 +8,7 @@ from itertools import chain, islice
 from typing import Protocol
 
 from sglang_core.cache.radix import Peek, RadixCache, RadixNode
-from sglang_core.scheduler.pages import cache_key
+from sglang_core.scheduler.cache_key import cache_key
 from sglang_core.types import Req
 
 WINDOW = 128  # reqs that a policy which walks the tree looks at, oldest first: its cost must not grow with the queue

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Hashable
 
 from sglang_core.cache.radix import common_pages
+from sglang_core.scheduler.cache_key import cache_key
 from sglang_core.scheduler.chunked_prefill import cacheable_len
-from sglang_core.scheduler.pages import cache_key
 from sglang_core.types import Req
 
 

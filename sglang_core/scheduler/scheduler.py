@@ -15,6 +15,7 @@ from sglang_core.cache.page_allocator import PageAllocator
 from sglang_core.cache.radix import RadixCache
 from sglang_core.errors import RequestError
 from sglang_core.scheduler import intake
+from sglang_core.scheduler.adapter_slots import AdapterSlots
 from sglang_core.scheduler.admission import Admission
 from sglang_core.scheduler.chunked_prefill import Chunk, StepBudget, logprob_start
 from sglang_core.scheduler.config import SchedulerConfig
@@ -41,20 +42,22 @@ class Scheduler:
     ) -> None:
         self.config = config
         self._clock = clock
-        self._ledger = PageLedger(config.page_size, allocators, cache)
+        self._ledger = PageLedger(config, allocators, cache)
         self._prefixes = PrefixesInProgress(
             config.page_size, config.prefix_wait_tokens if cache is not None else sys.maxsize
         )
         self._reserve = OutputReserve(config.output_reserve)
         self._queue = WaitingQueue(POLICIES[config.policy](cache), config.fair_every)
-        self._admission = Admission(self._queue, self._ledger, self._prefixes, self._reserve)
+        self.adapters = AdapterSlots(config.num_adapter_slots)
+        self._admission = Admission(self._queue, self._ledger, self._prefixes, self._reserve, self.adapters)
         self._reqs: dict[str, Req] = {}  # every req that has not ended
         self._prefilling: dict[str, Req] = {}
         self._decoding: dict[str, Req] = {}
         self._in_flight: deque[Batch] = deque()
         self._free_slots = list(range(config.max_running - 1, -1, -1))
         self._input_logprobs: dict[str, list[TokenLogprobs]] = {}  # kept until the req's first token
-        self._pool_tokens = self._ledger.num_usable * config.page_size - (config.tokens_per_step - 1)
+        self._bounded = bool(self._ledger.quotas)
+        self._pool_tokens = self._ledger.max_tokens - (config.tokens_per_step - 1)
         self._step = 0
         self._num_added = 0
         self._num_prompt_tokens = 0  # of admitted reqs
@@ -65,6 +68,11 @@ class Scheduler:
     @property
     def has_work(self) -> bool:
         return bool(self._reqs or self._in_flight)
+
+    @property
+    def can_run(self) -> bool:
+        """Whether a req runs or may start: not all there are wait for something that is not the device."""
+        return bool(self.num_running or self._queue.has_ready)
 
     @property
     def num_running(self) -> int:
@@ -78,7 +86,15 @@ class Scheduler:
         """Queue a req. Raises RequestError for one that could never run, QueueFullError where the queue is full."""
         if req.rid in self._reqs:
             raise RequestError(f"rid {req.rid!r} is in use by a running request", param="rid", code="duplicate_rid")
-        intake.check(req, self.config, len(self._queue), len(self._free_slots), self._pool_tokens)
+        intake.check(
+            req,
+            self.config,
+            len(self._queue),
+            len(self._free_slots),
+            self._pool_tokens,
+            min(self.config.token_budget, self._ledger.quotas.largest_chunk) if self.config.chunked else sys.maxsize,
+            0 if self._ledger.encoders is None else self._ledger.encoders.max_tokens,
+        )
         intake.settle(req, self.config, self._pool_tokens, self._clock(), self._num_added)
         self._num_added += 1
         self._reqs[req.rid] = req
@@ -99,6 +115,15 @@ class Scheduler:
         truncate(req, num_output_tokens)
         return [self._finish(req, FinishReason("stop", matched=matched))]
 
+    def fail(self, rid: str, message: str, status: int) -> list[ReqOutput]:
+        """End a req, if it has not ended, that turned out not to be able to run."""
+        req = self._reqs.get(rid)
+        return [] if req is None else [self._finish(req, FinishReason("abort", message=message, status=status))]
+
+    def uses_adapter(self, adapter: str) -> bool:
+        """Whether a req with this adapter waits or runs."""
+        return any(req.adapter == adapter for req in self._reqs.values())
+
     def release_hold(self, rid: str, hold: str) -> None:
         """One reason less for a waiting req not to start."""
         if rid in self._reqs:
@@ -116,12 +141,22 @@ class Scheduler:
             decodes, growing = self._retract()
         for req in growing:
             self._ledger.grow(req, req.reserved_len + self.config.tokens_per_step)
-        budget = StepBudget(self.config.token_budget - len(decodes), chunked=self.config.chunked)
+        budget = StepBudget(
+            self.config.token_budget - len(decodes),
+            chunked=self.config.chunked,
+            most=self._ledger.quotas.largest_chunk,
+            recurrent=self.config.recurrent,
+            state_pages=self.config.page_size if self.config.recurrent and self._ledger.cache is not None else 0,
+        )
         chunks = [chunk for req in self._prefilling.values() if (chunk := budget.take(req))]
         started = [] if retract else self._start(budget)
         if not (decodes or chunks or started):
             return None
-        batch = build_batch(self._step, decodes, chunks + started, [chunk.req for chunk in started])
+        if self._bounded:
+            for chunk in chunks + started:
+                self._ledger.reach(chunk.req, chunk.stop)
+        entered, writes = [chunk.req for chunk in started], self.adapters.take_writes()
+        batch = build_batch(self._step, decodes, chunks + started, entered, writes)
         for chunk in batch_ends(chunks + started):
             del self._prefilling[chunk.req.rid]
             self._decoding[chunk.req.rid] = chunk.req
@@ -144,6 +179,8 @@ class Scheduler:
             req.committed_len = start + extend
             if some_owe_prefixes and req.rid in self._prefixes:
                 self._chunk_committed(req, row, result)
+            elif self._bounded:
+                self._ledger.advance(req)
             if samples:
                 outputs.append(self._take_tokens(req, row, result))
             elif req.committed_len == req.num_tokens:  # the last chunk gives no token where max_new_tokens is 0
@@ -157,23 +194,29 @@ class Scheduler:
         self._ledger.flush()
         return True
 
+    def usage(self, group: PoolGroup) -> tuple[int, int, int]:
+        """Of a pool group: pages that are free, that could be by evicting, and in all."""
+        return self._ledger.usage(group)
+
     def stats(self) -> dict[str, float]:
         """Gauges and totals, by the names under which they are exported."""
-        usable, prompt = self._ledger.num_usable, self._num_prompt_tokens
+        prompt = self._num_prompt_tokens
+        usage = {group.name: self._ledger.usage(group.name) for group in self.config.groups}
+        free, available, usable = usage[self._ledger.main_group]
         return {
             "running": self.num_running,
             "waiting": self.num_waiting,
             "in_flight": len(self._in_flight),
-            "token_usage": 1.0 - self._ledger.num_available / usable,
+            "token_usage": 1.0 - available / usable,
             "cache_hit_rate": self._num_cached_tokens / prompt if prompt else 0.0,
             "prompt_tokens": prompt,
             "cached_tokens": self._num_cached_tokens,
             "output_tokens": self._num_output_tokens,
             "retractions": self._num_retractions,
             "output_reserve": self._reserve.ratio,
-            "free_pages": self._ledger.num_free,
-            "available_pages": self._ledger.num_available,
-        }
+            "free_pages": free,
+            "available_pages": available,
+        } | {f"pool_usage_{group}": 1.0 - could / total for group, (_, could, total) in usage.items()}
 
     def _decodes(self) -> tuple[list[Req], list[Req]]:
         """Reqs that extend by one token, and those of them that lack pages to.
@@ -227,7 +270,10 @@ class Scheduler:
         done = req.committed_len >= req.num_tokens
         if done or logprob_start(req) < 0:
             self._ledger.commit(req)
+        if self._bounded:
+            self._ledger.advance(req)
         if done:
+            self._ledger.decodes(req)
             self._prefixes.discard(req.rid)
 
     def _take_tokens(self, req: Req, row: int, result: StepResult) -> ReqOutput:
@@ -238,6 +284,8 @@ class Scheduler:
         if num_taken > 1:  # the KV of all but the newest was computed with them
             req.committed_len += num_taken - 1
             req.reserved_len += num_taken - 1
+            if self._bounded:
+                self._ledger.advance(req)
         logprobs = result.logprobs[row][:num_taken] if result.logprobs is not None else []
         if reason is not None:
             return self._finish(req, reason, tokens[:num_taken], logprobs)
@@ -281,7 +329,8 @@ class Scheduler:
         self._prefilling.pop(req.rid, None)
         self._decoding.pop(req.rid, None)
         self._free_slots.append(req.slot)
-        req.slot, req.num_in_flight = -1, 0
+        self.adapters.release(req.adapter)
+        req.slot, req.adapter_slot, req.num_in_flight = -1, -1, 0
 
 
 def batch_ends(chunks: Iterable[Chunk]) -> list[Chunk]:

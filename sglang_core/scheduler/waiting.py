@@ -23,6 +23,10 @@ class WaitingQueue:
     def __iter__(self) -> Iterator[Req]:
         return iter(self._reqs.values())
 
+    @property
+    def has_ready(self) -> bool:
+        return next(self._ready(), None) is not None
+
     def add(self, req: Req) -> None:
         self._reqs[req.rid] = req
 
@@ -46,6 +50,10 @@ class WaitingQueue:
         if self._passes < self._fair_every:
             return ordered
         return self._oldest_first(ordered)
+
+    def is_due(self, req: Req) -> bool:
+        """Whether so many passed this req, the oldest, that nobody may do so any more."""
+        return self._passes >= self._fair_every and req is next(self._ready(), None)
 
     def started(self, req: Req) -> None:
         """The req left the queue for a slot."""

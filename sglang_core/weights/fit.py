@@ -8,6 +8,8 @@ from rich.table import Table
 
 from sglang_core.errors import ConfigError
 from sglang_core.layers.model_config import ModelConfig
+from sglang_core.types import STATE
+from sglang_core.weights.pool_sizes import PoolSizes
 
 GIB = 2**30
 
@@ -41,10 +43,10 @@ class FitTable:
     mem_fraction: float
     weights: int
     activations: int
-    kv_per_token: int
-    page_size: int
+    pools: PoolSizes
     context_length: int
     max_total_tokens: int | None = None
+    weights_note: str = ""  # what becomes of quantised ones
     context_asked: bool = True  # by the user; else a pool smaller than one full-length req is no error
 
     @property
@@ -58,9 +60,8 @@ class FitTable:
 
     @property
     def kv_tokens(self) -> int:
-        """Tokens in whole pages; one page is scratch."""
-        pages = self.kv // (self.kv_per_token * self.page_size) - 1
-        return max(0, pages * self.page_size)
+        """Tokens of the main pool, in whole pages; those of the others follow from it."""
+        return self.pools.fitting(self.kv) * self.pools.page_size
 
     @property
     def largest_context(self) -> int:
@@ -72,13 +73,17 @@ class FitTable:
     def needed_tokens(self) -> int:
         return self.context_length if self.max_total_tokens is None else self.max_total_tokens
 
+    def bytes_for(self, num_tokens: int) -> int:
+        """Of all pools, where the main one holds so many tokens."""
+        return self.pools.nbytes(-(-num_tokens // self.pools.page_size))
+
     def check(self) -> None:
         """Raises ConfigError, with the numbers and the way out, where weights or one full-length req do not fit."""
         have = (
             f"{self.device} has {_gib(self.free)} of {_gib(self.total)} free, weights take {_gib(self.weights)} "
             f"and {_gib(self.headroom)} stay free for activations (mem_fraction_static={self.mem_fraction:g})"
         )
-        if self.kv < self.kv_per_token * self.page_size:
+        if not self.kv_tokens:
             raise ConfigError(
                 f"the model does not fit: {have}. Use a larger --tp-size, a smaller model or dtype, "
                 "or raise --mem-fraction-static"
@@ -86,7 +91,7 @@ class FitTable:
         if self.kv_tokens < self.needed_tokens and (self.context_asked or self.max_total_tokens is not None):
             setting = "context_length" if self.max_total_tokens is None else "max_total_tokens"
             raise ConfigError(
-                f"{setting}={self.needed_tokens} needs {_gib(self.needed_tokens * self.kv_per_token)} of KV and "
+                f"{setting}={self.needed_tokens} needs {_gib(self.bytes_for(self.needed_tokens))} of KV and "
                 f"{_gib(self.kv)} are left: {have}. Set --{setting.replace('_', '-')} to {self.kv_tokens} or less, "
                 "or use a larger --tp-size"
             )
@@ -100,15 +105,26 @@ class FitTable:
         rows = [
             ("total", self.total, ""),
             ("free now", self.free, ""),
-            ("weights", self.weights, ""),
+            ("weights", self.weights, self.weights_note),
             ("headroom", self.headroom, f"activations need about {_gib(self.activations)}"),
-            ("KV pool", max(self.kv, 0), f"{self.kv_tokens} tokens of {self.kv_per_token} bytes"),
-            ("one req", self.context_length * self.kv_per_token, f"{self.context_length} tokens, the context length"),
+            ("KV pools", max(self.kv, 0), f"{self.kv_tokens} tokens of {self.pools.bytes_per_token} bytes"),
+            *self._pool_rows(),
+            ("one req", self.bytes_for(self.context_length), f"{self.context_length} tokens, the context length"),
         ]
         for what, size, note in rows:
             table.add_row(what, f"{size / GIB:.2f}", note)
         table.add_row("largest context", "", str(self.largest_context))
         return table
+
+    def _pool_rows(self) -> list[tuple[str, int, str]]:
+        pools = self.pools
+        if len(pools.specs) == 1:
+            return []
+        sizes = pools.pages(self.kv_tokens // pools.page_size)
+        return [
+            (f"- {group}", n * pools.specs[group].bytes_per_page, f"{n} {'slots' if group == STATE else 'pages'}")
+            for group, n in sizes.items()
+        ]
 
 
 def _gib(size: int) -> str:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sglang_core.cache.radix import Peek, RadixCache, RadixNode, common_pages
-from sglang_core.types import FULL
+from sglang_core.types import FULL, FULL_GROUP, GroupSpec
 
 Prefix = tuple[tuple[str, ...], tuple[int, ...]]  # namespace, tokens of whole pages
 
@@ -155,7 +155,7 @@ def test_a_holder_of_a_node_holds_the_end_of_its_path_across_splits() -> None:
 
 
 def test_every_pool_group_gets_its_pages_back() -> None:
-    cache = RadixCache(page_size=2, groups=(FULL, "window"))
+    cache = RadixCache(page_size=2, groups=(FULL_GROUP, GroupSpec(name="window")))
     cache.insert((), [1, 1, 2, 2], {FULL: [1, 2], "window": [7, 8]})
     given = cache.insert((), [1, 1, 3, 3], {FULL: [3, 4], "window": [5, 6]})
     assert given.duplicates == {FULL: [3], "window": [5]}

@@ -10,7 +10,7 @@ import pytest
 from sglang_core.cache.page_allocator import PageAllocator
 from sglang_core.cache.radix import RadixCache
 from sglang_core.scheduler import Scheduler, SchedulerConfig
-from sglang_core.types import FULL, Batch, LogprobParams, Req, ReqOutput, SamplingParams, StepResult, TokenLogprobs
+from sglang_core.types import Batch, LogprobParams, Req, ReqOutput, SamplingParams, StepResult, TokenLogprobs
 
 DEFAULTS: dict[str, Any] = {"max_running": 8, "context_length": 512, "page_size": 4, "token_budget": 64}
 
@@ -18,12 +18,15 @@ DEFAULTS: dict[str, Any] = {"max_running": 8, "context_length": 512, "page_size"
 class Harness:
     """Plans steps and answers them with token 7, or with what a test gives."""
 
-    def __init__(self, *, num_pages: int = 200, cached: bool = True, **config: Any) -> None:
+    def __init__(
+        self, *, num_pages: int = 200, cached: bool = True, sizes: dict[str, int] | None = None, **config: Any
+    ) -> None:
         self.config = SchedulerConfig(**(DEFAULTS | config))
         self.now = 0.0
-        self.allocator = PageAllocator(num_pages)
-        self.cache = RadixCache(self.config.page_size) if cached else None
-        self.scheduler = Scheduler(self.config, self.cache, {FULL: self.allocator}, self._clock)
+        self.allocators = {g.name: PageAllocator((sizes or {}).get(g.name, num_pages)) for g in self.config.groups}
+        self.allocator = next(iter(self.allocators.values()))
+        self.cache = RadixCache(self.config.page_size, self.config.tree_groups) if cached else None
+        self.scheduler = Scheduler(self.config, self.cache, self.allocators, self._clock)
         self.outputs: dict[str, list[ReqOutput]] = {}
 
     def _clock(self) -> float:

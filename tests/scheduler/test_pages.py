@@ -10,7 +10,7 @@ from sglang_core.types import FULL
 def page_news(batch) -> dict[str, tuple[int, int]]:
     """rid -> first column sent, number of pages sent."""
     plan = batch.plan
-    rows = zip(batch.reqs, plan.page_starts, plan.new_pages[FULL], strict=True)
+    rows = zip(batch.reqs, plan.page_starts[FULL], plan.new_pages[FULL], strict=True)
     return {req.rid: (start, len(pages)) for req, start, pages in rows}
 
 

@@ -3,12 +3,38 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
+from sglang_core.backend.pool import PoolSpec
+from sglang_core.backend.state_pool import StatePoolSpec
 from sglang_core.errors import ConfigError
+from sglang_core.types import FULL
 from sglang_core.weights.fit import GIB, FitTable
+from sglang_core.weights.pool_sizes import PoolSizes
+
+
+def pools(bytes_per_token: int, page_size: int, **more: PoolSpec) -> PoolSizes:
+    """One full pool of int8 codes, and others."""
+    full = PoolSpec(
+        num_layers=bytes_per_token,
+        page_size=page_size,
+        num_kv_heads=1,
+        head_dim=1,
+        v_head_dim=0,
+        dtype=torch.uint8,
+    )
+    return PoolSizes(
+        specs={FULL: full, **more},
+        page_size=page_size,
+        context_length=8192,
+        max_running=64,
+        tokens_in_flight=4096,
+        states_per_req=4,
+    )
+
 
 TABLE = FitTable(
     device="cpu:0",
@@ -17,8 +43,7 @@ TABLE = FitTable(
     mem_fraction=0.75,
     weights=2 * GIB,
     activations=GIB // 2,
-    kv_per_token=64 * 1024,
-    page_size=16,
+    pools=pools(64 * 1024, 16),
     context_length=8192,
 )
 
@@ -53,13 +78,68 @@ def test_a_context_that_does_not_fit_names_the_largest_that_does() -> None:
 
 @given(st.integers(0, 12), st.integers(1, 200000), st.integers(1, 64))
 def test_what_it_grants_fits_and_one_page_more_would_not(weights: int, kv_per_token: int, page_size: int) -> None:
-    table = replace(TABLE, weights=weights * GIB, kv_per_token=kv_per_token, page_size=page_size)
+    table = replace(TABLE, weights=weights * GIB, pools=pools(kv_per_token, page_size))
     page = kv_per_token * page_size
     used = table.kv_tokens * kv_per_token + page
     if table.kv_tokens:
         assert used <= table.kv < used + page
     else:
         assert table.kv < 2 * page
+
+
+WINDOW = PoolSpec(
+    group="window-512",
+    window=512,
+    num_layers=64 * 1024,
+    page_size=16,
+    num_kv_heads=1,
+    head_dim=1,
+    v_head_dim=0,
+    dtype=torch.uint8,
+)
+STATES = StatePoolSpec(
+    num_layers=1, conv_shape=(3, 4), conv_dtype=torch.uint8, state_shape=(1, 4, 1024), state_dtype=torch.uint8
+)
+
+
+def test_a_windowed_pool_is_smaller_and_leaves_the_rest_to_the_full_one() -> None:
+    sizes = pools(64 * 1024, 16, window=WINDOW)
+    assert sizes.main_group == FULL
+    table = replace(TABLE, pools=sizes)
+    counts = sizes.pages(table.kv_tokens // 16)
+    assert TABLE.kv_tokens / 2 < table.kv_tokens < TABLE.kv_tokens
+    running = table.kv_tokens // 4096  # reqs of that length, or of four windows where those are longer
+    assert counts["window"] >= running * (512 // 16 + 1) + 4096 // 16
+    assert counts["window"] < counts[FULL] / 2
+    assert sizes.nbytes(counts[FULL]) <= table.kv < sizes.nbytes(counts[FULL] + 1)
+
+
+def test_a_windowed_pool_never_has_more_pages_than_the_full_one() -> None:
+    sizes = pools(1024, 16, window=WINDOW)
+    assert sizes.pages(20) == {FULL: 20, "window": 20}
+
+
+def test_where_every_layer_is_windowed_that_pool_is_the_main_one() -> None:
+    sizes = replace(pools(1024, 16), specs={"window": WINDOW})
+    assert sizes.main_group == "window" and sizes.pages(77) == {"window": 77}
+    assert sizes.useful() == 5 * (64 * (510 // 16 + 1 + 3) + 256), (
+        "windows, what a step writes, and four times that cached"
+    )
+    assert replace(sizes, context_length=256).useful() == 64 * 16, "or every context whole"
+
+
+def test_states_are_counted_by_req() -> None:
+    sizes = pools(1024, 16, state=STATES)
+    assert sizes.bytes_per_token == 1024, "states are not counted by token"
+    assert [sizes.pages(n)["state"] for n in (1, 4096 // 16, 8 * 4096 // 16, 10**6)] == [5, 5, 40, 64 * 5]
+    assert sizes.nbytes(256) == 257 * 16 * 1024 + 6 * (12 + 4096)
+
+
+def test_it_renders_each_pool() -> None:
+    console = Console(width=100)
+    with console.capture() as capture:
+        console.print(replace(TABLE, pools=pools(64 * 1024, 16, window=WINDOW)).render())
+    assert "- window" in capture.get() and "- full" in capture.get()
 
 
 def test_it_renders() -> None:
