@@ -11,13 +11,15 @@ from torch import Tensor
 
 from sglang_core.backend.kernel import OpSite
 from sglang_core.backend.pool import Pool, PoolSpec
-from sglang_core.layers.build import BuildContext, Layer, dtype_name
+from sglang_core.layers.build import BuildContext, PoolLayer, dtype_name
 from sglang_core.layers.forward_batch import ForwardBatch
+from sglang_core.layers.kv_scales import KVScales
 from sglang_core.layers.linear import ColumnLinear, Linear, RowLinear
 from sglang_core.layers.model_config import ModelConfig
 from sglang_core.layers.norm import RMSNorm
 from sglang_core.layers.rope import Rope
 from sglang_core.ops.mla import ExpandPlan, MLAPlan, MLASpec, PrefixChunk, plan_mla
+from sglang_core.ops.weight import PackedWeight
 from sglang_core.parallel.groups import even_shard
 from sglang_core.types import FULL
 
@@ -43,21 +45,22 @@ class LatentUpLinear(ColumnLinear):
 
     key_weight: Tensor  # [Hq, nope_dim, rank]
     value_weight: Tensor  # [Hq, rank, v_head_dim]
-    reads_stored = False
+    takes_adapters = False
+    dense_only = "its heads are taken apart"
 
     def __init__(self, num_heads: int, mla: MLAConfig) -> None:
         super().__init__(mla.kv_rank, num_heads * (mla.nope_dim + mla.v_head_dim))
         self.mla = mla
 
-    def load(self, parts: list[Tensor]) -> None:
-        super().load(parts)
-        per_head = parts[0].view(-1, self.mla.nope_dim + self.mla.v_head_dim, self.mla.kv_rank)
+    def _take(self, weight: PackedWeight) -> None:
+        super()._take(weight)
+        per_head = weight["weight"].view(-1, self.mla.nope_dim + self.mla.v_head_dim, self.mla.kv_rank)
         nope = self.mla.nope_dim
         self.register_buffer("key_weight", per_head[:, :nope], persistent=False)
         self.register_buffer("value_weight", per_head[:, nope:].transpose(1, 2), persistent=False)
 
 
-class LatentAttention(Layer):
+class LatentAttention(PoolLayer):
     """Self-attention of layer `layer_id`. Heads are divided over ranks; every rank has all latents."""
 
     spec: MLASpec  # for this rank; it and `plan` are known once bound
@@ -65,7 +68,7 @@ class LatentAttention(Layer):
 
     def __init__(self, cfg: ModelConfig, mla: MLAConfig, layer_id: int) -> None:
         super().__init__()
-        self.cfg, self.mla, self.layer_id, self.group = cfg, mla, layer_id, FULL
+        self.cfg, self.mla, self.group = cfg, mla, FULL
         q_size = cfg.num_heads * (mla.nope_dim + mla.rope_dim)
         if mla.q_rank is None:
             self.q_proj = ColumnLinear(cfg.hidden_size, q_size)
@@ -78,6 +81,7 @@ class LatentAttention(Layer):
         self.kv_b_proj = LatentUpLinear(cfg.num_heads, mla)
         self.o_proj = RowLinear(cfg.num_heads * mla.v_head_dim, cfg.hidden_size, bias=cfg.o_bias)
         self.rotary_emb = Rope(cfg.ropes[layer_id])
+        self.kv_scales = KVScales(1, cfg.kv_scheme, latent=True)
 
     def bind(self, ctx: BuildContext) -> None:
         mla = self.mla
@@ -122,6 +126,9 @@ class LatentAttention(Layer):
             dtype=dtype,
         )
 
+    def prepare_pool(self, pool: Pool) -> None:
+        self.kv_scales.hand_to(pool, self.pool_layer)
+
     def forward(self, h: Tensor, fb: ForwardBatch) -> Tensor:
         """h: [T, M] -> [T, M]. Writes this step's latents to the pool."""
         q_nope, q_pe = self._queries(h)
@@ -134,8 +141,8 @@ class LatentAttention(Layer):
         if plan.expanded is None:
             o = self._absorbed(q_nope, q_pe, c_kv, k_pe, pool, plan)
         else:
-            self._write(c_kv, k_pe, pool, self.layer_id, plan.slot_mapping)
-            o = self._mixed(q_nope, q_pe, c_kv, k_pe, pool, plan, plan.expanded)
+            self._write(c_kv, k_pe, pool, self.pool_layer, plan.slot_mapping)
+            o = self._mixed(q_nope, q_pe, pool, plan, plan.expanded)
         return self.o_proj(o.flatten(1))  # type: ignore[no-any-return]
 
     def _queries(self, h: Tensor) -> tuple[Tensor, Tensor]:
@@ -152,27 +159,27 @@ class LatentAttention(Layer):
     ) -> Tensor:
         """-> [T, Hq, v_head_dim]. c_kv, k_pe: None where they are in the pool already."""
         q_latent = self._project(q_nope, self.kv_b_proj.key_weight)
-        o = self._attend(q_latent, q_pe, c_kv, k_pe, pool, self.layer_id, self.spec, plan.absorbed)
+        o = self._attend(q_latent, q_pe, c_kv, k_pe, pool, self.pool_layer, self.spec, plan.absorbed)
         return self._project(o, self.kv_b_proj.value_weight)  # type: ignore[no-any-return]
 
-    def _mixed(
-        self, q_nope: Tensor, q_pe: Tensor, c_kv: Tensor, k_pe: Tensor, pool: Pool, plan: MLAPlan, expanded: ExpandPlan
-    ) -> Tensor:
+    def _mixed(self, q_nope: Tensor, q_pe: Tensor, pool: Pool, plan: MLAPlan, expanded: ExpandPlan) -> Tensor:
         """-> [T, Hq, v_head_dim], each req by its own path. The pool has this step's latents."""
         if (ours := expanded.tokens) is None:
-            return self._expanded(torch.cat([q_nope, q_pe], dim=-1), c_kv, k_pe, pool, expanded)
+            return self._expanded(torch.cat([q_nope, q_pe], dim=-1), pool, plan.slot_mapping, expanded)
         rest = plan.absorbed_tokens
         assert rest is not None, "some reqs are expanded and some are not"
         absorbed = self._absorbed(q_nope[rest], q_pe[rest], None, None, pool, plan)
         q = torch.cat([q_nope[ours], q_pe[ours]], dim=-1)
         o = q_nope.new_empty(q_nope.shape[0], self.spec.num_heads, self.mla.v_head_dim)
         o = o.index_put((rest,), absorbed)
-        return o.index_put((ours,), self._expanded(q, c_kv[ours], k_pe[ours], pool, expanded))
+        return o.index_put((ours,), self._expanded(q, pool, plan.slot_mapping[ours], expanded))
 
-    def _expanded(self, q: Tensor, c_kv: Tensor, k_pe: Tensor, pool: Pool, plan: ExpandPlan) -> Tensor:
-        """q: [T, Hq, nope_dim + rope_dim] -> [T, Hq, v_head_dim]: this step's own tokens, then cached ones chunk by chunk."""
-        rounded = pool.spec.dtype  # what the pool would give back
-        k, v = self._expand(c_kv.to(rounded), k_pe.to(rounded), q.dtype)
+    def _expanded(self, q: Tensor, pool: Pool, own: Tensor, plan: ExpandPlan) -> Tensor:
+        """q: [T, Hq, nope_dim + rope_dim], own: int32[T], the tokens' slots -> [T, Hq, v_head_dim].
+
+        This step's tokens first, as the pool rounded them; then cached ones, chunk by chunk.
+        """
+        k, v = self._expand(pool, own, q.dtype)
         at = {"max_q": plan.max_q, "max_k": plan.max_q, "lse": True}
         o, lse = self._attend_new(q, k, v, plan.cu_q, plan.cu_q, self._own, **at)
         for chunk in plan.chunks:
@@ -184,14 +191,14 @@ class LatentAttention(Layer):
         return o  # type: ignore[no-any-return]
 
     def _attend_chunk(self, q: Tensor, pool: Pool, chunk: PrefixChunk) -> tuple[Tensor, Tensor]:
-        c_kv, k_pe = pool.gather(self.layer_id, chunk.slots)
-        k, v = self._expand(c_kv[:, 0], k_pe[:, 0], q.dtype)
+        k, v = self._expand(pool, chunk.slots, q.dtype)
         at = {"max_q": chunk.max_q, "max_k": chunk.max_k, "lse": True}
         o, lse = self._attend_prefix(q, k, v, chunk.cu_q, chunk.cu_k, self._seen, **at)
         return o, lse
 
-    def _expand(self, c_kv: Tensor, k_pe: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """c_kv: [S, rank], k_pe: [S, rope_dim] -> k: [S, Hq, nope_dim + rope_dim], v: [S, Hq, v_head_dim], in dtype."""
+    def _expand(self, pool: Pool, slots: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """slots: int32[S] -> k: [S, Hq, nope_dim + rope_dim], v: [S, Hq, v_head_dim], in dtype."""
+        c_kv, k_pe = (x[:, 0].to(dtype) for x in pool.gather(self.pool_layer, slots))
         heads, dims = self.spec.num_heads, [self.mla.nope_dim, self.mla.v_head_dim]
-        k, v = self.kv_b_proj(c_kv.to(dtype)).view(-1, heads, sum(dims)).split(dims, dim=-1)
-        return torch.cat([k, k_pe.to(dtype)[:, None].expand(-1, heads, -1)], dim=-1), v
+        k, v = self.kv_b_proj(c_kv).view(-1, heads, sum(dims)).split(dims, dim=-1)
+        return torch.cat([k, k_pe[:, None].expand(-1, heads, -1)], dim=-1), v

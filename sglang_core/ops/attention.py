@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from torch import Tensor
 
+from sglang_core.backend.kv_dtypes import heads_first
 from sglang_core.backend.pool import Pool
 from sglang_core.ops.attention_plan import (
     KEYS_PER_CHUNK,
@@ -25,6 +26,7 @@ from sglang_core.ops.attention_plan import (
 )
 from sglang_core.ops.registry import op
 from sglang_core.ops.rounding import wide, wide_dtype
+from sglang_core.ops.tree_mask import on_path
 
 __all__ = ["AttnBatch", "AttnSpec", "Plan", "attn_merge", "attn_paged", "attn_plan", "attn_ragged", "kv_write"]
 
@@ -51,18 +53,23 @@ def attn_paged(
     sinks: Tensor | None = None,
     lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Write k, v at plan.slot_mapping, then attend over the pool: extend, decode and mixed alike.
+    """Write k, v at plan.slot_mapping, then attend over the pool: extend, decode, mixed and trees of drafts alike.
 
     q: [T, Hq, D], k: [T, Hk, D], v: [T, Hk, Dv], sinks: [Hq] -> o: [T, Hq, Dv] (, lse: float32[T, Hq], natural log).
-    k = v = None: all keys are in the pool already. Keys and values are read back as the pool rounded them. float32 inside,
-    one rounding to q.dtype at the end. A query that sees no key gives zeros and an lse of -inf. With sinks, lse counts them.
+    k = v = None: all keys are in the pool already, as always in cross attention. Keys and values are read back as the pool
+    rounded them. float32 inside, one rounding to q.dtype at the end. A query that sees no key gives zeros and an lse of -inf.
+    With sinks, lse counts them.
+
+    A query at place p of its req sees the keys at places [0, p]; with a window those in (p - window, p]; where it is not causal,
+    all of the req, this step's too. Under a tree mask it sees the whole prefix and its own path, and windows count by depth.
     """
+    assert k is None or not spec.cross, "cross attention writes nothing: an encoder's step wrote the keys with kv.write"
     if k is not None and v is not None:
         kv_write(k, v, pool, layer, plan.slot_mapping)
     dtype = wide_dtype(q.dtype)
     o, s = attend_tiles(
         q,
-        lambda slots: (heads_first(pool.k(layer), slots, dtype), heads_first(pool.v(layer), slots, dtype)),
+        lambda slots: pool.gather_heads(layer, slots, dtype),
         spec,
         plan,
         sinks,
@@ -87,7 +94,7 @@ def attn_ragged(
 
     q: [T, Hq, D], k: [Tk, Hk, D], v: [Tk, Hk, Dv], cu_q, cu_k: int32[R + 1] -> o: [T, Hq, Dv] (, lse: float32[T, Hq]).
     No req has more than max_q queries or max_k keys. Causal: the last query sees the last key. Rows past cu_q[-1] give
-    zeros; otherwise as `attn.paged`. Sinks are not taken.
+    zeros; otherwise as `attn.paged`. Neither sinks nor tree masks are taken.
     """
     num_reqs, length = cu_q.shape[0] - 1, min(max_q, TILE_LENGTHS[-1])
     len_q, len_k = (cu_q[1:] - cu_q[:-1])[:, None], (cu_k[1:] - cu_k[:-1])[:, None]
@@ -144,7 +151,8 @@ def attend_tiles(
         for i, n in enumerate(num_chunks):
             tile = _slice(tiles, i * size, (i + 1) * size)
             chunks = ((*read(slots), position) for slots, position in _paged_chunks(plan, tile, n))
-            o, s = _attend(q[tile.token], tile.first_key, tile.last_key, chunks, spec, sinks)
+            tree = None if tile.tree is None else (tile.tree, plan.prefix_lens[tile.row])
+            o, s = _attend(q[tile.token], tile.first_key, tile.last_key, chunks, spec, sinks, tree)
             outs.append(o.flatten(0, 1).to(q.dtype))
             lses.append(s.flatten(0, 1))
     # Tokens of no tile (padding) read the row after the last.
@@ -154,9 +162,18 @@ def attend_tiles(
 
 
 def _attend(
-    q: Tensor, first_key: Tensor, last_key: Tensor, chunks: Iterable[Chunk], spec: AttnSpec, sinks: Tensor | None
+    q: Tensor,
+    first_key: Tensor,
+    last_key: Tensor,
+    chunks: Iterable[Chunk],
+    spec: AttnSpec,
+    sinks: Tensor | None,
+    tree: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Online softmax. q: [B, L, Hq, D], first_key, last_key: int32[B, L] -> o: [B, L, Hq, Dv], lse: [B, L, Hq], both wide."""
+    """Online softmax. q: [B, L, Hq, D], first_key, last_key: int32[B, L] -> o: [B, L, Hq, Dv], lse: [B, L, Hq], both wide.
+
+    tree: the paths int32[B, L, W], and the prefix_lens int32[B] from which on they count.
+    """
     b, length, hq, d = q.shape
     hk, group = spec.num_kv_heads, hq // spec.num_kv_heads
     # The queries that share a KV head form one matrix: no key is repeated.
@@ -170,8 +187,9 @@ def _attend(
         scores = torch.matmul(q, k.transpose(2, 3))
         if spec.soft_cap is not None:
             scores = torch.tanh(scores / spec.soft_cap) * spec.soft_cap
-        position = position[:, None]
-        seen = (position >= first_key[..., None]) & (position < last_key[..., None])
+        seen = (position[:, None] >= first_key[..., None]) & (position[:, None] < last_key[..., None])
+        if tree is not None:
+            seen = seen & on_path(tree[0], position - tree[1][:, None])
         bias = torch.where(seen, 0.0, q.new_full((), NEG_INF))  # added: much faster than `where` on all heads
         scores = scores.view(b, hk, length, group, -1) + bias[:, None, :, None]
         new_top = torch.maximum(top, scores.amax(-1, keepdim=True))
@@ -195,7 +213,7 @@ def _paged_chunks(plan: Plan, tiles: Tiles[Tensor], count: int) -> Iterator[tupl
     page_size, num_pages = plan.static.page_size, plan.static.num_pages
     step = min(pages_per_chunk(page_size), num_pages) * page_size
     row, start = tiles.row[:, None], tiles.first_page[:, None] * page_size
-    first, last = tiles.first_key[:, :1], tiles.last_key.amax(1, keepdim=True) - 1
+    first, last = tiles.first_key.amin(1, keepdim=True), tiles.last_key.amax(1, keepdim=True) - 1
     for chunk in range(count):
         keys = torch.arange(chunk * step, (chunk + 1) * step, dtype=torch.int32, device=row.device)
         position = start + keys
@@ -218,12 +236,4 @@ def _ragged_chunks(
     for first in range(0, max_k, KEYS_PER_CHUNK):
         keys = torch.arange(first, min(first + KEYS_PER_CHUNK, max_k), dtype=torch.int32, device=k.device)
         row = (start[:, None] + torch.minimum(keys, length - 1)).clamp(0, k.shape[0] - 1)
-        yield heads_first(k, row, dtype), heads_first(v, row, dtype), keys.expand_as(row)
-
-
-def heads_first(x: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
-    """x: [..., Hk, D], tokens before heads; rows: int32[B, S] -> [B, Hk, S, D] in dtype. One gather of whole heads."""
-    heads, dim = x.shape[-2:]
-    head = torch.arange(heads, dtype=torch.int32, device=x.device)[:, None]
-    index = (rows[:, None] * heads + head).flatten()
-    return x.reshape(-1, dim).index_select(0, index).view(rows.shape[0], heads, -1, dim).to(dtype)
+        yield heads_first(k, row).to(dtype), heads_first(v, row).to(dtype), keys.expand_as(row)

@@ -1,8 +1,9 @@
 """What a step attends over (`AttnSpec`, `AttnBatch`), and the reference plan for it.
 
 The plan cuts each req's new tokens into tiles of queries. A tile knows, per query, the half-open range of key positions it
-sees; causality, windows and padding are all in that range. Tiles of equal length form a group, longest key range first, so
-that neighbours do about equal work. All of it happens on the host, before the step.
+sees; causality, windows and padding are all in that range. Of its own step's tokens a query may see a path only (`tree_mask`).
+Tiles of equal length form a group, longest key range first, so that neighbours do about equal work. All of it happens on the
+host, before the step.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from sglang_core.backend.kv_dtypes import KV_DTYPES
 from sglang_core.ops.registry import op
+from sglang_core.ops.tree_mask import within_window
 
 A = TypeVar("A")
 B = TypeVar("B")
@@ -27,6 +30,7 @@ KEYS_PER_CHUNK = 256
 BLOCK_ELEMENTS = (
     1 << 20
 )  # a block of tiles passes over the keys together; its scores, keys and values hold no more each
+NO_KEY = 1 << 30  # beyond any text
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,17 +46,23 @@ class AttnSpec:
     window: int | None = None  # a query at position p sees keys in (p - window, p]; causal only
     soft_cap: float | None = None  # scores become cap * tanh(score / cap), after scaling
     has_sinks: bool = False  # one more logit a head in the softmax's denominator, with no value
-    kv_dtype: str = "auto"  # of the pool; auto: that of the activations
+    kv_dtype: str = "auto"  # of the pool, one of KV_DTYPES; auto: that of the activations
+    tree: bool = False  # a step may bring a tree mask; causal only
+    cross: bool = False  # keys are another text's, as an encoder wrote them; every query sees all; never causal
 
     def __post_init__(self) -> None:
         assert self.num_heads % self.num_kv_heads == 0, f"{self.num_heads} heads over {self.num_kv_heads} KV heads"
         assert self.window is None or (self.causal and self.window >= 1), "a window needs causal attention"
+        assert self.causal or not self.tree, "a tree of drafts needs causal attention"
+        assert not (self.causal and self.cross), "cross attention knows no order of queries and keys"
+        assert self.kv_dtype in ("auto", *KV_DTYPES), f"kv_dtype {self.kv_dtype!r} is none of {', '.join(KV_DTYPES)}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AttnBatch:
     """What one step attends over: int32 on the host.
 
+    In cross attention the seq_lens, the page table and C are of the keys' text, and prefix_lens and slot_mapping are not looked at.
     Reqs that only fill a bucket have extend 0 (or any) and seq_len 0; tokens that only fill it come last and write to page 0.
     """
 
@@ -67,7 +77,7 @@ class AttnBatch:
     num_pages: int  # C
     page_size: int
     static: bool = False  # sizes are a bucket's: the plan's shapes may depend on them and on nothing else
-    tree_mask: None = None  # speculative verification will put one here
+    tree_mask_cpu: Tensor | None = None  # int32[T, ceil(Q / 32)], see tree_mask.py; None: every req is a chain
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,9 +86,12 @@ class Tiles(Generic[A]):
 
     row: A  # int32[B]: the req
     token: A  # int32[B, L]: row of q; 0 for padding
-    first_key: A  # int32[B, L]: the query sees key positions [first_key, last_key)
+    first_key: (
+        A  # int32[B, L]: the query sees keys [first_key, last_key), by their place in the req; padding: an empty range
+    )
     last_key: A  # int32[B, L]
     first_page: A  # int32[B]: page-table column that holds the tile's first key
+    tree: A | None = None  # int32[B, L, W]: of its req's new tokens it sees these bits only
 
     def map(self, fn: Callable[[A], B]) -> Tiles[B]:
         return Tiles(
@@ -87,6 +100,7 @@ class Tiles(Generic[A]):
             first_key=fn(self.first_key),
             last_key=fn(self.last_key),
             first_page=fn(self.first_page),
+            tree=None if self.tree is None else fn(self.tree),
         )
 
 
@@ -100,6 +114,7 @@ class PlanStatic:
     num_pages: int
     page_size: int
     num_chunks: tuple[tuple[int, ...], ...]  # per tile group, per block of tiles: chunks of keys to visit
+    tree_words: int = 0  # W of the tree mask; 0: there is none
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -114,20 +129,26 @@ class Plan:
     slot_mapping: Tensor  # int32[T]
     tiles: tuple[Tiles[Tensor], ...]
     tile_row: Tensor  # int32[T]: the row of each token among all tiles' queries, one past the last for padding
+    tree_mask: Tensor | None = None  # int32[T, W], as the batch has it; the tiles have it with windows taken off
 
     def buffers(self) -> Iterator[Tensor]:
         """Every tensor, in a fixed order."""
         yield from (self.cu_extend, self.prefix_lens, self.seq_lens, self.page_table, self.slot_mapping, self.tile_row)
+        if self.tree_mask is not None:
+            yield self.tree_mask
         for t in self.tiles:
             yield from (t.row, t.token, t.first_key, t.last_key, t.first_page)
+            if t.tree is not None:
+                yield t.tree
 
 
-@op("attn.plan")
+@op("attn.plan", host=True)
 def attn_plan(spec: AttnSpec, batch: AttnBatch, device: torch.device, out: Plan | None = None) -> Plan:
     """Plan one step for every layer of this spec. Host work, before the step.
 
     With `out`, an earlier plan of the same bucket, its buffers are filled in place and it is returned.
     """
+    assert batch.tree_mask_cpu is None or spec.tree, "a tree mask, and the kernels were chosen for none: AttnSpec.tree"
     lengths = _tile_lengths(batch)
     groups = [_tiles(spec, batch, length, shorter) for length, shorter in zip(lengths, (0, *lengths), strict=False)]
     groups = [g for g in groups if batch.static or len(g.row)]
@@ -139,6 +160,7 @@ def attn_plan(spec: AttnSpec, batch: AttnBatch, device: torch.device, out: Plan 
             num_pages=batch.num_pages,
             page_size=batch.page_size,
             num_chunks=tuple(_num_chunks(spec, batch, g) for g in groups),
+            tree_words=0 if batch.tree_mask_cpu is None else batch.tree_mask_cpu.shape[1],
         ),
         cu_extend=batch.cu_extend_cpu.to(device),
         prefix_lens=batch.prefix_lens_cpu.to(device),
@@ -147,6 +169,7 @@ def attn_plan(spec: AttnSpec, batch: AttnBatch, device: torch.device, out: Plan 
         slot_mapping=batch.slot_mapping_cpu.to(device),
         tiles=tuple(g.map(lambda x: torch.from_numpy(x).to(device)) for g in groups),
         tile_row=torch.from_numpy(_tile_row(batch, groups)).to(device),
+        tree_mask=None if batch.tree_mask_cpu is None else batch.tree_mask_cpu.to(device),
     )
     if out is None:
         return plan
@@ -187,20 +210,26 @@ def _tiles(spec: AttnSpec, batch: AttnBatch, length: int, shorter: int) -> Tiles
 
     offset = start[:, None] + np.arange(length, dtype=np.int32)
     real = offset < extend[row, None]
-    position = prefix_lens[row, None] + offset
-    last_key = seq_lens[row, None]
-    if spec.causal:
-        last_key = np.minimum(last_key, position + 1)
+    token, prefix = np.where(real, cu[row, None] + offset, 0), prefix_lens[row, None]
+    last_key = np.minimum(seq_lens[row, None], prefix + offset + 1) if spec.causal else seq_lens[row, None]
     last_key = np.where(real, last_key, 0)
     first_key = np.zeros_like(last_key)
+    mask = None if batch.tree_mask_cpu is None else batch.tree_mask_cpu.numpy()
     if spec.window is not None:
-        first_key = np.where(real, np.maximum(position - (spec.window - 1), 0), 0)
+        first_key = prefix + offset - (spec.window - 1)
+        if mask is not None:
+            mask, depth, first_bit = within_window(mask, spec.window, cu)
+            first_key = prefix + depth[token] - (spec.window - 1)
+            first_key = np.where(first_key < prefix, first_key, prefix + first_bit[token])
+        lowest = np.where(real, first_key, NO_KEY).min(1, keepdims=True)
+        first_key = np.maximum(np.where(real, first_key, lowest), 0)  # padding: keys below may be freed, not to be read
     tiles = Tiles(
         row=row,
-        token=np.where(real, cu[row, None] + offset, 0),
+        token=token,
         first_key=first_key,
         last_key=last_key,
-        first_page=first_key[:, 0] // batch.page_size,  # a tile's first query has its lowest first_key
+        first_page=first_key.min(1) // batch.page_size,
+        tree=None if mask is None else mask[token],
     )
     order = np.argsort(-_tile_pages(tiles, batch.page_size), kind="stable")
     tiles = tiles.map(lambda x: x[order])
@@ -233,7 +262,8 @@ def _num_chunks(spec: AttnSpec, batch: AttnBatch, tiles: Tiles[Ints]) -> tuple[i
         return tuple(-(-int(n) // chunk) for n in most)
     pages = batch.num_pages
     if spec.window is not None:  # unaligned, so one more page than the keys would fill
-        pages = min(pages, (spec.window + length - 2) // batch.page_size + 2)
+        new = length if batch.tree_mask_cpu is None else batch.max_extend  # any token of a tree may be a root
+        pages = min(pages, (spec.window + new - 2) // batch.page_size + 2)
     return (-(-pages // chunk),) * -(-len(tiles.row) // size)
 
 

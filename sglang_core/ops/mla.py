@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sglang_core.backend.pool import Pool
-from sglang_core.ops.attention import attend_tiles, heads_first
+from sglang_core.ops.attention import attend_tiles
 from sglang_core.ops.attention_plan import KEYS_PER_CHUNK, AttnBatch, AttnSpec, Plan, attn_plan
 from sglang_core.ops.registry import op
 from sglang_core.ops.rounding import wide_dtype
@@ -35,7 +35,8 @@ class MLASpec:
     rope_dim: int  # of the rotated part, whose key all heads share
     v_head_dim: int
     scale: float
-    kv_dtype: str = "auto"  # of the pool; auto: that of the activations
+    kv_dtype: str = "auto"  # of the pool, one of KV_DTYPES; auto: that of the activations
+    tree: bool = False  # a step may bring a tree mask
 
     @property
     def latent(self) -> AttnSpec:
@@ -47,6 +48,7 @@ class MLASpec:
             v_head_dim=self.rank,
             scale=self.scale,
             kv_dtype=self.kv_dtype,
+            tree=self.tree,
         )
 
     @property
@@ -99,7 +101,7 @@ def kv_write_mla(c_kv: Tensor, k_pe: Tensor, pool: Pool, layer: int, slot_mappin
     pool.scatter(layer, slot_mapping, c_kv[:, None], k_pe[:, None])
 
 
-@op("attn.mla_plan")
+@op("attn.mla_plan", host=True)
 def attn_mla_plan(spec: MLASpec, batch: AttnBatch, device: torch.device, out: Plan | None = None) -> Plan:
     """Plan one step of attn.mla_paged, as attn.plan does for attn.paged."""
     return attn_plan(spec.latent, batch, device, out)
@@ -129,8 +131,8 @@ def attn_mla_paged(
     dtype = wide_dtype(q_nope.dtype)
 
     def read(slots: Tensor) -> tuple[Tensor, Tensor]:
-        latent = heads_first(pool.c_kv(layer), slots, dtype)
-        return torch.cat([latent, heads_first(pool.k_pe(layer), slots, dtype)], dim=-1), latent
+        latent, rotated = pool.gather_heads(layer, slots, dtype)
+        return torch.cat([latent, rotated], dim=-1), latent
 
     o, s = attend_tiles(torch.cat([q_nope, q_pe], dim=-1), read, spec.latent, plan)
     return (o, s) if lse else o
@@ -165,7 +167,7 @@ def plan_mla(
 
 
 def is_expanded(spec: MLASpec, batch: AttnBatch) -> Bools:
-    """bool[R]: the reqs for which expanding costs fewer multiplications. Never a decode, nor anything in a bucket.
+    """bool[R]: the reqs for which expanding costs fewer multiplications. Never a decode, a tree, nor anything in a bucket.
 
     It saves 2 * rank - nope_dim - v_head_dim a head for each query and key, and costs rank * (nope_dim + v_head_dim) a head
     for each cached token; for the new tokens, that is what taking queries and results into and out of latent space costs.
@@ -175,7 +177,7 @@ def is_expanded(spec: MLASpec, batch: AttnBatch) -> Bools:
     extend = np.diff(batch.cu_extend_cpu.numpy()).astype(np.int64)
     saved = (extend * prefix + extend * (extend + 1) // 2) * (2 * spec.rank - spec.nope_dim - spec.v_head_dim)
     worth: Bools = (extend > 1) & (saved > prefix * spec.rank * (spec.nope_dim + spec.v_head_dim))
-    return np.zeros_like(worth) if batch.static else worth
+    return np.zeros_like(worth) if batch.static or batch.tree_mask_cpu is not None else worth
 
 
 def _part(batch: AttnBatch, chosen: Bools) -> tuple[AttnBatch, Tensor]:

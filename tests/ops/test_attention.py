@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -84,6 +85,69 @@ def test_specs(spec: AttnSpec) -> None:
 def test_sinks_join_the_denominator() -> None:
     sinks = torch.tensor([-1.0, 0.0, 2.0, 30.0])
     check(paged_case(REQS["mixed"], spec=attn_spec(has_sinks=True, window=20)), sinks)
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_without_causality_every_query_sees_its_whole_req(static: bool) -> None:
+    case = paged_case(REQS["mixed"], spec=attn_spec(causal=False, soft_cap=4.0), static=static)
+    check(case)
+    o, _ = run(case)
+    causal = run(replace(case, spec=attn_spec(soft_cap=4.0)))[0]
+    assert torch.equal(o[0], causal[0]) and not torch.isclose(o[1], causal[1]).all()
+
+
+def cross_case(lens: list[tuple[int, int]], *, static: bool, kv_dtype: torch.dtype | None = None) -> PagedCase:
+    """lens: (keys of another text, queries) each. Slot 0 is scratch, and its page is NaN."""
+    spec = attn_spec(causal=False, cross=True)
+    case = paged_case([(keys, 0) for keys, _ in lens], spec=spec, kv_dtype=kv_dtype)
+    queries = torch.tensor([0, *(n for _, n in lens)])
+    padding = 3 if static else 0
+    total = int(queries.sum()) + padding
+    case.batch = replace(
+        case.batch,
+        cu_extend_cpu=queries.cumsum(0).to(torch.int32),
+        slot_mapping_cpu=torch.zeros(total, dtype=torch.int32),
+        num_tokens=total,
+        max_extend=int(queries.max()) + padding,
+        static=static,
+    )
+    case.q = torch.randn(total, spec.num_heads, spec.head_dim)
+    return case
+
+
+@pytest.mark.parametrize("kv_dtype", [None, torch.float8_e4m3fn, torch.int8], ids=str)
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("lens", [[(7, 3), (300, 1), (1, 140), (40, 40)], [(0, 2), (5, 1)]])
+def test_cross_attention_sees_all_of_another_text_and_writes_nothing(
+    lens: list[tuple[int, int]], static: bool, kv_dtype: torch.dtype | None
+) -> None:
+    case = cross_case(lens, static=static, kv_dtype=kv_dtype)
+    before = [leaf.clone() for leaf in case.pool.leaves]
+    plan = attn_plan(case.spec, case.batch, CPU)
+    o, lse = attn_paged(case.q, None, None, case.pool, 0, case.spec, plan, lse=True)
+    cu = case.batch.cu_extend_cpu.tolist()
+    for r, (keys, values) in enumerate(zip(case.keys, case.values, strict=True)):
+        rows = slice(cu[r], cu[r + 1])
+        if not len(keys):
+            assert (o[rows] == 0).all() and (lse[rows] == -math.inf).all()
+            continue
+        want_o, want_lse = naive_attention(case.q[rows], keys, values, case.spec)
+        torch.testing.assert_close(o[rows].double(), want_o, atol=3e-6, rtol=3e-6)
+        torch.testing.assert_close(lse[rows].double(), want_lse, atol=3e-6, rtol=1e-5)
+    assert (o[cu[-1] :] == 0).all()
+    for old, leaf in zip(before, case.pool.leaves, strict=True):
+        assert torch.equal(old.view(torch.uint8), leaf.view(torch.uint8))
+
+
+def test_cross_attention_takes_no_new_keys_no_window_and_no_order() -> None:
+    case = cross_case([(7, 3)], static=False)
+    k, v = torch.zeros(3, 2, 8), torch.zeros(3, 2, 8)
+    plan = attn_plan(case.spec, case.batch, CPU)
+    with pytest.raises(AssertionError, match=r"writes nothing"):
+        attn_paged(case.q, k, v, case.pool, 0, case.spec, plan)
+    for more in ({"window": 3}, {"causal": True}, {"tree": True}):
+        with pytest.raises(AssertionError):
+            replace(case.spec, **more)  # type: ignore[arg-type]
 
 
 def test_large_scores_do_not_overflow() -> None:

@@ -24,6 +24,7 @@ from sglang_xeon import isa
 DTYPES = ("bfloat16", "float32")
 # For --device auto: above the reference backend (0), below every accelerator (100 and up).
 SCORES = {"avx2": 30, "avx512": 40, "avx512_bf16": 50, "amx": 60}
+PROFILES = ("base", "serving", "window", "soft_cap", "sinks", "cross", "odd_sizes", "buckets")
 INVARIANT = frozenset({"batch_invariant"})  # a row's result does not depend on its neighbours
 
 
@@ -40,7 +41,9 @@ def dense_only(ctx: SelectionContext) -> str | None:
 def attention_limits(ctx: SelectionContext) -> str | None:
     kv_dtype = getattr(ctx.site.spec, "kv_dtype", "auto")
     if kv_dtype not in ("auto", *DTYPES):
-        return f"reads {' and '.join(DTYPES)} pools, not {kv_dtype}"
+        return f"reads {' and '.join(DTYPES)} pools, not {kv_dtype} (--kv-cache-dtype)"
+    if getattr(ctx.site.spec, "tree", False):
+        return "takes no tree masks"
     return dtype_limits(ctx)
 
 
@@ -104,7 +107,7 @@ class XeonBackend(Backend):
         unsupported = Claim(op="*", dtypes=("float16",), support=Support.UNSUPPORTED)
         ops = dict.fromkeys(kernel.op for kernel in self.kernels(ctx))
         native = [Claim(op=op, dtypes=DTYPES, formats=("dense",) if op == "gemm.linear" else ("*",)) for op in ops]
-        return Claims((unsupported, *native))
+        return Claims((unsupported, *native), profiles=PROFILES)
 
     def config_defaults(self, ctx: DefaultsContext) -> dict[str, Any]:
         """bfloat16 halves the bytes a decode step streams; pages of 16 keep prefix reuse fine-grained at no cost here.

@@ -6,11 +6,21 @@ import sys
 import pytest
 import torch
 from sglang_xeon import backend, isa, library
-from sglang_xeon.backend import XeonBackend
+from sglang_xeon.backend import XeonBackend, attention_limits
 from sglang_xeon.runtime import XeonRuntime
 
-from sglang_core.api import Claims, ConfigError, DefaultsContext, DeviceInfo, KernelContext, RuntimeContext, Support
-from sglang_core.api.ops import OPS
+from sglang_core.api import (
+    Claims,
+    ConfigError,
+    DefaultsContext,
+    DeviceInfo,
+    KernelContext,
+    OpSite,
+    RuntimeContext,
+    SelectionContext,
+    Support,
+)
+from sglang_core.api.ops import OPS, AttnSpec
 
 
 def info(level: str) -> DeviceInfo:
@@ -104,3 +114,21 @@ def test_kernels_cannot_run_above_the_cpu(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(isa, "host", lambda: "avx2")
     with pytest.raises(ConfigError, match="more than this CPU has"):
         library.set_isa("avx512")
+
+
+@pytest.mark.parametrize(
+    ("facts", "reason"),
+    [
+        ({}, None),
+        ({"window": 9, "soft_cap": 2.0, "has_sinks": True}, None),
+        ({"causal": False, "cross": True}, None),
+        ({"kv_dtype": "float32"}, None),
+        ({"kv_dtype": "fp8_e4m3"}, "reads bfloat16 and float32 pools, not fp8_e4m3 (--kv-cache-dtype)"),
+        ({"kv_dtype": "int8"}, "reads bfloat16 and float32 pools, not int8 (--kv-cache-dtype)"),
+        ({"tree": True}, "takes no tree masks"),
+    ],
+)
+def test_attention_says_what_it_does_not_do(facts: dict[str, object], reason: str | None) -> None:
+    spec = AttnSpec(num_heads=4, num_kv_heads=2, head_dim=64, v_head_dim=64, scale=0.125, **facts)
+    site = OpSite(op="attn.paged", layer="Attention", dtype="bfloat16", spec=spec)
+    assert attention_limits(SelectionContext(device=info("amx"), site=site)) == reason
