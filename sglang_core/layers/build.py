@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from sglang_core.backend.communicator import Communicator, LocalCommunicator
+from sglang_core.backend.pool import PoolSpec
 from sglang_core.backend.selection import OpTable
+from sglang_core.backend.state_pool import StatePoolSpec
+from sglang_core.layers.lora import LoraSpec
+from sglang_core.layers.packing import Packing
 from sglang_core.layers.quant_config import QuantConfig
 from sglang_core.ops.rope import RopeSpec
+from sglang_core.types import PoolGroup
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,6 +33,7 @@ class BuildContext:
     kv_dtype: str = "auto"  # of the KV pools; auto: that of the activations
     tp: Communicator = field(default_factory=LocalCommunicator)
     rope_tables: dict[RopeSpec, Tensor] = field(default_factory=dict, repr=False)  # shared by the layers of one model
+    lora: LoraSpec | None = None  # room for adapters; None: none can be loaded
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,6 +51,8 @@ class WeightSpec:
     ranges: tuple[tuple[int, int], ...] | None = None
     init: Literal["normal", "ones", "zeros"] = "normal"
     scale: float = 1.0
+    default: float | None = None  # each number of a tensor that the checkpoint may leave out
+    held: int | None = None  # bytes that the layer makes of it, where they are not the part's own
 
     @classmethod
     def of(
@@ -54,10 +64,11 @@ class WeightSpec:
         dim: int = 0,
         ranges: tuple[tuple[int, int], ...],
         scale: float,
+        held: int | None = None,
     ) -> WeightSpec:
         """The ranges of a matrix or bias along `dim`; all of it where they cover it."""
         part = None if ranges == ((0, shape[dim]),) else ranges
-        return cls(name=name, shape=shape, dtype=dtype, dim=dim, ranges=part, scale=scale)
+        return cls(name=name, shape=shape, dtype=dtype, dim=dim, ranges=part, scale=scale, held=held)
 
     @property
     def part_shape(self) -> tuple[int, ...]:
@@ -68,7 +79,7 @@ class WeightSpec:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the part."""
+        """Bytes of the part as it is read."""
         return torch.Size(self.part_shape).numel() * self.dtype.itemsize
 
 
@@ -81,6 +92,8 @@ class Layer(nn.Module):
 
     name = ""
     quant: QuantConfig | None = None
+    copies = False  # whether `place` copies every part, so that it may be a view of a mapped file
+    packing: Packing | None = None  # of a layer whose weights are quantised; known once bound
 
     def bind(self, ctx: BuildContext) -> None:
         """Pick ops and settle what this rank holds."""
@@ -95,6 +108,25 @@ class Layer(nn.Module):
 
     def load(self, parts: list[Tensor]) -> None:
         """Take the parts that `weights` asked for, in its order, on the device and in the dtype asked for."""
+
+
+class PoolLayer(Layer):
+    """A layer that keeps something of each req in a pool: that of its `group`, of which it is layer `pool_layer`.
+
+    A step has one plan for all layers of equal `spec`, made by `plan(spec, batch, device)`; both are known once bound.
+    """
+
+    group: PoolGroup
+    pool_layer = 0  # counted within the group by `bind_model`
+    spec: Any
+    plan: Callable[..., Any]
+
+    def pool_spec(self, num_layers: int, page_size: int, dtype: torch.dtype) -> PoolSpec | StatePoolSpec:
+        """The pool of this layer and the others of its group."""
+        raise NotImplementedError
+
+    def prepare_pool(self, pool: Any) -> None:
+        """Give the pool what it must know of this layer's weights. Called once, when both are there."""
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -113,7 +145,11 @@ def bind_model(model: nn.Module, ctx: BuildContext) -> None:
     if getattr(model, "_bound_with", None) is ctx:
         return
     quant = getattr(getattr(model, "cfg", None), "quantization", None)
+    in_group: Counter[PoolGroup] = Counter()
     for name, module in model.named_modules():
+        if isinstance(module, PoolLayer):
+            module.pool_layer = in_group[module.group]
+            in_group[module.group] += 1
         if isinstance(module, Layer):
             module.name, module.quant = name, quant
             module.bind(ctx)
@@ -123,3 +159,8 @@ def bind_model(model: nn.Module, ctx: BuildContext) -> None:
 def named_layers(model: nn.Module) -> list[tuple[str, Layer]]:
     """Every layer of the model by its dotted name."""
     return [(name, module) for name, module in model.named_modules() if isinstance(module, Layer)]
+
+
+def packings(model: nn.Module) -> list[Packing]:
+    """Of every layer whose weights are quantised; the model must be bound."""
+    return [layer.packing for _, layer in named_layers(model) if layer.packing is not None]

@@ -9,6 +9,7 @@ from sglang_core.backend.kernel import OpSite
 from sglang_core.layers.build import BuildContext, Layer, WeightSpec, dtype_name
 from sglang_core.layers.forward_batch import ForwardBatch
 from sglang_core.layers.linear import packed
+from sglang_core.layers.lora import EmbeddingSlots, LinearSlots, Target, covered
 from sglang_core.layers.model_config import HeadConfig, ModelConfig
 from sglang_core.ops.weight import PackedWeight
 from sglang_core.parallel.groups import padded_part, ragged_shard
@@ -18,6 +19,7 @@ class Embedding(Layer):
     """Token ids to rows of the table; each rank looks up the ids in its part, and the sum is the whole lookup."""
 
     weight: Tensor
+    lora: EmbeddingSlots | None
 
     def __init__(self, cfg: ModelConfig) -> None:
         super().__init__()
@@ -31,6 +33,18 @@ class Embedding(Layer):
         dims = {"V": self.rows[1] - self.rows[0], "M": self.hidden_size}
         site = OpSite(op="embed.lookup", layer="Embedding", dtype=dtype_name(ctx.dtype), dims=dims)
         self._lookup = ctx.table.bind(site).fn
+        self.lora = None
+        if (spec := covered(ctx.lora, [self.name])) is not None:
+            ids, size = self.rows, self.hidden_size
+            target = Target(
+                name=self.name,
+                in_features=self.vocab_size,
+                out_features=size,
+                columns=ids,
+                rows=((0, size),),
+                is_embedding=True,
+            )
+            self.lora = EmbeddingSlots(spec, target, ctx.dtype, ctx.table)
 
     def weights(self, prefix: str) -> list[WeightSpec]:
         return [_vocab_rows(f"{prefix}.weight", self.vocab_size, self.hidden_size, self.dtype, self.rows)]
@@ -42,7 +56,10 @@ class Embedding(Layer):
         """The step's ids, or its embeddings where it brings them -> [T, M]."""
         if fb.input_embeds is not None:
             return fb.input_embeds
-        h: Tensor = self._tp.all_reduce(self._lookup(fb.token_ids, self.weight, self.rows[0]))
+        h: Tensor = self._lookup(fb.token_ids, self.weight, self.rows[0])
+        if self.lora is not None:
+            h = self.lora(h, fb.token_ids)
+        h = self._tp.all_reduce(h)
         return h if self.scale == 1.0 else h * self.rounded_scale
 
 
@@ -50,6 +67,7 @@ class LMHead(Layer):
     """Hidden states to logits. Each rank computes its part of the vocabulary; every rank gets all of it."""
 
     weight: PackedWeight
+    lora: LinearSlots | None
 
     def __init__(self, cfg: HeadConfig) -> None:
         super().__init__()
@@ -63,6 +81,13 @@ class LMHead(Layer):
         site = OpSite(op="gemm.linear", layer="LMHead", dtype=dtype_name(ctx.dtype), fmt="dense", dims=dims)
         bound = ctx.table.bind(site)
         self._linear, self._pack = bound.fn, bound.pack
+        self.lora = None
+        if (spec := covered(ctx.lora, [self.name])) is not None:
+            vocab, hidden = self.cfg.vocab_size, self.cfg.hidden_size
+            target = Target(
+                name=self.name, in_features=hidden, out_features=vocab, columns=(0, hidden), rows=(self.rows,)
+            )
+            self.lora = LinearSlots(spec, [target], ctx.dtype, ctx.table, out=self.padded)
         if self.cfg.soft_cap is not None:
             cap = OpSite(
                 op="logits.soft_cap", layer="LMHead", dtype=dtype_name(ctx.dtype), dims={"V": self.cfg.vocab_size}
@@ -79,9 +104,12 @@ class LMHead(Layer):
             weight = torch.cat([weight, weight.new_zeros(missing, weight.shape[1])])
         self.weight = packed(weight, self._pack)
 
-    def forward(self, rows: Tensor) -> Tensor:
-        """rows: [S, M] -> float32[S, V]."""
-        logits = self._tp.all_gather(self._linear(rows, self.weight, None), dim=-1)[:, : self.cfg.vocab_size]
+    def forward(self, rows: Tensor, row_adapter: Tensor | None = None) -> Tensor:
+        """rows: [S, M], row_adapter: int32[S], as `ForwardBatch.token_adapter` -> float32[S, V]."""
+        part = self._linear(rows, self.weight, None)
+        if self.lora is not None and row_adapter is not None:
+            part = self.lora(part, rows, row_adapter)
+        logits = self._tp.all_gather(part, dim=-1)[:, : self.cfg.vocab_size]
         if self.cfg.soft_cap is None:
             return logits.float()
         capped: Tensor = self._soft_cap(logits, self.cfg.soft_cap)

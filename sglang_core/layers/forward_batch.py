@@ -4,23 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
-from sglang_core.backend.pool import Pool
+from sglang_core.backend.pool import Pool, PoolSpec
+from sglang_core.backend.state_pool import StatePool, StatePoolSpec
 from sglang_core.ops.attention import AttnSpec, Plan
 from sglang_core.ops.mla import MLAPlan, MLASpec
+from sglang_core.ops.ssm_plan import GatedDeltaSpec, StatePlan
 from sglang_core.types import PoolGroup
 
-AnySpec = AttnSpec | MLASpec
-AnyPlan = Plan | MLAPlan
+AnySpec = AttnSpec | MLASpec | GatedDeltaSpec
+AnyPlan = Plan | MLAPlan | StatePlan
+AnyPool = Pool | StatePool
+AnyPoolSpec = PoolSpec | StatePoolSpec
 
 
 @dataclass(kw_only=True, slots=True)
 class StepState:
     """What a step may change, and nothing else: the pools, and the token each slot sampled last."""
 
-    pools: dict[PoolGroup, Pool]
+    pools: dict[PoolGroup, AnyPool]
     next_token_ids: Tensor  # int32[max_running + 1]; the last row is where padding writes
 
     def mutable_tensors(self) -> Iterator[Tensor]:
@@ -43,4 +48,5 @@ class ForwardBatch:
     sample_rows: Tensor  # int32[S]
     plans: Mapping[AnySpec, AnyPlan]
     input_embeds: Tensor | None = None  # [T, M] in place of token_ids
-    pools: dict[PoolGroup, Pool] = field(default_factory=dict)
+    token_adapter: Tensor | None = None  # int32[T], the slot of each token's adapter or -1; None where no token has one
+    pools: dict[PoolGroup, Any] = field(default_factory=dict)  # a layer knows which kind its group has

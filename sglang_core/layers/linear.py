@@ -3,49 +3,93 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from sglang_core.backend.kernel import OpSite
-from sglang_core.errors import ConfigError
+from sglang_core.layers.assembly import Assembly, num_bytes
 from sglang_core.layers.build import BuildContext, Layer, WeightSpec, dtype_name, sibling
-from sglang_core.layers.stored import Ranges, Stored, cut, held, joined
+from sglang_core.layers.lora import LinearSlots, Target, covered
+from sglang_core.layers.packing import Packing
+from sglang_core.layers.quant_config import QuantConfig
+from sglang_core.layers.stored import DENSE, Ranges, Stored, StoredTensor, check_stacked
+from sglang_core.ops.formats import Fmt
 from sglang_core.ops.gemm import dense
+from sglang_core.ops.quant import dequantize, quantize
 from sglang_core.ops.weight import PackedWeight
-from sglang_core.parallel.groups import HeadShard, even_shard, shard_heads
+from sglang_core.parallel.groups import HeadShard, aligned_shard, shard_heads
 
 
 class Linear(Layer):
     """y = x W^T + b, every rank holding all of W. The sharded ones below override `_settle`.
 
     Facts for this rank, from `_settle`: `parts`, the checkpoint matrices as (name or "" for the layer's own, rows, the ranges
-    held), laid one below the other; `columns`, the range of input features held.
+    held), laid one below the other; `columns`, the range of input features held. `fmt` is the format that the layer holds
+    them in: the checkpoint's, or "dense" where they are dequantised as they load.
     """
 
     weight: PackedWeight
     bias: Tensor | None
-    reads_stored = True  # False: a layer whose `load` needs the dense matrix
+    copies = True
+    unit = 1  # ranks cut between multiples of it, where the layers around must be cut alike
+    always_dense = False  # no checkpoint quantises it, whatever its config.json covers, and nor does `--quantization`
+    dense_only = ""  # why it needs the dense matrix, where it does
+    takes_adapters = True  # False: a layer whose rows are not always the tokens of the step
+    lora: LinearSlots | None
 
     def __init__(self, in_features: int, out_features: int, *, bias: bool = False) -> None:
         super().__init__()
         self.in_features, self.out_features, self.has_bias = in_features, out_features, bias
         self.parts: list[tuple[str, int, Ranges]] = []
         self.columns = (0, in_features)
+        self._arriving: list[
+            tuple[int, StoredTensor | None]
+        ] = []  # of what `weights` asked for: its matrix; None: a bias
+        self._assemblies: dict[int, Assembly] = {}  # while parts arrive: of all of them, or each its own
 
     def bind(self, ctx: BuildContext) -> None:
         self.dtype = ctx.dtype
         self._settle(ctx)
-        self.stored = self._stored_format()
+        names = [sibling(self.name, part) if part else self.name for part, _, _ in self.parts]
+        self.lora = self._slots(ctx, names)
+        self.stored = [DENSE if self.always_dense else stored_format(self.quant, name) for name in names]
+        if self.dense_only:
+            self.stored = [DENSE if stored.online else stored for stored in self.stored]
+        mixed = (
+            ""
+            if all(s == self.stored[0] for s in self.stored)
+            else f"{', '.join(names)} run as one and are stored unlike"
+        )
+        quantised = next((s.fmt for s in self.stored if not s.fmt.is_dense), DENSE.fmt)
         site = OpSite(
             op="gemm.linear",
             layer=type(self).__name__,
             dtype=dtype_name(ctx.dtype),
-            fmt="dense" if self.stored is None else self.stored.fmt.name,
+            fmt=quantised.name,
             dims={"in": self.local_in, "out": self.local_out},
         )
-        bound = ctx.table.bind(site)
+        online = any(s.online for s in self.stored)
+        bound = ctx.table.bind_weight(site, dense_only=self.dense_only or mixed, online=online)
         self._linear, self._pack = bound.fn, bound.pack
+        self.fmt = DENSE.fmt if bound.dequantized else quantised
+        if not self.fmt.is_dense:
+            check_stacked(self.fmt, [b - a for _, _, ranges in self.parts for a, b in ranges], self.name)
+        if not quantised.is_dense:
+            parts = range(len(self.parts))
+            packed, held = (sum(self._num_bytes(fmt, i) for i in parts) for fmt in (quantised, self.fmt))
+            self.packing = Packing.of(bound, packed=packed, held=held)
+        self._quantize = ctx.table.bind(replace(site, op="quant.quantize")).fn if online else quantize
+        self._dequantize = ctx.table.bind(replace(site, op="quant.dequantize")).fn if bound.dequantized else dequantize
+        self._reads = [self._part_reads(*part, s) for part, s in zip(self.parts, self.stored, strict=True)]
+
+    def _part_reads(
+        self, name: str, rows: int, ranges: Ranges, stored: Stored
+    ) -> list[tuple[StoredTensor, int, Ranges]]:
+        """The tensors of a checkpoint matrix, and the part of each that this rank reads. Raises ConfigError where it is cut."""
+        tensors = stored.tensors(rows, self.in_features, self.dtype)
+        return [(t, *t.part(ranges, self.columns, (rows, self.in_features), stored.fmt)) for t in tensors]
 
     def _settle(self, ctx: BuildContext) -> None:
         self.parts = [("", self.out_features, ((0, self.out_features),))]
@@ -56,86 +100,82 @@ class Linear(Layer):
 
     @property
     def local_out(self) -> int:
-        return sum(stop - start for _, _, ranges in self.parts for start, stop in ranges)
+        return sum(_num_rows(ranges) for _, _, ranges in self.parts)
 
-    def _stored_format(self) -> Stored | None:
-        """How the checkpoint stores this layer; None where it is dense. Raises ConfigError where its parts or slices do not fit."""
-        if self.quant is None:
+    def _num_bytes(self, fmt: Fmt, part: int) -> int:
+        rows = _num_rows(self.parts[part][2])
+        return num_bytes(fmt, rows, self.local_in, self.dtype, of_columns=self.in_features, first=part == 0)
+
+    def _slots(self, ctx: BuildContext, names: list[str]) -> LinearSlots | None:
+        if not self.takes_adapters or (spec := covered(ctx.lora, names)) is None:
             return None
-        names = [sibling(self.name, part) if part else self.name for part, _, _ in self.parts]
-        found = [self.quant.layer(name) for name in names]
-        if not self.reads_stored and any(found):
-            raise ConfigError(
-                f"{self.name} is quantised ({found[0].fmt.name if found[0] else '?'}), which is not supported for {type(self).__name__} yet"
-            )
-        if len(set(map(id, found))) > 1:
-            raise ConfigError(
-                f"only some of {', '.join(names)} are quantised; they run as one matrix and must be alike"
-            )
-        if (stored := found[0]) is not None:
-            for _, rows, ranges in self.parts:
-                size = (rows, self.in_features)
-                for container in stored.fmt.containers(self.in_features).values():
-                    cut(container, stored.fmt, size, ranges, self.columns)
-                    if len(self.parts) + len(ranges) > 2 and any((b - a) % (container.rows or 1) for a, b in ranges):
-                        raise ConfigError(
-                            f"{self.name}: {stored.fmt.name} shares a scale between {container.rows} rows, and parts of "
-                            f"{', '.join(str(b - a) for a, b in ranges)} rows cannot be laid one below the other; "
-                            "set a smaller --tp-size"
-                        )
-        return stored
+        targets = [
+            Target(name=name, in_features=self.in_features, out_features=rows, columns=self.columns, rows=ranges)
+            for name, (_, rows, ranges) in zip(names, self.parts, strict=True)
+        ]
+        return LinearSlots(spec, targets, ctx.dtype, ctx.table)
 
     def weights(self, prefix: str) -> list[WeightSpec]:
         specs = []
-        for name, rows, ranges in self.parts:
+        self._arriving.clear()
+        for i, ((name, rows, ranges), reads) in enumerate(zip(self.parts, self._reads, strict=True)):
             at = sibling(prefix, name) if name else prefix
-            if self.stored is not None:
-                for suffix, stored_shape, dtype in self.stored.wanted(rows, self.in_features):
-                    specs.append(WeightSpec(name=f"{at}.{suffix}", shape=stored_shape, dtype=dtype))
-                if self.has_bias:
-                    specs.append(WeightSpec.of(f"{at}.bias", (rows,), self.dtype, ranges=ranges, scale=0.1))
-                continue
-            dim, held = (0, ranges) if self.local_in == self.in_features else (1, (self.columns,))
-            shape, scale = (rows, self.in_features), self.in_features**-0.5
-            specs.append(WeightSpec.of(f"{at}.weight", shape, self.dtype, dim=dim, ranges=held, scale=scale))
+            held: int | None = self._num_bytes(self.fmt, i)
+            for t, dim, part in reads:
+                scale = self.in_features**-0.5
+                specs.append(
+                    WeightSpec.of(f"{at}.{t.suffix}", t.shape, t.dtype, dim=dim, ranges=part, scale=scale, held=held)
+                )
+                held = 0  # the first stands for all
+                self._arriving.append((i, t))
             if self.has_bias:
+                self._arriving.append((i, None))
                 specs.append(WeightSpec.of(f"{at}.bias", (rows,), self.dtype, ranges=ranges, scale=0.1))
         return specs
 
+    def place(self, index: int, part: Tensor) -> Tensor:
+        i, tensor = self._arriving[index]
+        if tensor is None:
+            return part.clone()
+        stored, rows = self.stored[i], _num_rows(self.parts[i][2])
+        if self._alone(i):
+            return self._assembly(i, stored.fmt, rows).take(stored, tensor, part, rows)
+        before = sum(_num_rows(ranges) for _, _, ranges in self.parts[:i])
+        return self._assembly(0, stored.fmt, self.local_out).take(stored, tensor, part, rows, first_row=before)
+
+    def _alone(self, i: int) -> bool:
+        """Whether a part is put together on its own, to be dequantised before it joins the others."""
+        return self.fmt.is_dense and not all(stored.fmt.is_dense for stored in self.stored)
+
+    def _assembly(self, key: int, fmt: Fmt, rows: int) -> Assembly:
+        if key not in self._assemblies:
+            self._assemblies[key] = Assembly(fmt, rows, self.local_in, where=self.name, quantize=self._quantize)
+        return self._assemblies[key]
+
     def load(self, parts: list[Tensor]) -> None:
-        if self.stored is not None:
-            self._load_stored(self.stored, parts)
-            return
-        matrices, biases = (parts[::2], parts[1::2]) if self.has_bias else (parts, [])
-        weight = matrices[0] if len(matrices) == 1 else torch.cat(matrices)
-        self.weight = packed(weight, self._pack)
+        biases = [part for part, (_, tensor) in zip(parts, self._arriving, strict=True) if tensor is None]
+        weights = [self._assemblies[key].weight() for key in sorted(self._assemblies)]
+        self._assemblies.clear()
+        if self._alone(0):
+            weights = [dense(torch.cat([self._dequantize(w, self.dtype) for w in weights]))]
+        self._take(weights[0])
         self.register_buffer("bias", torch.cat(biases) if biases else None, persistent=False)
 
-    def _load_stored(self, stored: Stored, parts: list[Tensor]) -> None:
-        """Whole stored matrices are converted, and then cut: a file's words may cross the borders of ranks."""
-        fmt, matrices, biases, rest = stored.fmt, [], [], iter(parts)
-        for _, rows, ranges in self.parts:
-            size = (rows, self.in_features)
-            whole = stored.canonical([next(rest) for _ in stored.wanted(*size)], *size)
-            matrices.append(held(fmt, whole, size, ranges, self.columns))
-            if self.has_bias:
-                biases.append(next(rest))
-        tensors = joined(fmt, matrices, self.name)
-        weight = PackedWeight(fmt.name, tensors, out_features=self.local_out, in_features=self.local_in)
+    def _take(self, weight: PackedWeight) -> None:
+        """Hold the canonical weight as the layer's kernel wants it."""
         self.weight = weight if self._pack is None else self._pack(weight)
-        self.register_buffer("bias", torch.cat(biases) if biases else None, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., in] -> [..., out], of this rank."""
         y: Tensor = self._linear(x, self.weight, self.bias)
-        return y
+        return y if self.lora is None else self.lora(y, x)
 
 
 class ColumnLinear(Linear):
     """Each rank computes its share of the output features."""
 
     def _settle(self, ctx: BuildContext) -> None:
-        held = even_shard(self.out_features, ctx.tp.rank, ctx.tp.size, "out_features")
+        held = aligned_shard(self.out_features, ctx.tp.rank, ctx.tp.size, self.unit, "out_features")
         self.parts = [("", self.out_features, (held,))]
 
 
@@ -151,7 +191,7 @@ class RowLinear(Linear):
 
     def _settle(self, ctx: BuildContext) -> None:
         super()._settle(ctx)
-        self.columns = even_shard(self.in_features, ctx.tp.rank, ctx.tp.size, "in_features")
+        self.columns = aligned_shard(self.in_features, ctx.tp.rank, ctx.tp.size, self.unit, "in_features")
         self._tp = ctx.tp
 
     def load(self, parts: list[Tensor]) -> None:
@@ -209,13 +249,22 @@ class GateUpLinear(Linear):
 
     def _settle(self, ctx: BuildContext) -> None:
         size = self.intermediate_size
-        held = even_shard(size, ctx.tp.rank, ctx.tp.size, "intermediate_size")
+        held = aligned_shard(size, ctx.tp.rank, ctx.tp.size, self.unit, "intermediate_size")
         self.parts = _merged(["gate_proj", "up_proj"], [size, size], [held, held], self.fused)
 
 
 def packed(weight: Tensor, pack: Callable[[PackedWeight], PackedWeight] | None) -> PackedWeight:
     """weight: [out, in] as the kernel of its layer wants it."""
     return dense(weight) if pack is None else pack(dense(weight))
+
+
+def stored_format(quant: QuantConfig | None, name: str) -> Stored:
+    """How the checkpoint stores a matrix."""
+    return DENSE if quant is None else quant.layer(name)
+
+
+def _num_rows(ranges: Ranges) -> int:
+    return sum(stop - start for start, stop in ranges)
 
 
 def _merged(

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor
 
 from sglang_core.backend.kernel import OpSite
 from sglang_core.layers.build import BuildContext, Layer, dtype_name
-from sglang_core.layers.linear import GateUpLinear, RowLinear
+from sglang_core.layers.linear import GateUpLinear, RowLinear, stored_format
 from sglang_core.layers.model_config import ModelConfig
+from sglang_core.parallel.groups import aligned_shard
 
 
 class GatedMLP(Layer):
@@ -22,7 +25,13 @@ class GatedMLP(Layer):
         self.down_proj = RowLinear(size, cfg.hidden_size, bias=cfg.mlp_bias, reduce=reduce)
 
     def bind(self, ctx: BuildContext) -> None:
-        width = self.down_proj.in_features // ctx.tp.size
+        up, down = self.gate_up_proj, self.down_proj
+        names = ["gate_up_proj"] if up.fused else ["gate_proj", "up_proj"]
+        steps = [stored_format(self.quant, f"{self.name}.{name}").row_step(up.in_features) for name in names]
+        columns = stored_format(self.quant, f"{self.name}.down_proj").column_step(down.in_features)
+        up.unit = down.unit = math.lcm(*steps, columns)
+        first, last = aligned_shard(down.in_features, ctx.tp.rank, ctx.tp.size, down.unit, "intermediate_size")
+        width = last - first
         site = OpSite(
             op="act.gated", layer="GatedMLP", dtype=dtype_name(ctx.dtype), spec=self.activation, dims={"F": width}
         )

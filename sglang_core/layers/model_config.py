@@ -8,6 +8,7 @@ from types import MappingProxyType
 from typing import Any
 
 from sglang_core.errors import ConfigError
+from sglang_core.layers.kv_scheme import KVScheme, read_kv_scheme
 from sglang_core.layers.moe_config import EXPERT_COUNTS, MoEConfig, read_moe
 from sglang_core.layers.quant_config import QuantConfig, read_quant_config
 from sglang_core.ops.activation import GateKind
@@ -83,6 +84,41 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             },
             facts={"qk_norm": True},
         ),
+        "qwen3_next": Family(
+            defaults={
+                "num_local_experts": 512,
+                "num_experts_per_tok": 10,
+                "norm_topk_prob": True,
+                "moe_intermediate_size": 512,
+                "shared_expert_intermediate_size": 512,
+                "num_key_value_heads": 2,
+                "head_dim": 256,
+                "partial_rotary_factor": 0.25,
+                "max_position_embeddings": 32768,
+            },
+            facts={"qk_norm": True, "norm_offset": True, "attn_output_gate": True},
+        ),
+        "gpt_oss": Family(
+            defaults={
+                "num_local_experts": 128,
+                "num_experts_per_tok": 4,
+                "num_key_value_heads": 8,
+                "head_dim": 64,
+                "max_position_embeddings": 131072,
+                "rms_norm_eps": 1e-5,
+                "rope_theta": 150000.0,
+                "rope_scaling": {
+                    "rope_type": "yarn",
+                    "factor": 32.0,
+                    "original_max_position_embeddings": 4096,
+                    "truncate": False,
+                },
+                "sliding_window": 128,
+                "sliding_window_pattern": 2,
+                "attention_bias": True,
+            },
+            facts={"attn_sinks": True},
+        ),
         "deepseek_v2": Family(defaults={"vocab_size": 102400, "head_dim": 64, "max_position_embeddings": 2048}),
         "deepseek_v3": Family(defaults={"vocab_size": 129280, "head_dim": 64, "max_position_embeddings": 4096}),
         "phi3": Family(
@@ -146,6 +182,10 @@ class ModelConfig:
     windows: tuple[int | None, ...]
     ropes: tuple[RopeSpec, ...]
     attn_soft_cap: float | None = None
+    attn_sinks: bool = False  # a learned logit a head joins each softmax, with no value
+    attn_output_gate: bool = (
+        False  # each head's output is multiplied by a sigmoid, which q_proj projects beside the query
+    )
     final_soft_cap: float | None = None
     embed_scale: float = 1.0
     qkv_bias: bool = False
@@ -156,6 +196,7 @@ class ModelConfig:
     norm_offset: bool = False  # norms multiply by 1 + weight
     tie_embeddings: bool = False
     quantization: QuantConfig | None = None  # of the checkpoint's linear layers
+    kv_scheme: KVScheme | None = None  # what the checkpoint says of cached keys and values
     moe: MoEConfig | None = None
 
     @classmethod
@@ -209,6 +250,7 @@ def _parse(hf_config: Mapping[str, Any]) -> ModelConfig:
         embed_scale=hidden**0.5 if is_gemma else 1.0,
         mlp_bias=bool(hf.get("mlp_bias", False)),
         quantization=read_quant_config(hf["quantization_config"]) if hf.get("quantization_config") else None,
+        kv_scheme=read_kv_scheme(hf["quantization_config"]) if hf.get("quantization_config") else None,
         tie_embeddings=bool(hf.get("tie_word_embeddings", False)),
         moe=read_moe(hf, num_layers, _activation(hf)),
         **({"qkv_bias": bool(hf.get("qkv_bias", bias)), "o_bias": bias} | facts),

@@ -48,7 +48,7 @@ def _mixtral(hf: Mapping[str, Any], num_layers: int, num_experts: int, experts: 
 
 def _qwen(hf: Mapping[str, Any], num_layers: int, num_experts: int, experts: ExpertSpec) -> MoEConfig:
     dense, step = hf.get("mlp_only_layers") or [], hf.get("decoder_sparse_step", 1)
-    shared = hf.get("shared_expert_intermediate_size", 0) if hf["model_type"] == "qwen2_moe" else 0
+    shared = hf.get("shared_expert_intermediate_size", 0) if hf["model_type"] in ("qwen2_moe", "qwen3_next") else 0
     return MoEConfig(
         route=RouteSpec(
             num_experts=num_experts,
@@ -63,6 +63,19 @@ def _qwen(hf: Mapping[str, Any], num_layers: int, num_experts: int, experts: Exp
     )
 
 
+def _gpt_oss(hf: Mapping[str, Any], num_layers: int, num_experts: int, experts: ExpertSpec) -> MoEConfig:
+    return MoEConfig(
+        route=RouteSpec(num_experts=num_experts, top_k=hf["num_experts_per_tok"], scoring="softmax_after_top_k"),
+        experts=ExpertSpec(
+            activation="swiglu_clamped",
+            alpha=float(hf.get("swiglu_alpha", 1.702)),
+            limit=float(hf.get("swiglu_limit", 7.0)),
+        ),
+        intermediate_size=_size(hf, "intermediate_size"),
+        sparse=(True,) * num_layers,
+    )
+
+
 def _size(hf: Mapping[str, Any], key: str) -> int:
     value = hf.get(key)
     if not isinstance(value, int) or value < 1:
@@ -70,4 +83,4 @@ def _size(hf: Mapping[str, Any], key: str) -> int:
     return value
 
 
-_READERS = {"mixtral": _mixtral, "qwen2_moe": _qwen, "qwen3_moe": _qwen}
+_READERS = {"mixtral": _mixtral, "qwen2_moe": _qwen, "qwen3_moe": _qwen, "qwen3_next": _qwen, "gpt_oss": _gpt_oss}

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from sglang_core.errors import ConfigError
 from sglang_core.layers.causal_lm import CausalLM
-from sglang_core.layers.embedding import Embedding, LMHead
 from sglang_core.layers.forward_batch import ForwardBatch
 from sglang_core.layers.mla import LatentAttention, MLAConfig
 from sglang_core.layers.mlp import GatedMLP
@@ -46,29 +45,8 @@ class DeepseekLayer(nn.Module):
         return self.mlp(h), residual
 
 
-class DeepseekModel(nn.Module):
-    def __init__(self, cfg: DeepseekConfig) -> None:
-        super().__init__()
-        self.embed_tokens = Embedding(cfg)
-        self.layers = nn.ModuleList(DeepseekLayer(cfg, i) for i in range(cfg.num_layers))
-        self.norm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
-
-    def forward(self, fb: ForwardBatch) -> Tensor:
-        """-> [T, M]."""
-        h: Tensor = self.embed_tokens(fb)
-        residual = None
-        for layer in self.layers:
-            h, residual = layer(h, residual, fb)
-        h, _ = self.norm(h, residual)
-        return h
-
-
 class DeepseekV2ForCausalLM(CausalLM):
-    def __init__(self, cfg: ModelConfig) -> None:
-        super().__init__(cfg)
-        assert isinstance(cfg, DeepseekConfig), "read_config makes it"
-        self.model = DeepseekModel(cfg)
-        self.lm_head = LMHead(cfg.config_for_head(tied_to="model.embed_tokens"))
+    layer = DeepseekLayer
 
     @classmethod
     def read_config(cls, hf_config: Mapping[str, Any]) -> DeepseekConfig:

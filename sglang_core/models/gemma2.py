@@ -6,22 +6,25 @@ from torch import Tensor, nn
 
 from sglang_core.layers.attention import Attention
 from sglang_core.layers.causal_lm import CausalLM
-from sglang_core.layers.embedding import Embedding, LMHead
 from sglang_core.layers.forward_batch import ForwardBatch
 from sglang_core.layers.mlp import GatedMLP
 from sglang_core.layers.model_config import ModelConfig
 from sglang_core.layers.norm import RMSNorm
 
 
+def _norm(cfg: ModelConfig) -> RMSNorm:
+    return RMSNorm(cfg.hidden_size, cfg.rms_norm_eps, offset=cfg.norm_offset)
+
+
 class Gemma2Layer(nn.Module):
     def __init__(self, cfg: ModelConfig, layer_id: int) -> None:
         super().__init__()
-        self.input_layernorm = gemma_norm(cfg)
+        self.input_layernorm = _norm(cfg)
         self.self_attn = Attention(cfg, layer_id)
-        self.post_attention_layernorm = gemma_norm(cfg)
-        self.pre_feedforward_layernorm = gemma_norm(cfg)
+        self.post_attention_layernorm = _norm(cfg)
+        self.pre_feedforward_layernorm = _norm(cfg)
         self.mlp = GatedMLP(cfg)
-        self.post_feedforward_layernorm = gemma_norm(cfg)
+        self.post_feedforward_layernorm = _norm(cfg)
 
     def forward(self, h: Tensor, residual: Tensor | None, fb: ForwardBatch) -> tuple[Tensor, Tensor]:
         """h, residual: [T, M] -> the same; the sum h + residual is what flows on."""
@@ -31,29 +34,5 @@ class Gemma2Layer(nn.Module):
         return self.post_feedforward_layernorm.normalize(self.mlp(h)), residual
 
 
-class Gemma2Model(nn.Module):
-    def __init__(self, cfg: ModelConfig) -> None:
-        super().__init__()
-        self.embed_tokens = Embedding(cfg)
-        self.layers = nn.ModuleList(Gemma2Layer(cfg, i) for i in range(cfg.num_layers))
-        self.norm = gemma_norm(cfg)
-
-    def forward(self, fb: ForwardBatch) -> Tensor:
-        """-> [T, M]."""
-        h: Tensor = self.embed_tokens(fb)
-        residual = None
-        for layer in self.layers:
-            h, residual = layer(h, residual, fb)
-        h, _ = self.norm(h, residual)
-        return h
-
-
 class Gemma2ForCausalLM(CausalLM):
-    def __init__(self, cfg: ModelConfig) -> None:
-        super().__init__(cfg)
-        self.model = Gemma2Model(cfg)
-        self.lm_head = LMHead(cfg.config_for_head(tied_to="model.embed_tokens"))
-
-
-def gemma_norm(cfg: ModelConfig) -> RMSNorm:
-    return RMSNorm(cfg.hidden_size, cfg.rms_norm_eps, offset=cfg.norm_offset)
+    layer = Gemma2Layer

@@ -6,7 +6,6 @@ from torch import Tensor, nn
 
 from sglang_core.layers.attention import Attention
 from sglang_core.layers.causal_lm import CausalLM
-from sglang_core.layers.embedding import Embedding, LMHead
 from sglang_core.layers.forward_batch import ForwardBatch
 from sglang_core.layers.mlp import GatedMLP
 from sglang_core.layers.model_config import ModelConfig
@@ -28,25 +27,5 @@ class LlamaLayer(nn.Module):
         return self.mlp(h), residual
 
 
-class LlamaModel(nn.Module):
-    def __init__(self, cfg: ModelConfig) -> None:
-        super().__init__()
-        self.embed_tokens = Embedding(cfg)
-        self.layers = nn.ModuleList(LlamaLayer(cfg, i) for i in range(cfg.num_layers))
-        self.norm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
-
-    def forward(self, fb: ForwardBatch) -> Tensor:
-        """-> [T, M]."""
-        h: Tensor = self.embed_tokens(fb)
-        residual = None
-        for layer in self.layers:
-            h, residual = layer(h, residual, fb)
-        h, _ = self.norm(h, residual)
-        return h
-
-
 class LlamaForCausalLM(CausalLM):
-    def __init__(self, cfg: ModelConfig) -> None:
-        super().__init__(cfg)
-        self.model = LlamaModel(cfg)
-        self.lm_head = LMHead(cfg.config_for_head(tied_to="model.embed_tokens"))
+    layer = LlamaLayer

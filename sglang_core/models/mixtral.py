@@ -6,7 +6,6 @@ from torch import Tensor, nn
 
 from sglang_core.layers.attention import Attention
 from sglang_core.layers.causal_lm import CausalLM
-from sglang_core.layers.embedding import Embedding, LMHead
 from sglang_core.layers.forward_batch import ForwardBatch
 from sglang_core.layers.model_config import ModelConfig
 from sglang_core.layers.moe import MoE
@@ -28,25 +27,5 @@ class MixtralLayer(nn.Module):
         return self.block_sparse_moe(h), residual
 
 
-class MixtralModel(nn.Module):
-    def __init__(self, cfg: ModelConfig) -> None:
-        super().__init__()
-        self.embed_tokens = Embedding(cfg)
-        self.layers = nn.ModuleList(MixtralLayer(cfg, i) for i in range(cfg.num_layers))
-        self.norm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
-
-    def forward(self, fb: ForwardBatch) -> Tensor:
-        """-> [T, M]."""
-        h: Tensor = self.embed_tokens(fb)
-        residual = None
-        for layer in self.layers:
-            h, residual = layer(h, residual, fb)
-        h, _ = self.norm(h, residual)
-        return h
-
-
 class MixtralForCausalLM(CausalLM):
-    def __init__(self, cfg: ModelConfig) -> None:
-        super().__init__(cfg)
-        self.model = MixtralModel(cfg)
-        self.lm_head = LMHead(cfg.config_for_head(tied_to="model.embed_tokens"))
+    layer = MixtralLayer

@@ -20,10 +20,12 @@ ARCHITECTURES: Mapping[str, str] = {
     "MixtralForCausalLM": f"{_HERE}.mixtral:MixtralForCausalLM",
     "Qwen2MoeForCausalLM": f"{_HERE}.qwen_moe:QwenMoEForCausalLM",
     "Qwen3MoeForCausalLM": f"{_HERE}.qwen_moe:QwenMoEForCausalLM",
+    "Qwen3NextForCausalLM": f"{_HERE}.qwen3_next:Qwen3NextForCausalLM",
     "Phi3ForCausalLM": f"{_HERE}.llama:LlamaForCausalLM",
     "Gemma2ForCausalLM": f"{_HERE}.gemma2:Gemma2ForCausalLM",
     "Gemma3ForCausalLM": f"{_HERE}.gemma3:Gemma3ForCausalLM",
     "Gemma3ForConditionalGeneration": f"{_HERE}.gemma3:Gemma3ForConditionalGeneration",
+    "GptOssForCausalLM": f"{_HERE}.gpt_oss:GptOssForCausalLM",
     "DeepseekV2ForCausalLM": f"{_HERE}.deepseek:DeepseekV2ForCausalLM",
     "DeepseekV3ForCausalLM": f"{_HERE}.deepseek:DeepseekV3ForCausalLM",  # V3, R1, Kimi-K2
 }
@@ -65,7 +67,7 @@ def model_class(
 # Model types whose own code, where a checkpoint still ships it, is the same as what transformers took in.
 _OURS = frozenset(
     {"llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2", "gemma3_text", "gemma3"}
-    | {"deepseek_v2", "deepseek_v3", "kimi_k2"}
+    | {"qwen3_next", "deepseek_v2", "deepseek_v3", "kimi_k2"}
 )
 
 

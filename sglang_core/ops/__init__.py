@@ -1,6 +1,6 @@
 """Ops: one file a family. Importing this package registers every op in `registry.OPS`."""
 
-from sglang_core.ops import activation, attention, embedding, gemm, logits, mla, moe, norm, rope, sampling
+from sglang_core.ops import activation, attention, embedding, gemm, logits, lora, mla, moe, norm, rope, sampling, ssm
 from sglang_core.ops.registry import OPS, OpDef, op
 
 __all__ = [
@@ -11,10 +11,12 @@ __all__ = [
     "embedding",
     "gemm",
     "logits",
+    "lora",
     "mla",
     "moe",
     "norm",
     "op",
     "rope",
     "sampling",
+    "ssm",
 ]

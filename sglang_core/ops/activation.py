@@ -15,7 +15,10 @@ GateKind = Literal["silu", "gelu", "gelu_tanh"]
 
 @op("act.gated")
 def gated(x: Tensor, kind: GateKind) -> Tensor:
-    """x: [T, 2F], gate then up -> act(gate) * up: [T, F]. float32 inside, one rounding to x.dtype at the end."""
+    """x: [T, 2F], gate then up -> act(gate) * up: [T, F]. float32 inside, one rounding to x.dtype at the end.
+
+    "silu" is z sigmoid(z); "gelu" has the error function, "gelu_tanh" its approximation by tanh.
+    """
     gate, up = wide(x).chunk(2, dim=-1)
     return (_activate(gate, kind) * up).to(x.dtype)
 

@@ -14,6 +14,7 @@ from sglang_core.ops.weight import PackedWeight
 
 TILE_ROWS = tuple(2**i for i in range(9))
 COPY_ROWS = 16  # copying an expert takes as long as multiplying so many rows by it: 2 to 150 on the hosts we measured
+DEQUANTIZE_ROWS = 64  # the same for one that is dequantised on the way: each is then seldom fetched twice
 COPY_ELEMENTS = 1 << 22  # of expert weights copied at a time
 EXACT_COLUMNS = 512  # of int8 products (255 x 128 at most) whose sum float32 holds exactly
 
@@ -36,18 +37,25 @@ def linear(x: Tensor, w: PackedWeight, bias: Tensor | None = None) -> Tensor:
     """
     if w.fmt == "dense":
         return F.linear(x, _dense_tensor(w), bias)
-    fmt = Fmt.parse(w.fmt)
-    assert w.layout == "canonical", f"no reference body for {w.fmt}/{w.layout}"
-    if fmt.element == "int8":
-        y = _int8_product(x, w, asymmetric=fmt.activation == "int8_asym")
-    else:
-        wide_x = quantized_activations(x, fmt, w["x_scale"] if fmt.static else None)
-        y = wide_x @ dequantize(w, wide_x.dtype).t()
+    y = _packed_product(x, w)
     return (y if bias is None else y + bias).to(x.dtype)
 
 
+def _packed_product(x: Tensor, w: PackedWeight) -> Tensor:
+    """x: [..., in], w: [out, in] -> [..., out]; or x: [n, h, in] and a stack of n -> [n, h, out]. Float32, or float64 as x is."""
+    fmt = Fmt.parse(w.fmt)
+    assert w.layout == "canonical", f"no reference body for {w.fmt}/{w.layout}"
+    if fmt.element == "int8":
+        return _int8_product(x, w, asymmetric=fmt.activation == "int8_asym")
+    x_scale = w["x_scale"] if fmt.static else None
+    if x_scale is not None and w.num_experts is not None:
+        x_scale = x_scale[:, None]
+    wide_x = quantized_activations(x, fmt, x_scale)
+    return wide_x @ dequantize(w, wide_x.dtype).mT
+
+
 def _int8_product(x: Tensor, w: PackedWeight, *, asymmetric: bool) -> Tensor:
-    """x: [..., in] -> [..., out], float32 or float64 as x is. int32 sums, from float products that are exact on any device."""
+    """As `_packed_product`: int32 sums, from float products that are exact on any device, and then scaled."""
     if asymmetric:
         code, scale, zero = quantize_token_asym(x)
         code = code.int() - zero
@@ -56,9 +64,9 @@ def _int8_product(x: Tensor, w: PackedWeight, *, asymmetric: bool) -> Tensor:
     total = torch.zeros(*x.shape[:-1], w.out_features, dtype=torch.int32, device=x.device)
     for i in range(0, w.in_features, EXACT_COLUMNS):
         at = slice(i, i + EXACT_COLUMNS)
-        total = total + (code[..., at].float() @ w["weight"][:, at].float().t()).int()
-    wide = wide_dtype(x.dtype)
-    return total.to(wide) * scale.to(wide) * w["scale"].to(wide)
+        total = total + (code[..., at].float() @ w["weight"][..., at].float().mT).int()
+    wide, by_row = wide_dtype(x.dtype), w["scale"] if w.num_experts is None else w["scale"][:, None]
+    return total.to(wide) * scale.to(wide) * by_row.to(wide)
 
 
 @op("gemm.grouped", weighted=True)
@@ -66,14 +74,13 @@ def grouped(x: Tensor, w: PackedWeight, group_sizes: Tensor, bias: Tensor | None
     """x: [S, in], w: [X, out, in], group_sizes: int32[X], bias: [X, out] -> [S, out].
 
     The first group_sizes[0] rows meet w[0], the next group_sizes[1] rows w[1], and so on; rows past the sum of the sizes give
-    zeros. Sums in float32 or wider, adds the bias, rounds to x.dtype.
+    zeros. Every format, as `gemm.linear`. Sums in float32 or wider, adds the bias, rounds to x.dtype.
 
     A group is cut into tiles of equal height, so that shapes are static; each tile gathers its own expert, so that the work
     grows with the rows and the groups that have any, not with X.
     """
-    assert w.fmt == "dense", f"no reference body for stacks of {w.fmt}"
     num_experts = group_sizes.shape[0]
-    height, num_tiles = _tiling(x.shape[0], num_experts)
+    height, num_tiles = _tiling(x.shape[0], num_experts, COPY_ROWS if w.fmt == "dense" else DEQUANTIZE_ROWS)
     tiles = (group_sizes + height - 1) // height
     first_tile, end_row = (tiles.cumsum(0) - tiles).int(), group_sizes.cumsum(0).int()
     tile = torch.arange(num_tiles, dtype=torch.int32, device=x.device)
@@ -87,19 +94,30 @@ def grouped(x: Tensor, w: PackedWeight, group_sizes: Tensor, bias: Tensor | None
     step = max(1, COPY_ELEMENTS // (w.out_features * w.in_features))
     for i in range(0, num_tiles, step):
         at = slice(i, i + step)
-        weights = _dense_tensor(w.experts(expert[at])).transpose(1, 2)
-        y = x[source[at]] @ weights if bias is None else torch.baddbmm(bias[expert[at], None], x[source[at]], weights)
+        y = _tile_product(x[source[at]], w.experts(expert[at]), None if bias is None else bias[expert[at], None])
         out.index_put_((row[at],), y)
     return out[:-1]
 
 
-def _tiling(num_rows: int, num_experts: int) -> tuple[int, int]:
-    """Height of the tiles, and how many there are at most: every group that has rows may end in a tile that is not full."""
+def _tile_product(x: Tensor, w: PackedWeight, bias: Tensor | None) -> Tensor:
+    """x: [n, h, in], w: a stack of n, bias: [n, 1, out] -> [n, h, out] in x.dtype."""
+    if w.fmt == "dense":
+        weight = _dense_tensor(w).mT
+        return x @ weight if bias is None else torch.baddbmm(bias, x, weight)
+    y = _packed_product(x, w)
+    return (y if bias is None else y + bias).to(x.dtype)
+
+
+def _tiling(num_rows: int, num_experts: int, fetch_rows: int = COPY_ROWS) -> tuple[int, int]:
+    """Height of the tiles, and how many there are at most: every group that has rows may end in a tile that is not full.
+
+    Fetching an expert takes as long as multiplying `fetch_rows` rows by it.
+    """
 
     def most(height: int) -> int:
         return (num_rows + min(num_rows, num_experts) * (height - 1)) // height
 
-    height = min(TILE_ROWS, key=lambda height: most(height) * (COPY_ROWS + height))
+    height = min(TILE_ROWS, key=lambda height: most(height) * (fetch_rows + height))
     return height, most(height)
 
 

@@ -14,13 +14,13 @@ NEG_INF = float("-inf")
 
 @op("logits.soft_cap")
 def soft_cap(logits: Tensor, cap: float) -> Tensor:
-    """logits: [R, V] -> cap * tanh(logits / cap): float32[R, V]."""
+    """logits: [R, V] of any float dtype -> cap * tanh(logits / cap): float32[R, V], never rounded."""
     return torch.tanh(wide(logits) / cap) * cap
 
 
 @op("logits.mask")
 def mask(logits: Tensor, bitmask: Tensor) -> Tensor:
-    """logits: [R, V], bitmask: int32[R, ceil(V / 32)] -> logits, -inf where a token's bit is 0.
+    """logits: [R, V], bitmask: int32[R, ceil(V / 32)] -> logits in their dtype, -inf where a token's bit is 0.
 
     Token i is bit i % 32 of word i // 32. A row of -1 allows every token.
     """

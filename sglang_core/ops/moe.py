@@ -130,7 +130,7 @@ def fused(
     rows = x[order // k]
     if act.weight_on_input:
         rows = (wide(rows) * weights.flatten()[order, None]).to(x.dtype)
-    h = _activate(grouped(rows, w13, sizes, bias13), act)
+    h = activate(grouped(rows, w13, sizes, bias13), act)
     y = torch.empty_like(rows).index_put((order,), grouped(h, w2, sizes, bias2))
     y = wide(y).view(x.shape[0], k, w2.out_features)
     return (y if act.weight_on_input else y * weights[..., None]).sum(1).to(x.dtype)
@@ -141,7 +141,7 @@ def _num_experts(w: PackedWeight) -> int:
     return w.num_experts
 
 
-def _activate(x: Tensor, act: ExpertSpec) -> Tensor:
+def activate(x: Tensor, act: ExpertSpec) -> Tensor:
     """x: [S, 2F], gate then up -> [S, F]. float32 inside, one rounding to x.dtype at the end."""
     if act.activation != "swiglu_clamped":
         return gated(x, act.activation)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sglang_core.ops.formats import BLOCK, Fmt
+from sglang_core.ops.registry import op
 from sglang_core.ops.weight import PackedWeight
 
 FP8_MAX, INT8_MAX, E2M1_MAX = 448.0, 127.0, 6.0
@@ -154,6 +155,7 @@ def quantized_activations(x: Tensor, fmt: Fmt, x_scale: Tensor | None = None) ->
 # ---- weights ----
 
 
+@op("quant.quantize")
 def quantize(w: Tensor, fmt: str, *, x_scale: Tensor | None = None) -> PackedWeight:
     """w: [out, in], or a stack [X, out, in] -> canonical tensors of `fmt`. Static formats need x_scale: float32[1] ([X, 1]).
 
@@ -191,6 +193,7 @@ def quantize(w: Tensor, fmt: str, *, x_scale: Tensor | None = None) -> PackedWei
     return PackedWeight(fmt, tensors, out_features=w.shape[-2], in_features=columns, num_experts=num_experts)
 
 
+@op("quant.dequantize", weighted=True)
 def dequantize(w: PackedWeight, dtype: torch.dtype = torch.float32) -> Tensor:
     """A canonical weight -> [out, in] ([X, out, in]) in `dtype`, rounded once. float32 is exact if scales have 16 bits."""
     f = Fmt.parse(w.fmt)
@@ -221,19 +224,18 @@ def dequantize(w: PackedWeight, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def _quantize_int4(w: Tensor, f: Fmt, group: int) -> dict[str, Tensor]:
-    columns = w.shape[-1]
+    columns, grouped = w.shape[-1], _grouped(w, group)
     if f.has_zero:
-        grouped = _grouped(w, group)
         low, high = grouped.amin(-1).clamp(max=0), grouped.amax(-1).clamp(min=0)
         scale = _short_scale(high - low, 15.0)
         zero = (-low / scale).round().clamp(0, 15)
         tensors = {"scale": scale, "zero": zero.to(torch.uint8)}
     else:
-        scale = _short_scale(group_amax(w, group), 7.0)
+        scale = _short_scale(grouped.abs().amax(-1), 7.0)
         zero, tensors = torch.full_like(scale, INT4_ZERO), {"scale": scale}
-    code = ((w / spread(scale, columns, group)).round() + spread(zero, columns, group)).clamp(0, 15)
+    code = ((grouped / scale[..., None]).round() + zero[..., None]).clamp(0, 15).flatten(-2)[..., :columns]
     if f.act_order:
-        own = (torch.arange(columns, device=w.device) // group).int()
+        own = (torch.arange(columns, dtype=torch.int32, device=w.device) // group).int()
         tensors["group"] = own.expand(*w.shape[:-2], columns).contiguous()
     return {"weight": pack4(code), **tensors}
 

@@ -26,6 +26,7 @@ class OpDef:
     body: Callable[..., Any]
     composite: bool = False
     weighted: bool = False  # takes a PackedWeight, so selection asks about its format
+    host: bool = False  # runs on the host, before the step: a plan
     parts: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -46,7 +47,7 @@ OPS: dict[str, OpDef] = {}
 
 
 def op(
-    name: str, *, composite: bool | Mapping[str, str] = False, weighted: bool = False
+    name: str, *, composite: bool | Mapping[str, str] = False, weighted: bool = False, host: bool = False
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Register the decorated function as the definition of op `name`. Two definitions of one name are a bug.
 
@@ -62,7 +63,7 @@ def op(
             assert given is not None and given.kind is given.KEYWORD_ONLY and given.default is OPS[part].body, (
                 f"op {name!r} needs a keyword-only parameter {param!r} that defaults to the body of {part!r}"
             )
-        OPS[name] = OpDef(name=name, body=body, composite=bool(composite), weighted=weighted, parts=parts)
+        OPS[name] = OpDef(name=name, body=body, composite=bool(composite), weighted=weighted, host=host, parts=parts)
         return body
 
     return register

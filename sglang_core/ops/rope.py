@@ -124,8 +124,10 @@ def inverse_frequencies(spec: RopeSpec, context_length: int) -> Tensor:
 
 @op("rope.apply")
 def rope_apply(q: Tensor, k: Tensor, positions: Tensor, table: Tensor, spec: RopeSpec) -> tuple[Tensor, Tensor]:
-    """q: [T, Hq, D], k: [T, Hk, D], positions: int32[T], table: float32[L, rotary_dim] -> q, k rotated.
+    """q: [T, Hq, D], k: [T, Hk, D], positions: int32[T], table: float32[L, rotary_dim] -> q, k rotated, as they are shaped.
 
+    Row p of the table has the cosines of position p's angles and then the sines. Angle j turns a pair of the first rotary_dim
+    dims of a head: (j, j + rotary_dim / 2) in style "neox", (2j, 2j + 1) in style "interleaved". The other dims pass, bit for bit.
     float32 inside, one rounding to the input's dtype at the end.
     """
     cos, sin = table[positions][:, None].chunk(2, dim=-1)

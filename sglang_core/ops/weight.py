@@ -39,3 +39,9 @@ class PackedWeight(nn.Module):
         return PackedWeight(
             self.fmt, chosen, out_features=self.out_features, in_features=self.in_features, num_experts=ids.shape[0]
         )
+
+    def expert(self, i: int) -> PackedWeight:
+        """One matrix of a canonical stack, views of it."""
+        assert self.num_experts is not None and self.layout == "canonical", f"no stack of experts: {self.layout}"
+        one = {name: tensor[i] for name, tensor in self._buffers.items() if tensor is not None}
+        return PackedWeight(self.fmt, one, out_features=self.out_features, in_features=self.in_features)

@@ -39,6 +39,25 @@ def even_shard(size: int, rank: int, num_ranks: int, what: str) -> tuple[int, in
     return rank * part, (rank + 1) * part
 
 
+def aligned_shard(size: int, rank: int, num_ranks: int, unit: int, what: str) -> tuple[int, int]:
+    """The half-open slice of `[0, size)` that `rank` holds, cut between multiples of `unit` only.
+
+    Even where that divides; else the first ranks hold a unit more than the last. Raises ConfigError where a rank would hold
+    nothing, or where `unit` is 1 and `size` does not divide.
+    """
+    if size % (unit * num_ranks) == 0 or unit == 1:
+        return even_shard(size, rank, num_ranks, what)
+    units = -(-size // unit)
+    if units < num_ranks:
+        raise ConfigError(
+            f"{what}={size} has {units} parts of {unit} that share a scale, too few for tp_size={num_ranks}; "
+            f"set --tp-size to {units} or less"
+        )
+    whole, more = divmod(units, num_ranks)
+    start = rank * whole + min(rank, more)
+    return start * unit, min(size, (start + whole + (rank < more)) * unit)
+
+
 def ragged_shard(size: int, rank: int, num_ranks: int) -> tuple[int, int]:
     """The half-open slice of `[0, size)` that `rank` holds; the last ranks may hold less, even nothing."""
     part = padded_part(size, num_ranks)

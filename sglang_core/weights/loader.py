@@ -21,6 +21,7 @@ from sglang_core.layers.build import BuildContext, Layer, WeightSpec, bind_model
 from sglang_core.layers.causal_lm import CausalLM
 from sglang_core.weights.checkpoint import CODES, DTYPES, Checkpoint, open_file, resolve_folder
 from sglang_core.weights.dummy import dummy_part
+from sglang_core.weights.kv_scales import is_attention_scale, kv_scale_name
 
 logger = logging.getLogger(__name__)
 
@@ -59,8 +60,8 @@ def load_model(
 
 
 def count_weight_bytes(model: CausalLM) -> int:
-    """Bytes of this rank's weights, from shapes: the model must be bound (`bind_model`), not loaded."""
-    return Wants(model).num_bytes
+    """Bytes of this rank's weights as it will hold them, from shapes: the model must be bound (`bind_model`), not loaded."""
+    return sum(spec.nbytes if spec.held is None else spec.held for spec in Wants(model).distinct())
 
 
 class Wants:
@@ -79,20 +80,24 @@ class Wants:
 
     @property
     def num_bytes(self) -> int:
-        """A tensor that two layers hold alike (tied embeddings) counts once."""
+        """Bytes to read. A tensor that two layers want alike (tied embeddings) counts once."""
         return sum(spec.nbytes for spec in self.distinct())
 
     def distinct(self) -> Iterator[WeightSpec]:
         for users in self.specs.values():
             yield from {(s.dim, s.ranges, s.dtype): s for _, _, s in users}.values()
 
+    def default(self, name: str) -> float | None:
+        return self.specs[name][0][2].default
+
     def give(self, name: str, read: Callable[[WeightSpec], list[Tensor]], device: torch.device) -> int:
         """Hand a tensor's parts to the layers that want them; those that are complete load. Gives the bytes read."""
         made: dict[object, Tensor] = {}
         for layer, i, spec in self.specs[name]:
-            key = (spec.dim, spec.ranges, spec.dtype)
+            own = not self.layers[layer].copies
+            key = (spec.dim, spec.ranges, spec.dtype, own)
             if key not in made:
-                made[key] = _own(read(spec), spec, device)
+                made[key] = _part(read(spec), spec, device, own=own)
             self.parts[layer][i] = self.layers[layer].place(i, made[key])
             arrived = [p for p in self.parts[layer] if p is not None]
             if len(arrived) == len(self.parts[layer]):
@@ -101,10 +106,10 @@ class Wants:
         return sum(part.numel() * part.element_size() for part in made.values())
 
 
-def _own(parts: list[Tensor], spec: WeightSpec, device: torch.device) -> Tensor:
-    """The ranges of a part as one tensor of our own: nothing of it stays in the mapped file."""
+def _part(parts: list[Tensor], spec: WeightSpec, device: torch.device, *, own: bool) -> Tensor:
+    """The ranges of a part as one tensor. `own`: nothing of it stays in the mapped file."""
     part = parts[0] if len(parts) == 1 else torch.cat(parts, dim=spec.dim)
-    return part.to(device=device, dtype=spec.dtype, copy=True, memory_format=torch.contiguous_format)
+    return part.to(device=device, dtype=spec.dtype, copy=own, memory_format=torch.contiguous_format)
 
 
 def _load_dummy(wants: Wants, ctx: BuildContext, seed: int, advance: Callable[[int], None]) -> None:
@@ -127,6 +132,16 @@ def _load_checkpoint(
         with open_file(file) as f:
             for name in wanted:
                 advance(wants.give(names[name], partial(f.read, name), ctx.device))
+    left_out = wants.specs.keys() - set(names.values())
+    if left_out:
+        logger.warning("%s: taken as %g", _few("not in the checkpoint", sorted(left_out)), wants.default(min(left_out)))
+    for name in sorted(left_out):
+        advance(wants.give(name, _default, ctx.device))
+
+
+def _default(spec: WeightSpec) -> list[Tensor]:
+    assert spec.default is not None, "the checkpoint was found to have every other"
+    return [torch.full(spec.part_shape, spec.default)]
 
 
 def _match(model: CausalLM, wants: Wants, checkpoint: Checkpoint) -> dict[str, str]:
@@ -138,8 +153,10 @@ def _match(model: CausalLM, wants: Wants, checkpoint: Checkpoint) -> dict[str, s
     quant = model.cfg.quantization
     unread = quant.unread if quant is not None else ()
     for stored, entry in checkpoint.tensors.items():
-        name = model.parameter_name(stored)
+        name = model.parameter_name(kv_scale_name(stored))
         if name is None or name.endswith(IGNORED + unread) or (name == "lm_head.weight" and model.cfg.tie_embeddings):
+            continue
+        if is_attention_scale(name) and name not in wants.specs:
             continue
         if name not in wants.specs or name in taken:
             unexpected.append(stored)
@@ -156,7 +173,7 @@ def _match(model: CausalLM, wants: Wants, checkpoint: Checkpoint) -> dict[str, s
         elif entry.dtype not in DTYPES:
             misshaped.append(f"{stored} is {entry.dtype}, not a float of 16 bits or more")
     problems = [
-        _few("missing", [name for name in wants.specs if name not in taken]),
+        _few("missing", [name for name in wants.specs if name not in taken and wants.default(name) is None]),
         _few("unexpected", unexpected),
         _few("of a wrong shape or type", misshaped),
     ]

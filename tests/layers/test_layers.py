@@ -114,8 +114,10 @@ def test_what_a_model_tells_the_runner() -> None:
     bind_model(model, build_context(tp=Ranked(0, 2)))
     assert [(s.window, s.num_heads, s.num_kv_heads) for s in model.attn_specs] == [(5, 2, 1), (None, 2, 1)]
     assert list(model.attn_plans) == list(model.attn_specs)
-    (spec,) = model.pool_specs(16, torch.bfloat16).values()
-    assert (spec.group, spec.num_layers, spec.num_kv_heads, spec.head_dim, spec.page_size) == ("full", 2, 1, 8, 16)
+    specs = model.pool_specs(16, torch.bfloat16)
+    assert list(specs) == list(model.pool_groups.values()) == ["window-5", "full"]
+    assert [(s.num_layers, s.num_kv_heads, s.head_dim, s.page_size) for s in specs.values()] == [(1, 1, 8, 16)] * 2
+    assert [s.group_spec.window for s in specs.values()] == [5, None]
 
 
 def test_embeddings_may_stand_for_ids() -> None:
@@ -164,11 +166,10 @@ def test_column_and_row_parallel_ranks_sum_to_the_whole() -> None:
         for layer, tensors in ((column, [up]), (row, [down, bias])):
             layer.bind(ctx)
             specs = layer.weights("layer")
-            layer.load(
-                [
-                    t if s.ranges is None else t[(slice(None),) * s.dim + (slice(*s.ranges[0]),)]
-                    for t, s in zip(tensors, specs)
-                ]
-            )
+            parts = [
+                t if s.ranges is None else t[(slice(None),) * s.dim + (slice(*s.ranges[0]),)]
+                for t, s in zip(tensors, specs)
+            ]
+            layer.load([layer.place(i, part) for i, part in enumerate(parts)])
         total += row(column(x))
     assert torch.allclose(total, nn.functional.linear(x @ up.T, down, bias), atol=1e-4)

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from sglang_core.errors import ConfigError, WeightError
 from sglang_core.layers.build import bind_model
+from sglang_core.layers.experts import Experts
 from sglang_core.layers.model_config import ModelConfig
-from sglang_core.layers.moe import Experts
 from sglang_core.models.registry import create_model
 from sglang_core.weights.loader import Wants, load_model
 from tests.layers.test_layers import dummy, fake_step

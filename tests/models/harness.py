@@ -11,14 +11,17 @@ from torch import Tensor
 
 from sglang_core.backend.communicator import Communicator, LocalCommunicator
 from sglang_core.backend.cpu import CpuBackend
+from sglang_core.backend.kv_dtypes import KV_DTYPES
 from sglang_core.backend.pool import Pool
 from sglang_core.backend.selection import OpTable
+from sglang_core.backend.state_pool import StatePool, StatePoolSpec
 from sglang_core.layers.build import BuildContext
 from sglang_core.layers.causal_lm import CausalLM
 from sglang_core.layers.forward_batch import ForwardBatch
 from sglang_core.models.registry import model_class
 from sglang_core.ops import OPS
 from sglang_core.ops.attention import AttnBatch
+from sglang_core.ops.ssm_plan import GatedDeltaSpec, StateBatch
 from sglang_core.weights.checkpoint import read_config
 from sglang_core.weights.loader import load_model
 
@@ -27,7 +30,11 @@ PAGE_SIZE = 4
 
 
 def build_context(
-    *, context_length: int = 256, dtype: torch.dtype = torch.float32, tp: Communicator | None = None
+    *,
+    context_length: int = 256,
+    dtype: torch.dtype = torch.float32,
+    kv_dtype: str = "auto",
+    tp: Communicator | None = None,
 ) -> BuildContext:
     backend = CpuBackend()
     return BuildContext(
@@ -36,6 +43,7 @@ def build_context(
         device=CPU,
         context_length=context_length,
         page_size=PAGE_SIZE,
+        kv_dtype=kv_dtype,
         tp=tp or LocalCommunicator(),
     )
 
@@ -50,10 +58,11 @@ def load(folder: Path, *, changes: dict[str, Any] | None = None, **context: Any)
 
 @dataclass
 class Row:
-    """A req: the tokens whose KV is in `pages`, in order."""
+    """A req: the tokens whose KV is in `pages`, in order, and where its state was kept after each step."""
 
     num_tokens: int = 0
     pages: list[int] = field(default_factory=list)
+    states: dict[int, int] = field(default_factory=lambda: {0: 0})  # number of tokens -> slot of the state after them
 
 
 class Stepper:
@@ -61,16 +70,21 @@ class Stepper:
 
     def __init__(self, model: CausalLM, *, num_pages: int = 512) -> None:
         self.model = model
-        self.pools = {g: Pool(s, num_pages, CPU) for g, s in model.pool_specs(PAGE_SIZE, model_dtype(model)).items()}
+        specs = model.pool_specs(PAGE_SIZE, kv_dtype(model))
+        self.pools = {
+            group: (StatePool if isinstance(spec, StatePoolSpec) else Pool)(spec, num_pages, CPU)  # type: ignore[arg-type]
+            for group, spec in specs.items()
+        }
         for pool in self.pools.values():
-            for leaf in pool.leaves:
-                leaf.fill_(float("nan"))
+            pool.poison(range(num_pages))
+        model.prepare_pools(self.pools)
         self.free = list(range(num_pages - 1, 0, -1))  # page 0 is scratch
+        self.free_states = list(self.free)
 
     def share_prefix(self, row: Row, num_tokens: int) -> Row:
         """A new req that starts on whole pages of another, as after a cache hit."""
         assert num_tokens % PAGE_SIZE == 0 and num_tokens <= row.num_tokens
-        return Row(num_tokens, row.pages[: num_tokens // PAGE_SIZE])
+        return Row(num_tokens, row.pages[: num_tokens // PAGE_SIZE], {num_tokens: row.states.get(num_tokens, 0)})
 
     def step(self, work: list[tuple[Row, list[int]]]) -> list[Tensor]:
         """Extend each req by its tokens -> logits of every new token: [extend, V] a req."""
@@ -102,14 +116,29 @@ class Stepper:
             num_pages=columns,
             page_size=PAGE_SIZE,
         )
+        reads, writes = [], []
         for row, tokens in work:
+            reads.append(row.states[row.num_tokens])
             row.num_tokens += len(tokens)
+            writes.append(self.free_states.pop())
+            row.states[row.num_tokens] = writes[-1]
+        states = StateBatch(
+            cu_extend_cpu=batch.cu_extend_cpu,
+            read_slots_cpu=_int(reads),
+            write_slots_cpu=_int(writes),
+            num_tokens=batch.num_tokens,
+            num_reqs=batch.num_reqs,
+            max_extend=batch.max_extend,
+        )
         return ForwardBatch(
             token_ids=_int([t for _, tokens in work for t in tokens]),
             token_slots=None,
             positions=_int(positions),
             sample_rows=torch.arange(sum(extends), dtype=torch.int32),
-            plans={spec: plan(spec, batch, CPU) for spec, plan in self.model.attn_plans.items()},
+            plans={
+                spec: plan(spec, states if isinstance(spec, GatedDeltaSpec) else batch, CPU)
+                for spec, plan in self.model.attn_plans.items()
+            },
             pools=self.pools,
         )
 
@@ -120,6 +149,11 @@ class Stepper:
 
 def model_dtype(model: CausalLM) -> torch.dtype:
     return next(b for b in model.buffers() if b.is_floating_point()).dtype
+
+
+def kv_dtype(model: CausalLM) -> torch.dtype:
+    named = {getattr(spec, "kv_dtype", "auto") for spec in model.attn_specs} - {"auto"}
+    return KV_DTYPES[named.pop()] if named else model_dtype(model)
 
 
 def _int(values: list[Any]) -> Tensor:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sglang_core import Engine
 from sglang_core.errors import ConfigError
+from sglang_core.layers.causal_lm import CausalLM
 from sglang_core.models.registry import model_config
 from sglang_core.ops import mla
 from sglang_core.ops.attention import AttnBatch
@@ -53,6 +56,46 @@ def test_each_path_gives_transformers_logits(
         for i, logits in zip(work, stepper.step(chunks), strict=True):
             parts[i].append(logits)
     assert max(error(torch.cat(p), b) for p, b in zip(parts, ref.logits, strict=True)) < BOUND
+
+
+class Largest(TorchDispatchMode):
+    """The elements of the largest tensor that any op makes; views, and what is written in place, were there before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if all(value.alias_info is None for value in func._schema.returns):
+            made = out if isinstance(out, tuple | list) else [out]
+            self.numel = max([self.numel, *(x.numel() for x in made if isinstance(x, torch.Tensor))])
+        return out
+
+
+def largest_of_a_chunk(model: CausalLM, prefix: int) -> int:
+    """In the attention of 8 new tokens after a cached prefix, which is expanded."""
+    stepper, row = Stepper(model), Row()
+    tokens = [3 + i % 100 for i in range(prefix + 8)]
+    stepper.step([(row, tokens[:prefix])])
+    fb = stepper.batch([(row, tokens[prefix:])])
+    with torch.inference_mode(), Largest() as largest:
+        model.get_submodule("model.layers.0.self_attn")(torch.randn(8, 64), fb)
+    return largest.numel
+
+
+def test_what_an_expansion_holds_does_not_grow_with_the_prefix(
+    checkpoints: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mla, "is_expanded", RULES["expanded"])
+    model = load(reference("deepseek-v2-lite", checkpoints).folder)
+    per_token = 4 * (12 + 8 + 10)  # of 4 heads: nope, rope and value dims
+    whole = [largest_of_a_chunk(model, prefix) for prefix in (60, 240)]
+    assert whole[1] > 3 * whole[0], "the largest is no expansion"
+    monkeypatch.setattr(mla, "KEYS_PER_CHUNK", 1)
+    monkeypatch.setattr(mla, "EXPANDED_ELEMENTS", 30 * per_token)
+    short, long = (largest_of_a_chunk(model, prefix) for prefix in (60, 240))
+    assert short == long <= 30 * per_token
 
 
 def test_a_mixed_step_takes_both_paths(checkpoints: Path) -> None:

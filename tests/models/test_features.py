@@ -63,6 +63,10 @@ def moe_route(**changes: Any) -> Change:
     return lambda cfg: {"moe": replace(cfg.moe, route=replace(cfg.moe.route, **changes))}  # type: ignore[type-var, union-attr]
 
 
+def moe_experts(**changes: Any) -> Change:
+    return lambda cfg: {"moe": replace(cfg.moe, experts=replace(cfg.moe.experts, **changes))}  # type: ignore[type-var, union-attr]
+
+
 FEATURES: dict[str, tuple[str, Change]] = {
     "rope style": ("llama2", ropes(style="interleaved")),
     "rope base": ("llama2", ropes(theta=10000.0)),
@@ -106,6 +110,15 @@ FEATURES: dict[str, tuple[str, Change]] = {
     "weights on the output": ("mixtral", moe(experts=ExpertSpec(weight_on_input=True))),
     "expert activation": ("qwen3-moe", moe(experts=ExpertSpec(activation="gelu"))),
     "which layers of qwen2-moe are windowed": ("qwen2-moe-window", swapped_layer_types),
+    "window of gpt-oss": ("gpt-oss", windows(lambda w: None)),
+    "which layers of gpt-oss are windowed": ("gpt-oss-default", swapped_layer_types),
+    "yarn of gpt-oss": ("gpt-oss", ropes(kind="default")),
+    "yarn's range in whole dims": ("gpt-oss", ropes(truncate=True)),
+    "limit of the gate": ("gpt-oss", moe_experts(limit=7.0)),
+    "slope of the gate": ("gpt-oss", moe_experts(alpha=1.702)),
+    "clamped gate": ("gpt-oss", moe_experts(activation="silu")),
+    "softmax over the chosen experts": ("gpt-oss", moe_route(scoring="softmax")),
+    "second expert of gpt-oss": ("gpt-oss", moe_route(top_k=1)),
     "rope style of deepseek2": ("deepseek-v2", ropes(style="neox")),
     "rope style of deepseek3": ("deepseek-v3", ropes(style="neox")),
     "other rope style of deepseek3": ("deepseek-v3-neox", ropes(style="interleaved")),
@@ -123,6 +136,9 @@ FEATURES: dict[str, tuple[str, Change]] = {
     "expert groups of deepseek3": ("deepseek-v3", moe_route(num_groups=1, top_groups=1)),
     "renormalising of deepseek3": ("deepseek-v3", moe_route(renormalize=False)),
     "scale of experts of deepseek3": ("deepseek-v3", moe_route(scale=1.0)),
+    "partial rotation of qwen3-next": ("qwen3-next", full_rotation),
+    "norm offset of qwen3-next": ("qwen3-next", facts(norm_offset=False)),
+    "renormalising of qwen3-next": ("qwen3-next", moe_route(renormalize=False)),
 }
 # Features with weights of their own: left out of the checkpoint as well.
 WEIGHTED: dict[str, tuple[str, Change, str]] = {
@@ -141,7 +157,20 @@ WEIGHTED: dict[str, tuple[str, Change, str]] = {
     "shared expert": ("qwen2-moe", moe(shared_gate=False, shared_size=0), ".shared_expert"),
     "qk norm of qwen3-moe": ("qwen3-moe", facts(qk_norm=False), "_norm.weight"),
     "bias of qwen2-moe": ("qwen2-moe", facts(qkv_bias=False), "_proj.bias"),
+    "qk norm of qwen3-next": ("qwen3-next", facts(qk_norm=False), "_norm.weight"),
+    "shared expert's gate of qwen3-next": ("qwen3-next", moe(shared_gate=False), "shared_expert_gate.weight"),
+    "shared expert of qwen3-next": ("qwen3-next", moe(shared_gate=False, shared_size=0), ".shared_expert"),
+    "sinks": ("gpt-oss", facts(attn_sinks=False), ".sinks"),
+    "attention biases of gpt-oss": ("gpt-oss", facts(qkv_bias=False, o_bias=False), "_proj.bias"),
     "bias of qwen3": ("qwen3-bias", facts(qkv_bias=False, o_bias=False), "_proj.bias"),
+}
+
+
+# Biases that a model always has, at zero.
+ZEROED: dict[str, tuple[str, str]] = {
+    "router bias": ("gpt-oss", "router.bias"),
+    "gate and up biases": ("gpt-oss", "gate_up_proj_bias"),
+    "down biases": ("gpt-oss", "down_proj_bias"),
 }
 
 
@@ -171,3 +200,14 @@ def test_without_its_weights_logits_are_off(feature: str, checkpoints: Path, tmp
     save_file(kept, tmp_path / "model.safetensors")
     shutil.copy(folder / "config.json", tmp_path)
     assert distance(case, tmp_path, changes, checkpoints) > 10 * BOUND
+
+
+@pytest.mark.parametrize("feature", ZEROED)
+def test_with_it_at_zero_logits_are_off(feature: str, checkpoints: Path, tmp_path: Path) -> None:
+    case, part = ZEROED[feature]
+    folder = reference(case, checkpoints).folder
+    tensors = load_file(folder / "model.safetensors")
+    assert any(part in name for name in tensors)
+    save_file({n: t * (part not in n) for n, t in tensors.items()}, tmp_path / "model.safetensors")
+    shutil.copy(folder / "config.json", tmp_path)
+    assert distance(case, tmp_path, {}, checkpoints) > 10 * BOUND

@@ -69,7 +69,8 @@ def test_prefix_pages_of_another_req_are_reused(ready: tuple[Stepper, Reference]
     stepper, ref = ready
     tokens = ref.tokens[0]
     first = Row()
-    stepper.step([(first, tokens)])
+    for part in (tokens[:PAGE_SIZE], tokens[PAGE_SIZE : 4 * PAGE_SIZE], tokens[4 * PAGE_SIZE :]):
+        stepper.step([(first, part)])  # a state that shall be reused must have been kept: there the steps end
     for num_pages in (1, 4):
         hit = stepper.share_prefix(first, num_pages * PAGE_SIZE)
         fresh = Row()

@@ -14,7 +14,18 @@ from tests.models.tp_worker import logits
 
 ROOT = Path(__file__).parents[2]
 # One with a KV head for each rank and tied embeddings, one with a KV head for both and every bias, one fused, one Gemma.
-CASES = ("qwen3", "llama-mqa", "phi3", "gemma2", "deepseek-v2", "deepseek-v3", "mixtral", "qwen2-moe")
+CASES = (
+    "qwen3",
+    "llama-mqa",
+    "phi3",
+    "gemma2",
+    "deepseek-v2",
+    "deepseek-v3",
+    "mixtral",
+    "qwen2-moe",
+    "gpt-oss",
+    "qwen3-next",
+)
 BOUND = 1e-5
 
 

@@ -48,6 +48,23 @@ QWEN_MOE = {
     "moe_intermediate_size": 48,
     "shared_expert_intermediate_size": 32,
 }
+QWEN3_NEXT = {
+    "head_dim": 24,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 6,
+    "linear_key_head_dim": 12,
+    "linear_value_head_dim": 10,
+    "norm_topk_prob": True,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.5},
+}
+GPT_OSS = {
+    "head_dim": 24,
+    "num_local_experts": 5,
+    "num_experts_per_tok": 2,
+    "sliding_window": 6,
+    "swiglu_limit": 1.5,
+    "swiglu_alpha": 1.3,
+}
 GEMMA = {"head_dim": 16, "query_pre_attn_scalar": 64, "sliding_window": 6}
 
 
@@ -138,6 +155,20 @@ CASES: dict[str, Case] = {
         QWEN_MOE | {"norm_topk_prob": True, "decoder_sparse_step": 2, "head_dim": 24},
     ),
     "qwen3-moe-tied": Case("Qwen3MoeConfig", "Qwen3MoeForCausalLM", QWEN_MOE | {"tie_word_embeddings": True}),
+    "qwen3-next": Case("Qwen3NextConfig", "Qwen3NextForCausalLM", QWEN_MOE | QWEN3_NEXT | {"num_hidden_layers": 4}),
+    "qwen3-next-mlp": Case(
+        "Qwen3NextConfig",
+        "Qwen3NextForCausalLM",
+        QWEN_MOE
+        | QWEN3_NEXT
+        | {
+            "layer_types": ["full_attention", "linear_attention", "linear_attention"],
+            "linear_num_value_heads": 2,
+            "linear_conv_kernel_dim": 3,
+            "mlp_only_layers": [1],
+            "tie_word_embeddings": True,
+        },
+    ),
     "phi3": _phi3(256, 256, sliding_window=10),
     "phi3-partial": _phi3(
         256, 256, rope_parameters={"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.5}
@@ -158,6 +189,21 @@ CASES: dict[str, Case] = {
                 "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1000.0},
                 "sliding_attention": {"rope_type": "default", "rope_theta": 20.0},
             },
+        },
+    ),
+    "gpt-oss": Case(
+        "GptOssConfig",
+        "GptOssForCausalLM",
+        GPT_OSS | {"rope_parameters": YARN_ROPE | {"truncate": False, "beta_fast": 8.0, "beta_slow": 1.0}},
+    ),
+    "gpt-oss-default": Case(
+        "GptOssConfig",
+        "GptOssForCausalLM",
+        GPT_OSS
+        | {
+            "attention_bias": False,
+            "layer_types": ["full_attention", "full_attention", "sliding_attention"],
+            "rope_parameters": {"rope_type": "default", "rope_theta": 100.0},
         },
     ),
     # Expanding pays from some 20 queries on a prefix: chunks of a few tokens are absorbed, whole prompts are expanded.
@@ -190,6 +236,8 @@ def randomize(model: torch.nn.Module, seed: int = 0) -> None:
             noise = torch.randn(p.shape, generator=generator)
             if p.ndim >= 2:  # a matrix, or a stack of experts
                 p.copy_(noise * (1.5 / p.shape[-1] ** 0.5))
+            elif name.endswith("A_log"):
+                p.copy_(noise * 0.5 - 2.0)  # half of a state is left after some ten tokens, and not after one
             elif name.endswith("bias"):
                 p.copy_(noise * 0.5)
             else:

@@ -37,7 +37,7 @@ def mla_case(reqs: Sequence[tuple[int, int]], *, spec: MLASpec = SPEC, seed: int
     like = attn_spec(1, 1, spec.rank, spec.rope_dim)
     case = paged_case(reqs, spec=like, seed=seed, **more)  # type: ignore[arg-type]
     pool = Pool(replace(case.pool.spec, kind="mla"), case.pool.num_pages, CPU)
-    pool.leaves = case.pool.leaves
+    pool.leaves, pool.scales = case.pool.leaves, case.pool.scales
     g, tokens = torch.Generator().manual_seed(seed + 1), case.batch.num_tokens
     q = torch.randn(tokens, spec.num_heads, spec.rank + spec.rope_dim, generator=g).to(case.q.dtype)
     return MLACase(

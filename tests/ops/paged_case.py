@@ -11,13 +11,14 @@ from torch import Tensor
 
 from sglang_core.backend.pool import Pool, PoolSpec
 from sglang_core.ops.attention import AttnBatch, AttnSpec
+from sglang_core.ops.tree_mask import tree_mask_of
 
 CPU = torch.device("cpu")
 
 
 @dataclass(kw_only=True)
 class PagedCase:
-    """One step: its new tokens in q, k, v; the keys and values of whole reqs in `keys` and `values`."""
+    """One step: its new tokens in q, k, v; the keys and values of whole reqs, as the pool rounds them, in `keys` and `values`."""
 
     spec: AttnSpec
     batch: AttnBatch
@@ -35,6 +36,9 @@ def paged_case(
     spec: AttnSpec | None = None,
     page_size: int = 4,
     dtype: torch.dtype = torch.float32,
+    kv_dtype: torch.dtype | None = None,
+    scales: tuple[Tensor, Tensor] | None = None,
+    parents: Sequence[Sequence[int]] | None = None,
     static: bool = False,
     num_tokens: int = 0,
     num_reqs: int = 0,
@@ -42,7 +46,10 @@ def paged_case(
     num_pages: int = 0,
     seed: int = 0,
 ) -> PagedCase:
-    """reqs: (prefix, extend) each. Pages are permuted, every slot that holds no token is NaN. Sizes above theirs pad."""
+    """reqs: (prefix, extend) each. Pages are permuted, every slot that holds no token is NaN. Sizes above theirs pad.
+
+    scales: static ones of a pool of fp8. parents: the tree that each req's new tokens are.
+    """
     g = torch.Generator().manual_seed(seed)
     spec = spec or attn_spec()
     lens = [prefix + extend for prefix, extend in reqs]
@@ -54,11 +61,12 @@ def paged_case(
         num_kv_heads=spec.num_kv_heads,
         head_dim=spec.head_dim,
         v_head_dim=spec.v_head_dim,
-        dtype=dtype,
+        dtype=kv_dtype or dtype,
     )
     pool = Pool(pool_spec, sum(counts) + 1, CPU)
-    for leaf in pool.leaves:
-        leaf.fill_(math.nan)
+    pool.poison(range(pool.num_pages))
+    if scales is not None:
+        pool.set_scales(0, *scales)
     rows, columns = max(num_reqs, len(reqs)), max(num_pages, max(counts, default=0))
     table = torch.zeros(rows, columns, dtype=torch.int32)
     slots = []
@@ -91,13 +99,39 @@ def paged_case(
         num_pages=columns,
         page_size=page_size,
         static=static,
+        tree_mask_cpu=None if parents is None else _mask_rows(parents, tokens, max(max_extend, int(extends.max()))),
     )
     new_k = torch.cat([k[prefix:] for (prefix, _), k in zip(reqs, keys, strict=True)])
     new_v = torch.cat([v[prefix:] for (prefix, _), v in zip(reqs, values, strict=True)])
     q = torch.randn(tokens, spec.num_heads, spec.head_dim, generator=g, dtype=torch.float64).to(dtype)
+    k_scale, v_scale = scales or (torch.ones(()), torch.ones(()))
     return PagedCase(
-        spec=spec, batch=batch, pool=pool, q=q, k=_pad(new_k, tokens), v=_pad(new_v, tokens), keys=keys, values=values
+        spec=spec,
+        batch=batch,
+        pool=pool,
+        q=q,
+        k=_pad(new_k, tokens),
+        v=_pad(new_v, tokens),
+        keys=[stored(k, pool_spec.dtype, k_scale) for k in keys],
+        values=[stored(v, pool_spec.dtype, v_scale) for v in values],
     )
+
+
+def stored(x: Tensor, dtype: torch.dtype, scale: Tensor) -> Tensor:
+    """x: [S, Hk, D] as a pool of `dtype` gives it back; float64 where it is quantised. scale: [Hk] or [1]."""
+    if dtype == torch.float8_e4m3fn:
+        codes = (x.float() / scale.reshape(-1, 1)).clamp(-448, 448).to(dtype)
+        return codes.double() * scale.double().reshape(-1, 1)
+    if dtype == torch.int8:
+        largest = x.float().abs().amax(-1, keepdim=True)
+        step = largest / 127
+        return torch.where(step > 0, (x.float() / step).round(), 0).double() * step
+    return x.to(dtype)
+
+
+def _mask_rows(parents: Sequence[Sequence[int]], tokens: int, max_extend: int) -> Tensor:
+    mask = tree_mask_of(parents, max_extend)
+    return torch.cat([mask, mask.new_zeros(tokens - mask.shape[0], mask.shape[1])])
 
 
 def attn_spec(

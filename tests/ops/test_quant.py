@@ -19,7 +19,7 @@ FORMATS = [
     *("int8.token_channel", "int8.token_channel.asym", "mxfp4.g32"),
     *("nvfp4.g16", "nvfp4.g16.static", "nvfp4.g16.a16"),
     *(f"{kind}.g{g}" for kind in ("int4.awq", "int4.gptq", "int4.pack", "w4a8_fp8") for g in INT4_GROUPS),
-    "int4.gptq.g32.act_order",
+    *("int4.gptq.g32.act_order", "int4.gptq.g128.act_order"),
 ]
 OUT, IN = 136, 288  # no multiple of 128
 ERROR = {"fp8": 2**-4, "int8": 2**-7, "int4": 0.14, "e2m1": 0.27, "dense": 0.0}  # of the largest, of an element

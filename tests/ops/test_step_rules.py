@@ -13,14 +13,17 @@ from sglang_core.backend.strict_trace import trace_step
 from sglang_core.ops import OPS
 from sglang_core.ops.attention import attn_plan
 from sglang_core.ops.gemm import dense
+from sglang_core.ops.lora import ExpertAdapters
 from sglang_core.ops.mla import attn_mla_plan
 from sglang_core.ops.moe import ExpertSpec, RouteSpec
+from sglang_core.ops.quant import quantize
 from sglang_core.ops.rope import RopeSpec, rope_table
+from sglang_core.ops.ssm_plan import ssm_plan
 from tests.ops.mla_case import MLACase, mla_case
 from tests.ops.paged_case import CPU, PagedCase, attn_spec, paged_case
+from tests.ops.state_case import StateCase, state_case
 from tests.ops.test_sampling import params
 
-HOST_OPS = {"attn.plan", "attn.mla_plan"}  # runs before the step
 CU = torch.tensor([0, 2, 5], dtype=torch.int32)
 ROPES = {style: RopeSpec(head_dim=8, rotary_dim=4, style=style) for style in ("neox", "interleaved")}  # type: ignore[arg-type]
 
@@ -32,7 +35,7 @@ class Call:
     op: str
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    case: PagedCase | MLACase | None = None
+    case: PagedCase | MLACase | StateCase | None = None
 
 
 def call(op: str, *args: Any, **kwargs: Any) -> Call:
@@ -43,8 +46,10 @@ def ints(*values: int) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.int32)
 
 
-def paged(static: bool, sinks: bool, **more: Any) -> Call:
-    case = paged_case([(9, 1), (0, 20)], spec=attn_spec(has_sinks=sinks, **more), static=static)
+def paged(static: bool, sinks: bool, kv_dtype: torch.dtype | None = None, **more: Any) -> Call:
+    parents = [[-1], [-1, *range(10), *range(9)]] if more.get("tree") else None
+    spec = attn_spec(has_sinks=sinks, **more)
+    case = paged_case([(9, 1), (0, 20)], spec=spec, static=static, parents=parents, kv_dtype=kv_dtype)
     plan = attn_plan(case.spec, case.batch, CPU)
     kwargs = {"lse": True} | ({"sinks": torch.zeros(4)} if sinks else {})
     return Call("attn.paged", (case.q, case.k, case.v, case.pool, 0, case.spec, plan), kwargs, case)
@@ -55,8 +60,8 @@ def written() -> Call:
     return Call("kv.write", (case.k, case.v, case.pool, 0, case.batch.slot_mapping_cpu), {}, case)
 
 
-def latent(static: bool) -> Call:
-    case = mla_case([(9, 1), (0, 20)], static=static)
+def latent(static: bool, kv_dtype: torch.dtype | None = None) -> Call:
+    case = mla_case([(9, 1), (0, 20)], static=static, kv_dtype=kv_dtype)
     plan = attn_mla_plan(case.spec, case.batch, CPU)
     args = (case.q_nope, case.q_pe, case.c_kv, case.k_pe, case.pool, 0, case.spec, plan)
     return Call("attn.mla_paged", args, {"lse": True}, case)
@@ -67,6 +72,15 @@ def written_latents() -> Call:
     return Call("kv.write_mla", (case.c_kv, case.k_pe, case.pool, 0, case.batch.slot_mapping_cpu), {}, case)
 
 
+def recurrent(op: str, static: bool) -> Call:
+    case = state_case([(True, 1), (False, 70)], static=static, padding=(3, 1))
+    plan = ssm_plan(case.spec, case.batch, CPU)
+    if op == "ssm.gated_delta_rule":
+        return Call(op, (*case.delta_args, case.pool, 1, case.spec, plan), {}, case)
+    weight = torch.randn(case.spec.conv_dim, case.spec.conv_width)
+    return Call(op, (case.x, weight, weight[:, 0], case.pool, 1, plan), {"activation": "silu"}, case)
+
+
 def experts(act: ExpertSpec, **more: Any) -> Call:
     ids = ints(*range(5), *range(5)).view(5, 2) % 3
     return call(
@@ -74,16 +88,42 @@ def experts(act: ExpertSpec, **more: Any) -> Call:
     )
 
 
+QUANTISED = (torch.float8_e4m3fn, torch.int8)
+
+
+def adapted(tokens: torch.Tensor, num: int = 3) -> Call:
+    a, b = torch.zeros(num, 4, 8), torch.zeros(num, 8, 2)
+    return call("lora.apply", X, X, a, b, tokens, torch.ones(num, 2), (3, 5))
+
+
+def adapted_experts(tokens: torch.Tensor | None) -> Call:
+    sizes = [(2, 3, 4, 8), (2, 3, 8, 2), (2, 3, 2, 4), (2, 3, 8, 2), (2, 3, 3)]
+    stacks = dict(zip(("a13", "b13", "a2", "b2", "scale"), map(torch.zeros, sizes), strict=True))
+    plain = experts(ExpertSpec())
+    return call("lora.experts", *plain.args, ExpertAdapters(**stacks), tokens)
+
+
 X, W = torch.randn(5, 8), torch.randn(8)
+IDS, OWN = torch.arange(5, dtype=torch.int32), torch.tensor([0, -1, 1, 1, 0], dtype=torch.int32)
 Q, K = torch.randn(5, 4, 8), torch.randn(5, 2, 8)
 CALLS: list[Callable[[], Call]] = [
     lambda: paged(static=False, sinks=False),
     lambda: paged(static=True, sinks=True, window=5, soft_cap=3.0),
+    *[lambda dtype=dtype: paged(static=True, sinks=False, kv_dtype=dtype) for dtype in QUANTISED],
+    lambda: paged(static=False, sinks=True, tree=True),
+    lambda: paged(static=True, sinks=False, tree=True, window=5, soft_cap=3.0),
+    lambda: paged(static=True, sinks=False, causal=False),
     written,
     lambda: latent(static=False),
+    *[lambda dtype=dtype: latent(static=True, kv_dtype=dtype) for dtype in QUANTISED],
     lambda: latent(static=True),
     written_latents,
     lambda: call("attn.mla_project", Q, torch.randn(4, 8, 6)),
+    *[
+        lambda op=op, static=static: recurrent(op, static)
+        for op in ("ssm.causal_conv1d", "ssm.gated_delta_rule")
+        for static in (False, True)
+    ],
     lambda: call("attn.ragged", Q, K, K, CU, CU, attn_spec(), max_q=3, max_k=3, lse=True),
     lambda: call("attn.merge", Q, Q[..., 0], Q, Q[..., 0]),
     lambda: call("gemm.linear", X, dense(torch.randn(3, 8)), torch.randn(3)),
@@ -91,6 +131,14 @@ CALLS: list[Callable[[], Call]] = [
     lambda: call("moe.route", X, RouteSpec(num_experts=8, top_k=2, num_groups=4, top_groups=2, has_bias=True), W),
     lambda: experts(ExpertSpec(), expert_map=ints(0, -1, 1)),
     lambda: experts(ExpertSpec(activation="swiglu_clamped", weight_on_input=True)),
+    lambda: call("quant.quantize", X, "int4.awq.g32"),
+    lambda: call("quant.quantize", X, "nvfp4.g16"),
+    lambda: call("quant.dequantize", quantize(X, "int4.awq.g32"), torch.bfloat16),
+    lambda: adapted(tokens=ints(0, -1, 1, 1, 0)),
+    lambda: adapted(tokens=ints(0, -1, 1, 1, 0), num=9),
+    lambda: call("lora.embed", X, IDS, torch.zeros(3, 9, 2), torch.zeros(3, 8, 2), OWN, torch.ones(3, 1), 2),
+    lambda: adapted_experts(OWN),
+    lambda: adapted_experts(None),
     lambda: call("norm.rms", X, W, 1e-6),
     lambda: call("norm.layer", X, W, W, 1e-6),
     lambda: call("norm.add_rms", X, X, W, 1e-6),
@@ -124,4 +172,4 @@ def _tensors(args: tuple[Any, ...]) -> list[torch.Tensor]:
 
 
 def test_every_op_is_traced() -> None:
-    assert {make().op for make in CALLS} == set(OPS) - HOST_OPS
+    assert {make().op for make in CALLS} == {name for name, op in OPS.items() if not op.host}

@@ -1,0 +1,264 @@
+"""The experts of a layer as two stacks of matrices, however the checkpoint keeps them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from sglang_core.backend.kernel import OpSite
+from sglang_core.errors import ConfigError
+from sglang_core.layers.assembly import Assembly, dequantized_stack, num_bytes
+from sglang_core.layers.build import BuildContext, Layer, WeightSpec, dtype_name
+from sglang_core.layers.linear import stored_format
+from sglang_core.layers.lora import ExpertSlots, Target, covered
+from sglang_core.layers.moe_config import MoEConfig
+from sglang_core.layers.packing import Packing
+from sglang_core.layers.stored import DENSE, Ranges, Stored, StoredTensor, check_stacked, stored_tensor
+from sglang_core.ops.formats import Fmt
+from sglang_core.ops.quant import dequantize, quantize
+from sglang_core.ops.weight import PackedWeight
+from sglang_core.parallel.groups import aligned_shard
+
+EXPERT_NAMES = ("gate_proj", "up_proj", "down_proj")
+
+
+class Experts(Layer):
+    """The experts' matrices as two stacks, in any format; each rank holds its share of every expert's width.
+
+    The checkpoint keeps three matrices an expert, `{i}.{gate, up, down}` below this layer's name. Each tensor of them goes into
+    its place in the stacks as it is read.
+    """
+
+    w13: PackedWeight  # [X, 2F, M], gate then up
+    w2: PackedWeight  # [X, M, F]
+    bias13: Tensor | None = None  # [X, 2F]
+    bias2: Tensor | None = None  # [X, M]
+    copies = True
+    takes_adapters = True
+    lora: ExpertSlots | None
+
+    def __init__(self, hidden_size: int, moe: MoEConfig, names: tuple[str, str, str] = EXPERT_NAMES) -> None:
+        super().__init__()
+        self.hidden_size, self.moe, self.names = hidden_size, moe, names
+        self.num_experts = moe.route.num_experts
+        self._arriving: list[tuple[int, int, StoredTensor]] = []  # of each part: expert, which of the three, tensor
+        self._stacks: tuple[Assembly, Assembly] | None = None  # while they are being filled
+
+    def bind(self, ctx: BuildContext) -> None:
+        self.dtype, self.tp_rank, moe = ctx.dtype, ctx.tp.rank, self.moe
+        self.stored13, self.stored2 = self._stored_formats()
+        formats = self.stored13.fmt, self.stored2.fmt
+        unit = math.lcm(self.stored13.row_step(self.hidden_size), self.stored2.column_step(moe.intermediate_size))
+        what = "intermediate_size of an expert"
+        self.held = aligned_shard(moe.intermediate_size, ctx.tp.rank, ctx.tp.size, unit, what)
+        quantised = next((fmt for fmt in formats if not fmt.is_dense), DENSE.fmt)
+        self.lora = None
+        if self.takes_adapters and (spec := covered(ctx.lora, self.names)) is not None:
+            self.lora = ExpertSlots(spec, self._targets(), ctx.dtype)
+        site = OpSite(
+            op="moe.fused" if self.lora is None else "lora.experts",
+            layer=type(self).__name__,
+            dtype=dtype_name(ctx.dtype),
+            fmt=quantised.name,
+            spec=moe.experts,
+            dims={"X": self.num_experts, "K": moe.route.top_k, "M": self.hidden_size, "F": self.width},
+        )
+        unlike = "" if formats[0] == formats[1] else "its matrices are stored unlike"
+        online = self.stored13.online
+        bound = ctx.table.bind_weight(site, dense_only=unlike, online=online)
+        self._fused, self._pack = bound.fn, bound.pack
+        self.fmt = DENSE.fmt if bound.dequantized else quantised
+        convert = replace(site, spec=None, dims={})
+        self._quantize = ctx.table.bind(replace(convert, op="quant.quantize")).fn if online else quantize
+        self._dequantize = (
+            ctx.table.bind(replace(convert, op="quant.dequantize")).fn if bound.dequantized else dequantize
+        )
+        check_stacked(self.stored13.fmt, [self.width, self.width], self.name)
+        self._settle_reads()
+        if not quantised.is_dense:
+            packed, held = self._stack_bytes(*formats), self._stack_bytes(self.fmt, self.fmt)
+            self.packing = Packing.of(bound, packed=packed, held=held)
+
+    @property
+    def width(self) -> int:
+        """F on this rank."""
+        return self.held[1] - self.held[0]
+
+    def _targets(self) -> list[Target]:
+        size, hidden = self.moe.intermediate_size, self.hidden_size
+        targets = []
+        for i in range(self.num_experts):
+            gate, up, down = (f"{self.name}.{i}.{name}" for name in self.names)
+            for name in (gate, up):
+                whole = Target(name=name, in_features=hidden, out_features=size, columns=(0, hidden), rows=(self.held,))
+                targets.append(whole)
+            rows = ((0, hidden),)
+            targets.append(Target(name=down, in_features=size, out_features=hidden, columns=self.held, rows=rows))
+        return targets
+
+    def _stored_formats(self) -> tuple[Stored, Stored]:
+        """Of gate and up, and of down. Raises ConfigError where experts are unlike."""
+        found: tuple[list[Stored], list[Stored]] = [], []
+        for i in range(self.num_experts):
+            for which, name in enumerate(self.names):
+                stored, seen = stored_format(self.quant, f"{self.name}.{i}.{name}"), found[which == 2]
+                if stored not in seen:
+                    seen.append(stored)
+        gate_up, down = found
+        if len(gate_up) > 1 or len(down) > 1:
+            formats = ", ".join(sorted({s.fmt.name for s in (*gate_up, *down)}))
+            raise ConfigError(
+                f"{self.name}: its experts are stored unlike ({formats}); a layer's experts run as one and must be alike"
+            )
+        return gate_up[0], down[0]
+
+    def _settle_reads(self) -> None:
+        gate_up, down = self._matrix_reads(self.stored13, down=False), self._matrix_reads(self.stored2, down=True)
+        self._reads = (gate_up, gate_up, down)
+
+    def _stack_bytes(self, fmt13: Fmt, fmt2: Fmt) -> int:
+        one = self._bytes_of_gate(fmt13) + self._bytes_of_gate(fmt13, first=False) + self._bytes_of_down(fmt2)
+        return self.num_experts * one
+
+    def _bytes_of_gate(self, fmt: Fmt, *, first: bool = True) -> int:
+        """Of one expert; not `first`: of its up matrix, which shares some with the gate's."""
+        m = self.hidden_size
+        return num_bytes(fmt, self.width, m, self.dtype, of_columns=m, first=first)
+
+    def _bytes_of_down(self, fmt: Fmt) -> int:
+        return num_bytes(fmt, self.hidden_size, self.width, self.dtype, of_columns=self.moe.intermediate_size)
+
+    def weights(self, prefix: str) -> list[WeightSpec]:
+        specs, self._arriving = [], []
+        sizes = self._bytes_of_gate(self.fmt), self._bytes_of_gate(self.fmt, first=False), self._bytes_of_down(self.fmt)
+        for i in range(self.num_experts):
+            for which, name in enumerate(self.names):
+                for n, (t, dim, part) in enumerate(self._reads[which]):
+                    held = 0 if n else sizes[which]  # a matrix's first tensor stands for all of it
+                    at = f"{prefix}.{i}.{name}.{t.suffix}"
+                    scale = (self.moe.intermediate_size if which == 2 else self.hidden_size) ** -0.5
+                    specs.append(WeightSpec.of(at, t.shape, t.dtype, dim=dim, ranges=part, scale=scale, held=held))
+                    self._arriving.append((i, which, t))
+        return specs
+
+    def _matrix_reads(self, stored: Stored, *, down: bool) -> list[tuple[StoredTensor, int, Ranges]]:
+        """Of one expert's matrix: each tensor, and the part of it that this rank reads."""
+        m, f = self.hidden_size, self.moe.intermediate_size
+        size, rows, columns = ((m, f), ((0, m),), self.held) if down else ((f, m), (self.held,), (0, m))
+        tensors = stored.tensors(*size, self.dtype)
+        return [(t, *t.part(rows, columns, size, stored.fmt)) for t in tensors]
+
+    def place(self, index: int, part: Tensor) -> Tensor:
+        expert, which, tensor = self._arriving[index]
+        if which == 2:
+            return self._stack(1).take(self.stored2, tensor, part, self.hidden_size, expert=expert)
+        first = which * self.width
+        return self._stack(0).take(self.stored13, tensor, part, self.width, first_row=first, expert=expert)
+
+    def _stack(self, which: int) -> Assembly:
+        """w13's or w2's."""
+        if self._stacks is None:
+            m, f, num = self.hidden_size, self.width, self.num_experts
+            self._stacks = (
+                Assembly(self.stored13.fmt, 2 * f, m, where=self.name, num_experts=num, quantize=self._quantize),
+                Assembly(self.stored2.fmt, m, f, where=self.name, num_experts=num, quantize=self._quantize),
+            )
+        return self._stacks[which]
+
+    def load(self, parts: list[Tensor]) -> None:
+        assert self._stacks is not None, "parts come through `place`"
+        stacks, self._stacks = self._stacks, None
+        w13, w2 = (self._packed(stack.weight()) for stack in stacks)
+        self.w13, self.w2 = w13, w2
+
+    def _packed(self, w: PackedWeight) -> PackedWeight:
+        if w.fmt != self.fmt.name:
+            w = dequantized_stack(w, self.dtype, self._dequantize)
+        return w if self._pack is None else self._pack(w)
+
+    def forward(self, h: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+        """h: [T, M], weights: float32[T, K], ids: int32[T, K] -> [T, M], this rank's part of the sum over ranks."""
+        adapters = () if self.lora is None else (self.lora.adapters, self.lora.spec.rows.tokens)
+        y: Tensor = self._fused(
+            h, self.w13, self.w2, weights, ids, self.moe.experts, *adapters, bias13=self.bias13, bias2=self.bias2
+        )
+        return y
+
+
+class StackedExperts(Experts):
+    """Experts with biases whose checkpoint keeps each matrix of all experts as one tensor (GPT-OSS).
+
+    `gate_up_proj`: [X, M, 2F], gate and up columns in turn; `down_proj`: [X, F, M]. In mxfp4, `gate_up_proj_blocks`:
+    uint8[X, 2F, M / 32, 16] with gate and up rows in turn, `down_proj_blocks`: uint8[X, M, F / 32, 16], and `_scales` of each
+    without the last dim.
+    """
+
+    takes_adapters = False  # there is no name for one expert's matrix
+
+    def _stored_formats(self) -> tuple[Stored, Stored]:
+        stored = stored_format(self.quant, self.name)
+        if stored.layout not in ("dense", "mxfp4"):
+            raise ConfigError(
+                f"{self.name} is stored in {stored.fmt.name}; stacked experts are read in mxfp4, bfloat16 or float16"
+            )
+        return stored, stored
+
+    def _tensors(self) -> tuple[list[StoredTensor], list[StoredTensor]]:
+        """What the checkpoint has of w13, and of w2."""
+        num, m, f, dtype = self.num_experts, self.hidden_size, self.moe.intermediate_size, self.dtype
+        step = self.stored2.column_step(f)
+        up, down = [], []
+        if self.stored13.layout == "mxfp4":
+            for suffix, name, tail in (("blocks", "weight", (step // 2,)), ("scales", "scale", ())):
+                shape = (num, 2 * f, m // step, *tail)
+                up.append(stored_tensor(name, f"gate_up_proj_{suffix}", shape, torch.uint8, rows=(1, 1)))
+                shape = (num, m, f // step, *tail)
+                down.append(stored_tensor(name, f"down_proj_{suffix}", shape, torch.uint8, columns=(2, step)))
+        else:
+            up.append(stored_tensor("weight", "gate_up_proj", (num, m, 2 * f), dtype, rows=(2, 1)))
+            down.append(stored_tensor("weight", "down_proj", (num, f, m), dtype, columns=(1, 1), align=step))
+        up.append(stored_tensor("bias", "gate_up_proj_bias", (num, 2 * f), dtype, rows=(1, 1)))
+        down.append(stored_tensor("bias", "down_proj_bias", (num, m), dtype))
+        return up, down
+
+    def _settle_reads(self) -> None:
+        m, f, (start, stop) = self.hidden_size, self.moe.intermediate_size, self.held
+        up, down = self._tensors()
+        pairs = ((2 * start, 2 * stop),)
+        self._parts = [(t, 0, *t.part(pairs, (0, m), (2 * f, m), self.stored13.fmt)) for t in up]
+        self._parts += [(t, 1, *t.part(((0, m),), self.held, (m, f), self.stored2.fmt)) for t in down]
+
+    def weights(self, prefix: str) -> list[WeightSpec]:
+        m, f = self.hidden_size, self.moe.intermediate_size
+        of_stack = 2 * self._bytes_of_gate(self.fmt), self._bytes_of_down(self.fmt)
+        specs = []
+        for t, which, dim, part in self._parts:
+            held = {"weight": self.num_experts * of_stack[which], "scale": 0}.get(
+                t.name
+            )  # a weight stands for its scales
+            scale = 0.1 if t.name == "bias" else (m, f)[which] ** -0.5
+            at = f"{prefix}.{t.suffix}"
+            specs.append(WeightSpec.of(at, t.shape, t.dtype, dim=dim, ranges=part, scale=scale, held=held))
+        return specs
+
+    def place(self, index: int, part: Tensor) -> Tensor:
+        t, which, _, _ = self._parts[index]
+        if t.name == "bias":
+            return part.clone() if which == 1 else torch.cat([part[:, 0::2], part[:, 1::2]], dim=1)
+        stored, stack = (self.stored13, self.stored2)[which], self._stack(which)
+        for expert in range(self.num_experts):
+            matrix = part[expert].t() if stored.layout == "dense" else part[expert].flatten(1)
+            if which == 1:
+                at = stack.take(stored, t, matrix, self.hidden_size, expert=expert)
+                continue
+            stack.take(stored, t, matrix[0::2], self.width, expert=expert)
+            at = stack.take(stored, t, matrix[1::2], self.width, first_row=self.width, expert=expert)
+        return at
+
+    def load(self, parts: list[Tensor]) -> None:
+        super().load(parts)
+        self.bias13, bias2 = (p for p, (t, *_) in zip(parts, self._parts, strict=True) if t.name == "bias")
+        self.bias2 = bias2 if self.tp_rank == 0 else None  # ranks' results are summed
