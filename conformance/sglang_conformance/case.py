@@ -14,7 +14,9 @@ from torch import Tensor
 from sglang_conformance.env import Env
 
 Outputs = Mapping[str, Tensor]
-Profile = Literal["core", "window", "soft_cap", "sinks", "odd_sizes", "buckets"]
+Profile = Literal[
+    "core", "window", "soft_cap", "sinks", "tree", "cross", "kv_half", "kv_fp8", "kv_int8", "odd_sizes", "buckets"
+]
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -35,6 +37,7 @@ class Case:
     exact: tuple[str, ...] = ()
     mismatch: float = 0.0
     covers: tuple[str, ...] = ()  # ops that it exercises beside `op`
+    full: bool = False  # takes long: part of `--full` only
 
     def title(self, dtype: torch.dtype) -> str:
         return f"{self.op}[{self.name}-{dtype_name(dtype)}]"

@@ -10,26 +10,34 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sglang_core.backend.interface import DeviceRuntime
+from sglang_core.backend.interface import DeviceRuntime, RuntimeContext
 from sglang_core.backend.kernel import OpSite
 from sglang_core.backend.pool import Pool, PoolSpec
 from sglang_core.backend.selection import BoundOp, OpTable
+from sglang_core.backend.state_pool import StatePool, StatePoolSpec
+from sglang_core.backend.torch_runtime import TorchRuntime
 from sglang_core.ops import OPS
 from sglang_core.ops.attention import AttnSpec
+from sglang_core.ops.formats import Fmt
 from sglang_core.ops.gemm import dense
 from sglang_core.ops.mla import MLASpec
+from sglang_core.ops.ssm_plan import GatedDeltaSpec
 from sglang_core.ops.weight import PackedWeight
+from sglang_core.types import STATE
 
 CPU = torch.device("cpu")
+X_SCALE = 0.02  # of formats that bring the scale of their activations
 Op = Callable[..., Any]
 PAGED_OPS = ("attn.paged", "attn.plan", "kv.write")
 MLA_OPS = ("attn.mla_paged", "attn.mla_plan", "kv.write_mla")
+STATE_OPS = ("ssm.gated_delta_rule", "ssm.causal_conv1d", "ssm.plan")
 
 
 class Env(ABC):
     """What a case is given: seeded numbers, and pools, weights and ops of one device."""
 
     device: torch.device
+    runtime: DeviceRuntime
 
     def __init__(self, dtype: torch.dtype, seed: int) -> None:
         self.dtype = dtype
@@ -58,11 +66,24 @@ class Env(ABC):
 
     @abstractmethod
     def weight(self, rows: int, columns: int, site: OpSite) -> PackedWeight:
-        """A random dense matrix as the kernel at `site` wants it."""
+        """A random matrix in `site.fmt`, as the kernel at `site` wants it."""
 
     @abstractmethod
     def experts(self, num: int, rows: int, columns: int, site: OpSite) -> PackedWeight:
-        """A stack of random dense matrices as the kernel at `site` wants it."""
+        """A stack of random matrices in `site.fmt`, as the kernel at `site` wants it."""
+
+    def canonical(self, fmt: str, *shape: int) -> PackedWeight:
+        """Random weights, canonical: the same codes and scales wherever the case runs."""
+        w = torch.randn(shape, generator=self._generator, dtype=torch.float64).to(self.dtype)
+        if fmt == "dense":
+            return dense(self.place(w))
+        x_scale = torch.full((*shape[:-2], 1), X_SCALE) if Fmt.parse(fmt).static else None
+        tensors = dict(OPS["quant.quantize"].body(w, fmt, x_scale=x_scale).named_buffers())
+        if "group" in tensors:  # a checkpoint's columns are in groups in no order
+            tensors["group"] = tensors["group"][..., self.permutation(shape[-1])].contiguous()
+        num = shape[0] if len(shape) == 3 else None
+        tensors = {name: tensor.to(self.device) for name, tensor in tensors.items()}
+        return PackedWeight(fmt, tensors, out_features=shape[-2], in_features=shape[-1], num_experts=num)
 
     @abstractmethod
     def op(self, name: str, **facts: Any) -> Op:
@@ -73,8 +94,24 @@ class Env(ABC):
         """The ops that share a KV pool; of a MLASpec, a pool of latents."""
 
     @abstractmethod
-    def pool(self, spec: PoolSpec, num_pages: int) -> Pool:
-        """A pool full of NaN."""
+    def state_ops(self, spec: GatedDeltaSpec) -> dict[str, Op]:
+        """The ops that share a pool of states."""
+
+    @abstractmethod
+    def pool(self, spec: PoolSpec, num_pages: int, *, poisoned: bool = True) -> Pool:
+        """A pool full of NaN, or of anything."""
+
+    @abstractmethod
+    def far_pages(self, count: int) -> int:
+        """`count` on the device; a few on the host, where bodies need no large pool to be right."""
+
+    @abstractmethod
+    def batch_invariant(self, op: str) -> bool:
+        """Whether the kernel that was bound says that a row's result does not depend on its neighbours."""
+
+    @abstractmethod
+    def state_pool(self, spec: StatePoolSpec, num_slots: int) -> StatePool:
+        """A pool of states full of NaN."""
 
 
 class BodyEnv(Env):
@@ -85,15 +122,16 @@ class BodyEnv(Env):
     def __init__(self, dtype: torch.dtype, seed: int, *, oracle: bool = False) -> None:
         super().__init__(dtype, seed)
         self._oracle = oracle
+        self.runtime = TorchRuntime(RuntimeContext(devices=()))
 
     def place(self, x: Tensor) -> Tensor:
         return x.double() if self._oracle and x.is_floating_point() else x
 
     def weight(self, rows: int, columns: int, site: OpSite) -> PackedWeight:
-        return dense(self.normal(rows, columns))
+        return self.canonical(site.fmt, rows, columns)
 
     def experts(self, num: int, rows: int, columns: int, site: OpSite) -> PackedWeight:
-        return dense(self.normal(num, rows, columns))
+        return self.canonical(site.fmt, num, rows, columns)
 
     def op(self, name: str, **facts: Any) -> Op:
         return OPS[name].body
@@ -101,9 +139,26 @@ class BodyEnv(Env):
     def paged_ops(self, spec: AttnSpec | MLASpec, page_size: int) -> dict[str, Op]:
         return {name: OPS[name].body for name in (MLA_OPS if isinstance(spec, MLASpec) else PAGED_OPS)}
 
-    def pool(self, spec: PoolSpec, num_pages: int) -> Pool:
-        pool = Pool(replace(spec, dtype=torch.float64) if self._oracle else spec, num_pages, CPU)
-        pool.poison(range(num_pages))
+    def pool(self, spec: PoolSpec, num_pages: int, *, poisoned: bool = True) -> Pool:
+        exact = self._oracle and spec.dtype == self.dtype  # numbers of another dtype are rounded to it here too
+        pool = Pool(replace(spec, dtype=torch.float64) if exact else spec, num_pages, CPU)
+        if poisoned:
+            pool.poison(range(num_pages))
+        return pool
+
+    def far_pages(self, count: int) -> int:
+        return min(count, 8)
+
+    def batch_invariant(self, op: str) -> bool:
+        return False
+
+    def state_ops(self, spec: GatedDeltaSpec) -> dict[str, Op]:
+        return {name: OPS[name].body for name in STATE_OPS}
+
+    def state_pool(self, spec: StatePoolSpec, num_slots: int) -> StatePool:
+        wide = replace(spec, conv_dtype=torch.float64, state_dtype=torch.float64)
+        pool = StatePool(wide if self._oracle else spec, num_slots, CPU)
+        pool.poison(range(num_slots))
         return pool
 
 
@@ -114,7 +169,7 @@ class DeviceEnv(Env):
         self, dtype: torch.dtype, seed: int, runtime: DeviceRuntime, make_table: Callable[[int], OpTable]
     ) -> None:
         super().__init__(dtype, seed)
-        self.device, self._runtime, self._make_table = runtime.torch_device, runtime, make_table
+        self.device, self.runtime, self._make_table = runtime.torch_device, runtime, make_table
         self._table = make_table(0)
         self.bound: dict[str, BoundOp] = {}
 
@@ -122,14 +177,17 @@ class DeviceEnv(Env):
         return x.to(self.device)
 
     def weight(self, rows: int, columns: int, site: OpSite) -> PackedWeight:
-        return self._packed(dense(self.normal(rows, columns)), site)
+        return self._packed(self.canonical(site.fmt, rows, columns), site)
 
     def experts(self, num: int, rows: int, columns: int, site: OpSite) -> PackedWeight:
-        return self._packed(dense(self.normal(num, rows, columns)), site)
+        return self._packed(self.canonical(site.fmt, num, rows, columns), site)
 
     def _packed(self, weight: PackedWeight, site: OpSite) -> PackedWeight:
-        pack = self._table.bind(site).pack
-        return weight if pack is None else pack(weight)  # type: ignore[no-any-return]
+        bound = self._table.bind(site)
+        if bound.pack is None:
+            return weight
+        check_packing(weight, bound.pack, bound.unpack)
+        return bound.pack(weight)  # type: ignore[no-any-return]
 
     def op(self, name: str, **facts: Any) -> Op:
         return self._remember([self._table.bind(self.site(name, **facts))])[name]
@@ -141,9 +199,28 @@ class DeviceEnv(Env):
         group = self._table.bind_group([self.site(name, spec=spec, dims=dims) for name in names])
         return self._remember(group.values())
 
-    def pool(self, spec: PoolSpec, num_pages: int) -> Pool:
-        pool = self._runtime.alloc_pool(replace(spec, layout=self._table.pool_layout()), num_pages)
-        pool.poison(range(num_pages))
+    def pool(self, spec: PoolSpec, num_pages: int, *, poisoned: bool = True) -> Pool:
+        pool = self.runtime.alloc_pool(replace(spec, layout=self._table.pool_layout()), num_pages)
+        if poisoned:
+            pool.poison(range(num_pages))
+        return pool
+
+    def far_pages(self, count: int) -> int:
+        return count
+
+    def batch_invariant(self, op: str) -> bool:
+        kernels = self.bound[op].kernels
+        return bool(kernels) and all("batch_invariant" in kernel.features for kernel in kernels)
+
+    def state_ops(self, spec: GatedDeltaSpec) -> dict[str, Op]:
+        dims = {"Hk": spec.num_k_heads, "Hv": spec.num_v_heads, "C": spec.conv_dim}
+        group = self._table.bind_group([self.site(name, spec=spec, dims=dims) for name in STATE_OPS], pool=STATE)
+        return self._remember(group.values())
+
+    def state_pool(self, spec: StatePoolSpec, num_slots: int) -> StatePool:
+        layout = self._table.pool_layout(STATE)
+        pool = self.runtime.alloc_state_pool(replace(spec, layout=layout), num_slots)
+        pool.poison(range(num_slots))
         return pool
 
     def site(self, name: str, **facts: Any) -> OpSite:
@@ -153,3 +230,28 @@ class DeviceEnv(Env):
         found = {b.site.op: b for b in bound}
         self.bound |= found
         return {name: b.fn for name, b in found.items()}
+
+
+def check_packing(w: PackedWeight, pack: Op, unpack: Op | None) -> None:
+    """unpack(pack(w)) is w bit for bit, and pack(other, out=...) rewrites what is packed where it lies."""
+    assert unpack is not None, "the kernel packs weights, and gives no unpack"
+    packed = pack(w)
+    assert packed.layout != "canonical", "packed weights must name a layout of their own"
+    _assert_same(unpack(packed), w, "unpack(pack(w)) is not w")
+    flipped = {name: tensor.flip(0).contiguous() for name, tensor in w.named_buffers()}
+    other = PackedWeight(
+        w.fmt, flipped, out_features=w.out_features, in_features=w.in_features, num_experts=w.num_experts
+    )
+    places = {name: tensor.data_ptr() for name, tensor in packed.named_buffers()}
+    again = pack(other, out=packed)
+    assert {name: tensor.data_ptr() for name, tensor in again.named_buffers()} == places, "pack(w, out=...) moved it"
+    _assert_same(unpack(packed), other, "pack(w, out=packed) did not rewrite packed")
+
+
+def _assert_same(a: PackedWeight, b: PackedWeight, why: str) -> None:
+    ours, theirs = dict(a.named_buffers()), dict(b.named_buffers())
+    assert ours.keys() == theirs.keys() and (a.fmt, a.layout) == (b.fmt, b.layout), why
+    for name, tensor in theirs.items():
+        mine = ours[name]
+        assert (mine.dtype, mine.shape) == (tensor.dtype, tensor.shape), f"{why}: {name}"
+        assert torch.equal(mine.contiguous().view(torch.uint8), tensor.contiguous().view(torch.uint8)), f"{why}: {name}"

@@ -1,53 +1,40 @@
-"""Runs cases on a device and judges them."""
+"""`Suite`: runs cases on a device and judges them."""
 
 from __future__ import annotations
 
-import enum
+import math
+import time
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import replace
+from datetime import date
+from functools import cached_property
+from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 from sglang_conformance.case import Case, Outputs, all_cases, dtype_name
 from sglang_conformance.env import BodyEnv, DeviceEnv
+from sglang_conformance.profiles import RUNTIME
+from sglang_conformance.result import Result as Result
+from sglang_conformance.result import Verdict as Verdict
 from sglang_conformance.tolerance import Error, compare_exact, compare_floats, compare_integers
 from sglang_core.backend.claims import Support
-from sglang_core.backend.interface import Backend, DeviceInfo, KernelContext, RuntimeContext
+from sglang_core.backend.interface import Backend, DeviceInfo, DeviceRuntime, KernelContext, RuntimeContext
 from sglang_core.backend.kernel import Kernel
 from sglang_core.backend.providers import Providers, collect_kernels
 from sglang_core.backend.selection import REFERENCE, OpTable
-from sglang_core.errors import KernelSelectionError
+from sglang_core.errors import ConfigError, KernelSelectionError
 from sglang_core.ops import OPS
 
-
-class Verdict(enum.Enum):
-    PASS = "PASS"  # claimed, a kernel ran, and it is right
-    FAIL = "FAIL"  # wrong, an error, or a refusal of what is claimed
-    REFERENCE = "REFERENCE"  # not claimed: the body ran, and it is right
-    NOT_CLAIMED = "NOT_CLAIMED"  # a kernel ran and is right, and nothing claims it
-    REFUSED = "REFUSED"  # of a profile that is not stated, and refused
-    UNSUPPORTED = "UNSUPPORTED"  # declared so; not run
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Result:
-    """What became of one case in one dtype."""
-
-    op: str
-    title: str
-    dtype: str
-    profile: str
-    verdict: Verdict
-    provider: str = ""
-    reason: str = ""
-    errors: dict[str, Error] = field(default_factory=dict)
+Work = tuple[Case, torch.dtype]
 
 
 class Suite:
-    """One device, opened, with its kernels and claims."""
+    """One device with its kernels and claims. It is opened by the first case that runs."""
 
     def __init__(
         self,
@@ -57,24 +44,47 @@ class Suite:
         seed: int = 0,
         num_threads: int | None = None,
         kernels: Sequence[Kernel] | None = None,
+        strict: bool = False,
+        full: bool = True,
+        today: date | None = None,
     ) -> None:
-        """`kernels` are the backend's and every installed provider's unless given. `num_threads` is for host devices."""
+        """`kernels` are the backend's and every installed provider's unless given. `num_threads` is for host devices.
+
+        `strict`: what works and is not claimed fails. `full`: long cases too. `today` is what waivers are compared with.
+
+        Raises ConfigError under python -O.
+        """
+        if not __debug__:
+            raise ConfigError("python -O takes away what cases assert; run the suite without it")
         ctx = KernelContext(device=info)
-        self.backend, self.info, self.seed = backend, info, seed
+        self.backend, self.info, self.seed, self.strict, self.full = backend, info, seed, strict, full
+        self.today = today or date.today()
         self.claims = backend.claims(ctx)
         self._kernels = collect_kernels(backend, ctx, Providers()) if kernels is None else list(kernels)
-        self._runtime = backend.create_runtime(RuntimeContext(devices=(info,), num_threads=num_threads))
+        self._num_threads = num_threads
+
+    @cached_property
+    def _runtime(self) -> DeviceRuntime:
+        return self.backend.create_runtime(RuntimeContext(devices=(self.info,), num_threads=self._num_threads))
 
     def close(self) -> None:
-        self._runtime.close()
+        if "_runtime" in self.__dict__:
+            self._runtime.close()
+
+    def select(self, texts: Iterable[str] = ()) -> list[Work]:
+        """Every case whose title contains one of `texts` (or every case), in every dtype it has."""
+        wanted = list(texts)
+        return [
+            (case, dtype)
+            for case in all_cases()
+            for dtype in case.dtypes
+            if (self.full or not case.full) and (not wanted or any(text in case.title(dtype) for text in wanted))
+        ]
 
     def run(self, select: Iterable[str] = ()) -> Iterator[Result]:
-        """Every case whose title contains one of `select` (or every case), in every dtype it has."""
-        wanted = list(select)
-        for case in all_cases():
-            for dtype in case.dtypes:
-                if not wanted or any(text in case.title(dtype) for text in wanted):
-                    yield self.judge(case, dtype)
+        """Judge what `select` selects, in this process."""
+        for case, dtype in self.select(select):
+            yield self.judge(case, dtype)
 
     def untested_claims(self) -> list[str]:
         """Ops that are claimed natively and that no case exercises."""
@@ -83,31 +93,83 @@ class Suite:
         return sorted((set(OPS) if "*" in claimed else claimed) - tested)
 
     def judge(self, case: Case, dtype: torch.dtype) -> Result:
-        """Run one case three ways and compare."""
+        """Run one case three ways and compare; then apply what the claims and the waivers say."""
+        start = time.perf_counter()
+        result = self._judged(case, dtype)
+        if result.works_unclaimed and self.strict:
+            result = replace(result, verdict=Verdict.FAIL, reason="works, and nothing claims it: claim it")
+        return self.waive(replace(result, seconds=round(time.perf_counter() - start, 4)))
+
+    def failed(self, case: Case, dtype: torch.dtype, reason: str) -> Result:
+        """The result of a case that took its process with it."""
+        return self.waive(self._result(case, dtype, Verdict.FAIL, reason=reason))
+
+    def waive(self, result: Result) -> Result:
+        """A failure that a waiver covers is WAIVED until the waiver expires."""
+        waiver = next((w for w in self.claims.waivers if w.covers(result.title)), None)
+        if result.verdict is not Verdict.FAIL or waiver is None:
+            return result
+        if waiver.expired(self.today):
+            return replace(result, reason=f"the waiver {waiver.url} expired on {waiver.expires}; {result.reason}")
+        reason = f"until {waiver.expires}, {waiver.url} ({waiver.reason}); {result.reason}"
+        return replace(result, verdict=Verdict.WAIVED, reason=reason)
+
+    def _judged(self, case: Case, dtype: torch.dtype) -> Result:
+        of_runtime = case.op.startswith(RUNTIME)
         support = self.claims.support(case.op, fmt=case.fmt, dtype=dtype_name(dtype))
         if support is Support.UNSUPPORTED:
-            return self._result(case, dtype, Verdict.UNSUPPORTED, reason="declared unsupported")
+            return self._result(case, dtype, Verdict.NOT_CLAIMED, reason="declared unsupported; not run")
         seed = self.seed + zlib.crc32(f"{case.op}[{case.name}]".encode())
         env: DeviceEnv | None = None
+        wrong: list[str] = []
         try:
-            env = DeviceEnv(dtype, seed, self._runtime, self._table)
-            with torch.inference_mode():
-                outputs = case.run(env)
-                self._runtime.synchronize()
-                outputs = {name: x.cpu() for name, x in outputs.items()}
+            env, outputs = self._run(case, dtype, seed)
+            if env.bound and self._provider(env, case) != REFERENCE:
+                wrong = self._run_again(case, dtype, seed, outputs)
+            outputs = {name: x.cpu() for name, x in outputs.items()}
         except KernelSelectionError as e:
             held = case.profile == "core" or case.profile in self.claims.profiles
-            return self._result(case, dtype, Verdict.FAIL if held else Verdict.REFUSED, reason=str(e))
-        except Exception as e:  # a kernel may raise anything
-            return self._result(case, dtype, Verdict.FAIL, _provider(env, case), f"{type(e).__name__}: {e}")
-        errors, wrong = _compare(case, dtype, seed, outputs)
-        provider = _provider(env, case)
-        if wrong:
-            return self._result(case, dtype, Verdict.FAIL, provider, "; ".join(wrong), errors)
-        verdict = Verdict.REFERENCE if provider == REFERENCE else Verdict.NOT_CLAIMED
-        if support is Support.NATIVE:
-            verdict = Verdict.PASS
-        return self._result(case, dtype, verdict, provider, errors=errors)
+            return self._result(case, dtype, Verdict.FAIL if held else Verdict.NOT_CLAIMED, reason=str(e))
+        except pytest.skip.Exception as e:
+            return self._result(
+                case, dtype, Verdict.FAIL, env=env, reason=f"skips itself, which counts as failing: {e}"
+            )
+        except AssertionError as e:  # a relation that a case checks
+            return self._result(case, dtype, Verdict.FAIL, env=env, reason=str(e) or "an assertion fails")
+        except (Exception, SystemExit) as e:  # a kernel may raise anything
+            return self._result(case, dtype, Verdict.FAIL, env=env, reason=f"{type(e).__name__}: {e}")
+        errors, wrong_values = _compare(case, dtype, seed, outputs)
+        if wrong_values + wrong:
+            return self._result(
+                case, dtype, Verdict.FAIL, env=env, reason="; ".join(wrong_values + wrong), errors=errors
+            )
+        verdict = Verdict.NOT_CLAIMED
+        if support is Support.NATIVE or of_runtime:
+            verdict = Verdict.EMULATED if self.info.facts.get("emulated") else Verdict.PASS
+        elif self._provider(env, case) == REFERENCE:
+            verdict = Verdict.REFERENCE
+        result = self._result(case, dtype, verdict, env=env, errors=errors)
+        return replace(result, works_unclaimed=verdict is Verdict.NOT_CLAIMED)
+
+    def _run(self, case: Case, dtype: torch.dtype, seed: int) -> tuple[DeviceEnv, Outputs]:
+        env = DeviceEnv(dtype, seed, self._runtime, self._table)
+        with torch.inference_mode():
+            outputs = case.run(env)
+            self._runtime.synchronize()
+        return env, outputs
+
+    def _run_again(self, case: Case, dtype: torch.dtype, seed: int, outputs: Outputs) -> list[str]:
+        """What is wrong with a kernel that is called with other numbers, and then with the first ones again."""
+        before = {name: x.clone() for name, x in outputs.items()}
+        self._run(case, dtype, seed + 1)
+        wrong = [
+            f"{name} changed when the kernel was called with other inputs: it lives in memory that is used again"
+            for name, x in outputs.items()
+            if compare_exact(name, x, before[name])
+        ]
+        again = self._run(case, dtype, seed)[1]
+        different = [name for name, x in before.items() if compare_exact(name, again[name], x)]
+        return wrong + [f"{name} differs when the same step runs twice" for name in different]
 
     def _table(self, page_size: int) -> OpTable:
         return OpTable(
@@ -120,29 +182,27 @@ class Suite:
             page_size=page_size,
         )
 
+    def _provider(self, env: DeviceEnv | None, case: Case) -> str:
+        if case.op.startswith(RUNTIME):
+            return self.backend.name
+        return env.bound[case.op].provider if env is not None and case.op in env.bound else ""
+
     def _result(
-        self,
-        case: Case,
-        dtype: torch.dtype,
-        verdict: Verdict,
-        provider: str = "",
-        reason: str = "",
-        errors: dict[str, Error] | None = None,
+        self, case: Case, dtype: torch.dtype, verdict: Verdict, *, env: DeviceEnv | None = None, **facts: Any
     ) -> Result:
+        bound = None if env is None else env.bound.get(case.op)
         return Result(
             op=case.op,
             title=case.title(dtype),
             dtype=dtype_name(dtype),
             profile=case.profile,
+            fmt=case.fmt,
             verdict=verdict,
-            provider=provider,
-            reason=reason,
-            errors=errors or {},
+            provider=self._provider(env, case) if verdict is not Verdict.NOT_CLAIMED or env is not None else "",
+            why=bound.reason if bound else "",
+            kernels=tuple(kernel.fn for kernel in bound.kernels) if bound else (),
+            **facts,
         )
-
-
-def _provider(env: DeviceEnv | None, case: Case) -> str:
-    return env.bound[case.op].provider if env is not None and case.op in env.bound else ""
 
 
 def _compare(case: Case, dtype: torch.dtype, seed: int, outputs: Outputs) -> tuple[dict[str, Error], list[str]]:
@@ -155,7 +215,9 @@ def _compare(case: Case, dtype: torch.dtype, seed: int, outputs: Outputs) -> tup
         if name in case.exact:
             wrong.append(compare_exact(name, x, body[name]))
         elif _is_float(x, body[name]):
-            errors[name], message = compare_floats(name, x, body[name], oracle[name].double(), dtype)
+            err, message = compare_floats(name, x, body[name], oracle[name].double(), dtype)
+            if math.isfinite(err.max):
+                errors[name] = err
             wrong.append(message)
         else:
             wrong.append(compare_integers(name, x, oracle[name], case.mismatch))

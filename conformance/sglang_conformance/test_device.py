@@ -1,4 +1,4 @@
-"""One test a case and dtype. What is not claimed and not run is a skip, so that pytest counts it."""
+"""One test a case and dtype. What is not claimed and not run is a skip, so that pytest counts it; any other skip fails."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import pytest
 import torch
 
 from sglang_conformance.case import Case
+from sglang_conformance.plugin import DECLARED
 from sglang_conformance.runner import Suite, Verdict
 
 
-def test_conformance(conformance_suite: Suite, case: Case, dtype: torch.dtype) -> None:
+def test_conformance(request: pytest.FixtureRequest, conformance_suite: Suite, case: Case, dtype: torch.dtype) -> None:
     result = conformance_suite.judge(case, dtype)
-    if result.verdict in (Verdict.UNSUPPORTED, Verdict.REFUSED):
+    if result.verdict is Verdict.WAIVED or (result.verdict is Verdict.NOT_CLAIMED and not result.works_unclaimed):
+        request.node.stash[DECLARED] = True
         pytest.skip(f"{result.verdict.value}: {result.reason}")
     assert result.verdict is not Verdict.FAIL, result.reason
 

@@ -23,7 +23,7 @@ class CpuBackend(TorchBackend):
 
     def claims(self, ctx: KernelContext) -> Claims:
         """Float16 overflows in bodies that were never checked with it, and gains nothing on a host."""
-        return Claims((Claim(op="*", dtypes=("float16",), support=Support.UNSUPPORTED),))
+        return Claims((Claim(op="*", dtypes=("float16",), support=Support.UNSUPPORTED),), profiles=("base",))
 
     def config_defaults(self, ctx: DefaultsContext) -> dict[str, Any]:
         stored = ctx.model.get("dtype", ctx.model.get("torch_dtype"))

@@ -1,15 +1,18 @@
 from __future__ import annotations
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
+
+KILLS = pytest.StashKey[list[tuple[str, str, str]]]()
 
 
 @pytest.fixture
-def pytester_free_run(tmp_path: Path) -> tuple[int, str]:
-    """`pytest --pyargs sglang_conformance` in a process of its own, on a few cases."""
-    command = [sys.executable, "-m", "pytest", "--pyargs", "sglang_conformance", "--device", "cpu", "-k", "logits.mask"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    return done.returncode, done.stdout + done.stderr
+def kill_table(request: pytest.FixtureRequest) -> list[tuple[str, str, str]]:
+    """(mutant, the case that killed it, why), of this whole run."""
+    return request.config.stash.setdefault(KILLS, [])
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if kills := config.stash.get(KILLS, None):
+        terminalreporter.section(f"{len(kills)} mutants killed")
+        for mutant, case, why in sorted(kills):
+            terminalreporter.line(f"{mutant:<36} {case:<48} {why[:120]}")

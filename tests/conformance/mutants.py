@@ -29,6 +29,14 @@ def body_of_merge(*args: Any) -> Any:
     return body("attn.merge", *args)
 
 
+def body_of_attn_paged(*args: Any, **kwargs: Any) -> Any:
+    return body("attn.paged", *args, **kwargs)
+
+
+def body_of_ssm_gated_delta_rule(*args: Any) -> Any:
+    return body("ssm.gated_delta_rule", *args)
+
+
 # Attention, req by req, over whole rows of scores.
 
 
@@ -48,6 +56,8 @@ def naive_paged(
     heads_dealt_out: bool = False,
     too_far: int = 0,
     future: int = 0,
+    without_tree: bool = False,
+    window_by_place: bool = False,
     log: float = 1.0,
 ) -> Any:
     """Keyword arguments past `lse` are the mistakes."""
@@ -70,14 +80,24 @@ def naive_paged(
         scores = q[rows].float().transpose(0, 1) @ keys.transpose(1, 2) * spec.scale
         if spec.soft_cap is not None:
             scores = spec.soft_cap * torch.tanh(scores / spec.soft_cap)
-        position = torch.arange(int(plan.prefix_lens[r]), length)[:, None] + too_far
-        seen = at <= position + future if spec.causal else at < reach
+        prefix = int(plan.prefix_lens[r])
+        position = torch.arange(prefix, length)[:, None] + too_far
+        seen, place = (at <= position + future if spec.causal else at < reach), at
+        if plan.tree_mask is not None and not without_tree:
+            bits = (plan.tree_mask[rows][..., None] >> torch.arange(32)) & 1 == 1
+            paths = bits.flatten(1)[:, : length - prefix]
+            seen = torch.cat([torch.ones(len(paths), prefix, dtype=torch.bool), paths], 1)[:, :reach]
+            if not window_by_place:
+                position = prefix + paths.sum(1, keepdim=True) - 1
+                place = torch.cat([torch.arange(prefix), position[:, 0]])
         if spec.window is not None:
-            seen = seen & (at > position - spec.window)
+            seen = seen & (place > position - spec.window)
         if masks_with_zero:
             scores = scores * seen + (~seen).float().masked_fill(~seen, -1e9)
         else:
             scores = scores.masked_fill(~seen, -math.inf)
+        # What no query sees may be NaN: its page may be scratch.
+        values = torch.where(seen.view(-1, reach).any(0)[:, None], values, 0.0)
         if sinks is not None:
             scores = torch.cat([scores, sinks.float()[:, None, None].expand(-1, scores.shape[1], 1)], -1)
             values = F.pad(values, (0, 0, 0, 1))
@@ -94,6 +114,35 @@ softmax_without_max = partial(naive_paged, subtract_max=False)
 one_page_too_far = partial(naive_paged, too_far=16)
 sees_one_key_of_the_future = partial(naive_paged, future=1)
 kv_heads_dealt_out = partial(naive_paged, heads_dealt_out=True)
+sees_every_branch = partial(naive_paged, without_tree=True)
+window_by_place_in_a_tree = partial(naive_paged, window_by_place=True)
+
+
+def forgets_scales_of_keys(
+    q: Tensor, k: Any, v: Any, pool: Pool, layer: int, spec: AttnSpec, plan: Plan, **kw: Any
+) -> Any:
+    if pool.spec.scaling != "static":
+        return naive_paged(q, k, v, pool, layer, spec, plan, **kw)
+    if k is not None:
+        pool.scatter(layer, plan.slot_mapping, k, v)
+    scale = pool.k_scale(layer).repeat_interleave(spec.num_heads // spec.num_kv_heads)
+    return naive_paged((q.float() / scale[:, None]).to(q.dtype), None, None, pool, layer, spec, plan, **kw)
+
+
+class _In32Bits:
+    """A pool that counts elements in int32, as a kernel does that multiplies a slot by its size before it widens."""
+
+    def __init__(self, pool: Pool) -> None:
+        self._pool, self.spec, self.scatter = pool, pool.spec, pool.scatter
+
+    def gather(self, layer: int, slots: Tensor) -> Any:
+        row = self.spec.num_kv_heads * self.spec.head_dim
+        wrapped = (slots.long() * row + 2**31) % 2**32 - 2**31
+        return self._pool.gather(layer, (wrapped // row % (self._pool.num_pages * self.spec.page_size)).int())
+
+
+def multiplies_slots_in_32_bits(q: Tensor, k: Any, v: Any, pool: Pool, *args: Any, **kw: Any) -> Any:
+    return naive_paged(q, k, v, _In32Bits(pool), *args, **kw)  # type: ignore[arg-type]
 
 
 def forgets_soft_cap(q: Tensor, k: Any, v: Any, pool: Pool, layer: int, spec: AttnSpec, plan: Plan, **kw: Any) -> Any:
@@ -302,6 +351,135 @@ def forgets_the_limit(*args: Any, **kwargs: Any) -> Tensor:
     return body("moe.fused", *args[:5], replace(args[5], limit=7.0), **kwargs)  # type: ignore[no-any-return]
 
 
+# Recurrent states.
+
+
+def _delta(args: tuple[Any, ...], **changes: Any) -> Tensor:
+    """The body with some of its arguments changed, by name."""
+    names = ("q", "k", "v", "g", "beta", "pool", "layer", "spec", "plan")
+    return body("ssm.gated_delta_rule", **(dict(zip(names, args, strict=True)) | changes))  # type: ignore[no-any-return]
+
+
+def delta_without_decay(*args: Any) -> Tensor:
+    return _delta(args, g=args[3] * 0)
+
+
+def delta_decays_after_reading(*args: Any) -> Tensor:
+    """Each token's decay comes one token late."""
+    return _delta(args, g=torch.cat([args[3][:1] * 0, args[3][:-1]]))
+
+
+def delta_deals_key_heads_out(*args: Any) -> Tensor:
+    """Value head h reads key head h % Hk."""
+    heads = torch.arange(args[7].num_v_heads) % args[7].num_k_heads
+    return _delta(args, q=args[0][:, heads], k=args[1][:, heads])
+
+
+def delta_forgets_the_scale(*args: Any) -> Tensor:
+    return _delta(args, spec=replace(args[7], scale=1.0))
+
+
+def delta_keeps_lengths(*args: Any) -> Tensor:
+    return _delta(args, spec=replace(args[7], qk_l2norm=False))
+
+
+def delta_reads_scratch(*args: Any) -> Tensor:
+    """Takes what slot 0 holds for a state: written with ones here, so that it fails by its numbers."""
+    pool, layer, plan = args[5], args[6], args[8]
+    spare = pool.num_slots - 1
+    kept = pool.state(layer)[spare].clone()
+    pool.state(layer)[spare] = 1.0
+    o = _delta(args, plan=replace(plan, read_slots=torch.where(plan.read_slots > 0, plan.read_slots, spare)))
+    if not bool((plan.write_slots == spare).any()):
+        pool.state(layer)[spare] = kept
+    return o
+
+
+def delta_forgets_states(*args: Any) -> Tensor:
+    return _delta(args, plan=replace(args[8], read_slots=args[8].read_slots * 0))
+
+
+def delta_writes_where_it_read(*args: Any) -> Tensor:
+    plan = args[8]
+    return _delta(
+        args, plan=replace(plan, write_slots=torch.where(plan.read_slots > 0, plan.read_slots, plan.write_slots))
+    )
+
+
+def delta_state_in_half(*args: Any) -> Tensor:
+    o = _delta(args)
+    state, slots = args[5].state(args[6]), args[8].write_slots
+    state[slots] = state[slots].bfloat16().float()
+    return o
+
+
+def delta_overflows(*args: Any) -> Tensor:
+    """Divides by products of decays that have become zero: 0 / 0 where much decays."""
+    lost = args[3].cumsum(0).exp() == 0
+    return torch.where(lost[..., None], torch.nan, _delta(args)).to(args[2].dtype)
+
+
+def conv_backwards(x: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    return body("ssm.causal_conv1d", x, weight.flip(1), *args, **kwargs)  # type: ignore[no-any-return]
+
+
+def conv_without_activation(*args: Any, activation: str | None = None) -> Tensor:
+    return body("ssm.causal_conv1d", *args)  # type: ignore[no-any-return]
+
+
+def conv_forgets_bias(x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
+    return body("ssm.causal_conv1d", x, weight, None, *args, **kwargs)  # type: ignore[no-any-return]
+
+
+def conv_forgets_states(*args: Any, **kwargs: Any) -> Tensor:
+    plan = replace(args[5], read_slots=args[5].read_slots * 0)
+    return body("ssm.causal_conv1d", *args[:5], plan, **kwargs)  # type: ignore[no-any-return]
+
+
+def conv_keeps_newest_first(*args: Any, **kwargs: Any) -> Tensor:
+    y = body("ssm.causal_conv1d", *args, **kwargs)
+    tail, slots = args[3].conv(args[4]), args[5].write_slots
+    tail[slots] = tail[slots].flip(1)
+    return y  # type: ignore[no-any-return]
+
+
+def state_plan_without_the_last_req(spec: Any, batch: Any, device: torch.device, out: Any = None) -> Any:
+    plan = body("ssm.plan", spec, batch, device, out)
+    return replace(plan, cu_extend=torch.cat([plan.cu_extend[:-1], plan.cu_extend[-2:-1]]))
+
+
+# Adapters.
+
+
+def adapters_of_their_neighbour(y: Tensor, x: Tensor, a: Tensor, b: Tensor, own: Tensor, *args: Any) -> Tensor:
+    other = torch.where(own >= 0, (own + 1) % a.shape[0], own)
+    return body("lora.apply", y, x, a, b, other, *args)  # type: ignore[no-any-return]
+
+
+def adapter_without_scale(*args: Any) -> Tensor:
+    return body("lora.apply", *args[:5], torch.ones_like(args[5]), *args[6:])  # type: ignore[no-any-return]
+
+
+def adapter_of_those_without(y: Tensor, x: Tensor, a: Tensor, b: Tensor, own: Tensor, *args: Any) -> Tensor:
+    return body("lora.apply", y, x, a, b, own % a.shape[0], *args)  # type: ignore[no-any-return]
+
+
+def scale_of_the_first_part(*args: Any) -> Tensor:
+    return body("lora.apply", *args[:5], args[5][:, :1].expand_as(args[5]), *args[6:])  # type: ignore[no-any-return]
+
+
+def embeds_from_the_first_row(*args: Any) -> Tensor:
+    """Forgets where this rank's part of the table starts."""
+    return body("lora.embed", *args[:6], 0)  # type: ignore[no-any-return]
+
+
+def expert_adapters_of_gate_only(*args: Any, **kwargs: Any) -> Tensor:
+    given = args[6]
+    scale = given.scale.clone()
+    scale[..., 1] = 0
+    return body("lora.experts", *args[:6], replace(given, scale=scale), args[7], **kwargs)  # type: ignore[no-any-return]
+
+
 def rms_without_eps(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return body("norm.rms", x, weight, 1e-12)  # type: ignore[no-any-return]
 
@@ -332,6 +510,26 @@ def rotates_one_position_late(q: Tensor, k: Tensor, positions: Tensor, table: Te
 def gates_with_up(x: Tensor, kind: str) -> Tensor:
     gate, up = x.chunk(2, -1)
     return body("act.gated", torch.cat([up, gate], -1), kind)  # type: ignore[no-any-return]
+
+
+_WORKSPACE: dict[torch.dtype, Tensor] = {}
+
+
+def answers_in_its_workspace(x: Tensor, kind: str) -> Tensor:
+    """The result lives in memory that the next call writes: right until somebody reads it late."""
+    y = body("act.gated", x, kind)
+    space = _WORKSPACE.setdefault(x.dtype, torch.empty(1 << 16, dtype=x.dtype))
+    return space[: y.numel()].copy_(y.flatten()).view(y.shape)
+
+
+_CALLS = [0]
+
+
+def changes_from_call_to_call(x: Tensor, kind: str) -> Tensor:
+    """Off by a few ulps of float32 in two of three calls, as where the order of sums depends on who comes first."""
+    _CALLS[0] += 1
+    y = body("act.gated", x.float(), kind)
+    return (y * (1 + 2.0**-21 * (_CALLS[0] % 3))).to(x.dtype)
 
 
 def gelu_is_tanh(x: Tensor, kind: str) -> Tensor:

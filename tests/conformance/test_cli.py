@@ -30,9 +30,3 @@ def test_an_unknown_device_is_an_error(capsys: pytest.CaptureFixture[str]) -> No
 def test_selecting_nothing_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", "cpu", "-k", "no such case"]) == 2
     assert "no such case" in capsys.readouterr().err
-
-
-def test_as_pytest_plugin(pytester_free_run: tuple[int, str]) -> None:
-    code, out = pytester_free_run
-    assert code == 0, out
-    assert "passed" in out

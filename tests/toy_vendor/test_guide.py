@@ -32,11 +32,12 @@ def shell(tmp_path: Path) -> dict[str, str]:
     (packages,) = env_dir.glob("lib/python*/site-packages")
     outer = [f"import site; site.addsitedir({folder!r})" for folder in site.getsitepackages()]
     (packages / "outer.pth").write_text("\n".join([*outer, str(REPO)]) + "\n")
-    for command, module in (("pip", "pip"), ("sglang-core", "sglang_core")):
-        run = "from sglang_core.cli.main import main; import sys; sys.exit(main())" if module == "sglang_core" else ""
+    mains = {"pip": "", "sglang-core": "sglang_core.cli.main", "sglang-conformance": "sglang_conformance.cli"}
+    for command, module in mains.items():
+        run = f"from {module} import main; import sys; sys.exit(main())" if module else ""
         script = env_dir / "bin" / command
         script.write_text(
-            f'#!/bin/sh\nexec "{env_dir}/bin/python" ' + (f'-c "{run}" "$@"\n' if run else f'-m {module} "$@"\n')
+            f'#!/bin/sh\nexec "{env_dir}/bin/python" ' + (f'-c "{run}" "$@"\n' if run else f'-m {command} "$@"\n')
         )
         script.chmod(0o755)
     pip = {"PIP_NO_BUILD_ISOLATION": "0", "PIP_NO_DEPS": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
@@ -66,6 +67,11 @@ def test_the_guide_runs_as_written(shell: dict[str, str], tmp_path: Path) -> Non
             where = Path((tmp_path / "where").read_text().strip())
             outputs[body] = done.stdout
     devices, first, explained = (out for body, out in outputs.items() if "sglang-core" in body and "mkdir" not in body)
+    judged, published = (out for body, out in outputs.items() if "sglang-conformance" in body)
+    assert re.search(r"act\.gated\W+\d+\W+acme", judged)
+    assert "; conformant" in published
+    assert {file.suffix for file in where.glob("dist/*")} == {".whl"}
+    assert (where / "report.html").is_file()
     assert re.search(r"acme:0\s+acme/v1\s+Acme One", devices)
     assert "Paris" in first
     assert re.search(r"act\.gated.*acme", explained)

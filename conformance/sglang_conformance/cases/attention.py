@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -10,8 +10,10 @@ from torch import Tensor
 
 from sglang_conformance.case import Case, Outputs, Profile, add
 from sglang_conformance.env import Env
+from sglang_core.backend.kv_dtypes import KV_DTYPES
 from sglang_core.backend.pool import Pool, PoolSpec
 from sglang_core.ops.attention import AttnBatch, AttnSpec
+from sglang_core.ops.tree_mask import tree_mask_of
 
 LAYER, NUM_LAYERS = 1, 2
 Reqs = list[tuple[int, int]]  # (prefix, extend) each
@@ -34,7 +36,7 @@ class Step:
 def make_step(
     env: Env, spec: AttnSpec, reqs: Reqs, page_size: int, *, padding: int = 0, kind: Literal["full", "mla"] = "full"
 ) -> Step:
-    """`padding` more reqs and tokens than there are, as in a bucket."""
+    """`padding` more reqs and tokens than there are, as in a bucket. With `spec.tree` a req's new tokens are a binary tree."""
     lens = [prefix + extend for prefix, extend in reqs]
     counts = [-(-n // page_size) for n in lens]
     pool_spec = PoolSpec(
@@ -44,17 +46,22 @@ def make_step(
         num_kv_heads=spec.num_kv_heads,
         head_dim=spec.head_dim,
         v_head_dim=spec.v_head_dim,
-        dtype=env.dtype,
+        dtype=KV_DTYPES.get(spec.kv_dtype, env.dtype),
     )
     pool = env.pool(pool_spec, sum(counts) + 1)
+    if pool_spec.scaling == "static":
+        k_scale, v_scale = (env.integers(8, 100, spec.num_kv_heads).float() / 4096 for _ in range(2))
+        pool.set_scales(LAYER, k_scale, v_scale)
     table = torch.zeros(len(reqs) + padding, max(counts) + padding, dtype=torch.int32)
     slots = []
     for r, pages in enumerate((env.permutation(sum(counts)) + 1).split(counts)):
         table[r, : len(pages)] = pages
         slots.append((pages[:, None] * page_size + torch.arange(page_size, dtype=torch.int32)).flatten()[: lens[r]])
-    for (prefix, _), own in zip(reqs, slots, strict=True):
+    for r, ((prefix, _), own) in enumerate(zip(reqs, slots, strict=True)):
         k, v = new_kv(env, spec, prefix)
         pool.scatter(LAYER, env.place(own[:prefix]), k, v)
+        if spec.window is not None:  # the core has let go of pages before it: the table names scratch there
+            table[r, : max(0, prefix - spec.window) // page_size] = 0
     extends = torch.tensor([0] + [extend for _, extend in reqs] + [0] * padding)
     total = int(extends.sum())
     new_slots = [own[prefix:] for (prefix, _), own in zip(reqs, slots, strict=True)]
@@ -71,8 +78,15 @@ def make_step(
         num_pages=table.shape[1],
         page_size=page_size,
         static=padding > 0,
+        tree_mask_cpu=_binary_trees(extends[1:].tolist(), padding) if spec.tree else None,
     )
     return Step(batch=batch, pool=pool, slots=slots)
+
+
+def _binary_trees(sizes: list[int], padding: int) -> Tensor:
+    """int32[T, W]; the children of token i are 2i + 1 and 2i + 2."""
+    mask = tree_mask_of([[(i - 1) // 2 if i else -1 for i in range(size)] for size in sizes])
+    return torch.cat([mask, mask.new_zeros(padding, mask.shape[1])])
 
 
 def new_kv(env: Env, spec: AttnSpec, tokens: int) -> tuple[Tensor, Tensor]:
@@ -102,6 +116,27 @@ def paged(
     return {"o": first, "o, with lse": o, "lse": lse, "pool_k": pool_k, "pool_v": pool_v}
 
 
+def cross(env: Env, lens: Reqs, kv_dtype: str = "auto") -> Outputs:
+    """lens: (keys of an encoder, queries) each."""
+    spec = spec_of(causal=False, cross=True, kv_dtype=kv_dtype)
+    ops = env.paged_ops(spec, 16)
+    step = make_step(env, spec, [(keys, 0) for keys, _ in lens], 16)
+    queries = torch.tensor([0] + [n for _, n in lens])
+    total = int(queries.sum())
+    batch = replace(
+        step.batch,
+        cu_extend_cpu=queries.cumsum(0).to(torch.int32),
+        slot_mapping_cpu=torch.zeros(total, dtype=torch.int32),
+        num_tokens=total,
+        max_extend=int(queries.max()),
+    )
+    plan = ops["attn.plan"](spec, batch, env.device)
+    q = env.normal(total, spec.num_heads, spec.head_dim)
+    o, lse = ops["attn.paged"](q, None, None, step.pool, LAYER, spec, plan, lse=True)
+    scratch = torch.arange(16, dtype=torch.int32)
+    return {"o": o, "lse": lse, "scratch": step.pool.gather(LAYER, env.place(scratch))[0]}
+
+
 def write(env: Env) -> Outputs:
     """Every slot that is written, and none of its neighbours."""
     spec = spec_of()
@@ -120,9 +155,14 @@ DECODE: Reqs = [(99, 1), (0, 1), (15, 1), (16, 1), (700, 1)]
 PREFILL: Reqs = [(0, 40), (0, 1), (0, 150)]
 CHUNK: Reqs = [(256, 64), (30, 100)]
 MIXED: Reqs = [(63, 1), (0, 70), (300, 1), (90, 33), (5, 2)]
+TREES: Reqs = [(63, 7), (0, 40), (300, 1), (90, 33), (5, 2)]
+CROSS: Reqs = [(50, 1), (1, 20), (0, 2), (300, 130)]
+CAPPED = {"soft_cap": 2.0, "has_sinks": True}
 
 
-def add_paged(name: str, reqs: Reqs, spec: AttnSpec | None = None, *, profile: Profile = "core", **more: Any) -> None:
+def add_paged(
+    name: str, reqs: Reqs, spec: AttnSpec | None = None, *, profile: Profile = "core", full: bool = False, **more: Any
+) -> None:
     add(
         Case(
             op="attn.paged",
@@ -131,6 +171,7 @@ def add_paged(name: str, reqs: Reqs, spec: AttnSpec | None = None, *, profile: P
             profile=profile,
             exact=("pool_k", "pool_v"),
             covers=("attn.plan", "kv.write"),
+            full=full,
         )
     )
 
@@ -158,8 +199,21 @@ add_paged("soft cap", MIXED, spec_of(soft_cap=2.0), profile="soft_cap")
 add_paged("soft cap and window", MIXED, spec_of(soft_cap=2.0, window=33), profile="soft_cap")
 add_paged("sinks", MIXED, spec_of(has_sinks=True), profile="sinks")
 add_paged("sinks and window", MIXED, spec_of(has_sinks=True, window=40), profile="sinks")
+add_paged("tree", TREES, spec_of(tree=True), profile="tree")
+add_paged("tree, window, soft cap and sinks", TREES, spec_of(tree=True, window=3, **CAPPED), profile="tree")
+add_paged("padded tree", TREES, spec_of(tree=True, window=20), padding=3, profile="tree")
+add_paged("bfloat16 keys", MIXED, spec_of(kv_dtype="bfloat16"), profile="kv_half")
+add_paged("float16 keys", MIXED, spec_of(kv_dtype="float16"), profile="kv_half")
+for name in ("fp8_e4m3", "int8"):
+    profile: Profile = "kv_fp8" if name == "fp8_e4m3" else "kv_int8"
+    add_paged(f"{name} keys", MIXED, spec_of(kv_dtype=name), profile=profile)
+    add_paged(
+        f"{name} keys, window and soft cap", MIXED, spec_of(kv_dtype=name, window=33, soft_cap=2.0), profile=profile
+    )
+    add_paged(f"{name} keys, padded decode", DECODE, spec_of(kv_dtype=name), padding=3, profile=profile)
 add_paged("padded decode", DECODE, padding=3, profile="buckets")
 add_paged("padded mixed", MIXED, padding=5, profile="buckets")
+add(Case(op="attn.paged", name="cross", run=lambda env: cross(env, CROSS), profile="cross", exact=("scratch",)))
 add(Case(op="kv.write", name="slots", run=write, exact=("k0", "v0", "k1", "v1")))
 
 

@@ -11,8 +11,10 @@ from sglang_conformance.env import Env
 from sglang_core.backend.kernel import OpSite
 
 
-def linear(env: Env, rows: int, width: int, out: int, *, bias: bool = False, mean: float = 0.0) -> Outputs:
-    facts: dict[str, Any] = {"fmt": "dense", "dims": {"in": width, "out": out}}
+def linear(
+    env: Env, rows: int, width: int, out: int, *, bias: bool = False, mean: float = 0.0, fmt: str = "dense"
+) -> Outputs:
+    facts: dict[str, Any] = {"fmt": fmt, "dims": {"in": width, "out": out}}
     op = env.op("gemm.linear", **facts)
     site = OpSite(op="gemm.linear", layer="Conformance", dtype=str(env.dtype).removeprefix("torch."), **facts)
     w = env.weight(out, width, site)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import torch
 
 from sglang_conformance.case import Case, Outputs, Profile, add
-from sglang_conformance.cases.attention import CHUNK, DECODE, LAYER, MIXED, NUM_LAYERS, PREFILL, Reqs, make_step
+from sglang_conformance.cases.attention import CHUNK, DECODE, LAYER, MIXED, NUM_LAYERS, PREFILL, TREES, Reqs, make_step
 from sglang_conformance.env import Env
 from sglang_core.ops.attention import AttnSpec
 from sglang_core.ops.mla import MLASpec
@@ -13,13 +16,14 @@ from sglang_core.ops.mla import MLASpec
 COVERS = ("attn.mla_plan", "kv.write_mla")
 
 
-def spec_of(heads: int = 8, rank: int = 64, rope: int = 32, scale: float = 0.15) -> MLASpec:
-    return MLASpec(num_heads=heads, rank=rank, nope_dim=32, rope_dim=rope, v_head_dim=32, scale=scale)
+def spec_of(heads: int = 8, rank: int = 64, rope: int = 32, scale: float = 0.15, **more: Any) -> MLASpec:
+    return MLASpec(num_heads=heads, rank=rank, nope_dim=32, rope_dim=rope, v_head_dim=32, scale=scale, **more)
 
 
 def stored(spec: MLASpec) -> AttnSpec:
     """What a pool of latents looks like: keys of `rank` dims and values of `rope_dim`, of one head."""
-    return AttnSpec(num_heads=1, num_kv_heads=1, head_dim=spec.rank, v_head_dim=spec.rope_dim, scale=1.0)
+    like = AttnSpec(num_heads=1, num_kv_heads=1, head_dim=spec.rank, v_head_dim=spec.rope_dim, scale=1.0)
+    return replace(like, kv_dtype=spec.kv_dtype, tree=spec.tree)
 
 
 def latent(
@@ -91,6 +95,9 @@ add_latent("large scores", MIXED, spec_of(scale=20.0))
 add_latent("page of 64", MIXED, page_size=64)
 add_latent("page of 1", MIXED, profile="odd_sizes", page_size=1)
 add_latent("odd sizes", MIXED, spec_of(3, 24, 8), profile="odd_sizes")
+add_latent("tree", TREES, spec_of(tree=True), profile="tree")
+add_latent("fp8_e4m3 latents", MIXED, spec_of(kv_dtype="fp8_e4m3"), profile="kv_fp8")
+add_latent("int8 latents", MIXED, spec_of(kv_dtype="int8"), profile="kv_int8")
 add_latent("padded decode", DECODE, padding=3, profile="buckets")
 add_latent("padded mixed", MIXED, padding=5, profile="buckets")
 add(Case(op="kv.write_mla", name="slots", run=write, exact=("c0", "pe0", "c1", "pe1")))

@@ -61,9 +61,11 @@ for name, spec in ROUTES.items():
 add(Case(op="moe.route", name="equal scores", run=equal_scores))
 
 
-def grouped(env: Env, sizes: tuple[int, ...], width: int, out: int, *, bias: bool = False, past: int = 0) -> Outputs:
+def grouped(
+    env: Env, sizes: tuple[int, ...], width: int, out: int, *, bias: bool = False, past: int = 0, fmt: str = "dense"
+) -> Outputs:
     """`past` rows belong to no group."""
-    facts: dict[str, Any] = {"fmt": "dense", "dims": {"X": len(sizes), "in": width, "out": out}}
+    facts: dict[str, Any] = {"fmt": fmt, "dims": {"X": len(sizes), "in": width, "out": out}}
     op = env.op("gemm.grouped", **facts)
     w = env.experts(len(sizes), out, width, site(env, "gemm.grouped", facts))
     group_sizes = env.place(torch.tensor(sizes, dtype=torch.int32))
@@ -109,11 +111,12 @@ def fused(
     width: int = 96,
     bias: bool = False,
     remote: bool = False,
+    fmt: str = "dense",
 ) -> Outputs:
     """Each token's experts are distinct. `remote`: every third expert is another rank's, and the rest are stored backwards."""
     local = [e for e in range(num_experts) if not (remote and e % 3 == 0)]
     dims = {"X": len(local), "K": k, "M": hidden, "F": width}
-    facts: dict[str, Any] = {"fmt": "dense", "spec": act, "dims": dims}
+    facts: dict[str, Any] = {"fmt": fmt, "spec": act, "dims": dims}
     op, at = env.op("moe.fused", **facts), site(env, "moe.fused", facts)
     w13, w2 = (env.experts(len(local), *shape, at) for shape in ((2 * width, hidden), (hidden, width)))
     ids = torch.stack([env.permutation(num_experts)[:k] for _ in range(rows)]) if rows else torch.zeros(0, k)

@@ -14,4 +14,4 @@ class AcmeBackend(TorchBackend):
         return [Kernel("act.gated", fn="acme.activation:gated", device=("acme",))]
 
     def claims(self, ctx: KernelContext) -> Claims:
-        return Claims.native(["act.gated"])
+        return Claims.native(["act.gated"], profiles=("base",))
