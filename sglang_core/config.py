@@ -58,6 +58,11 @@ class ModelConfigArgs:
     load_format: str = setting(
         "auto", "checkpoint format; dummy means random weights", common=True, choices=("auto", "safetensors", "dummy")
     )
+    quantization: str | None = setting(
+        None,
+        "fp8, int8 or int4: quantise linear layers and experts of a float checkpoint as it is read; a checkpoint that is "
+        "quantised needs no flag",
+    )
     revision: str | None = setting(None, "hub revision")
     trust_remote_code: bool = setting(False, "allow code from the checkpoint to run in tokenizer and config")
     skip_tokenizer_init: bool = setting(False, "serve token ids only")
@@ -76,6 +81,12 @@ class DeviceArgs:
         "auto",
         "what to do where a claimed kernel refuses: auto is error for attention, GEMM and MoE and warn for the rest",
         choices=("auto", "error", "warn", "allow"),
+    )
+    quant_fallback: str = setting(
+        "auto",
+        "what to do where no kernel takes a weight format: dequantize at load, run the op's body on packed weights "
+        "(reference), or error; auto dequantizes where a kernel takes dense weights, else reference",
+        choices=("auto", "dequantize", "reference", "error"),
     )
     deterministic: bool = setting(False, "only batch-invariant kernels, one variant an op")
     verify_kernels: float = setting(0.0, "share of live steps re-run on the reference bodies", low=0.0, high=1.0)
@@ -96,7 +107,10 @@ class CacheArgs:
     disable_radix_cache: bool = setting(False, "no prefix reuse between requests", common=True)
     radix_eviction_policy: str = setting("lru", "which unpinned pages leave first", choices=("lru",))
     kv_cache_dtype: str = setting(
-        "auto", "precision of cached keys and values", choices=("auto", "float32", "bfloat16", "float16")
+        "auto",
+        "precision of cached keys and values; auto is the checkpoint's, else that of activations",
+        common=True,
+        choices=("auto", "float32", "bfloat16", "bf16", "float16", "fp16", "fp8_e4m3", "int8"),
     )
 
 
@@ -128,6 +142,27 @@ class ParallelArgs:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class LoraArgs:
+    """LoRA adapters, many in one batch."""
+
+    enable_lora: bool = setting(False, "keep room for LoRA adapters; --lora-paths implies it", common=True)
+    lora_paths: tuple[str, ...] = setting(
+        (), "NAME=PATH or PATH: adapters to serve from the start; folders, hub ids or demo:capitals", common=True
+    )
+    max_loras_per_batch: int = setting(8, "adapters on the device, so in a batch, at most", common=True, low=1)
+    max_lora_rank: int | None = setting(None, "largest rank; that of --lora-paths by default", common=True, low=1)
+    lora_target_modules: tuple[str, ...] = setting(
+        (),
+        "modules that adapters may target (q_proj ...; all: every linear layer; embed_tokens and lm_head are named apart); "
+        "those of --lora-paths by default",
+        common=True,
+    )
+    max_loaded_loras: int | None = setting(
+        None, "adapters in host memory at most; the least recently used leave, and are read again when asked for", low=1
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ServerArgs:
     """HTTP and its doors."""
 
@@ -154,6 +189,7 @@ class EngineConfig:
     cache: CacheArgs = field(default_factory=CacheArgs)
     schedule: ScheduleArgs = field(default_factory=ScheduleArgs)
     parallel: ParallelArgs = field(default_factory=ParallelArgs)
+    lora: LoraArgs = field(default_factory=LoraArgs)
     server: ServerArgs = field(default_factory=ServerArgs)
     in_process: bool = False
 
@@ -184,6 +220,7 @@ _BRANCHES: Mapping[str, Any] = {
     "cache": CacheArgs,
     "schedule": ScheduleArgs,
     "parallel": ParallelArgs,
+    "lora": LoraArgs,
     "server": ServerArgs,
 }
 
@@ -211,6 +248,8 @@ def _checked(name: str, value: Any, spec: dataclasses.Field[Any]) -> Any:
     if value is None and optional:
         return None
     if repeated:
+        if isinstance(value, Mapping):
+            value = [f"{key}={each}" for key, each in value.items()]
         values = (value,) if isinstance(value, str) else tuple(value)
         return tuple(_scalar(name, v, kind, spec) for v in values)
     return _scalar(name, value, kind, spec)

@@ -9,8 +9,34 @@ from typing import Any, Literal
 
 import msgspec
 
-PoolGroup = str  # pages, page tables and radix nodes are keyed by pool group: "full", later "window", "state", ...
+PoolGroup = str  # pages, page tables and radix nodes are keyed by pool group
 FULL: PoolGroup = "full"
+STATE: PoolGroup = "state"
+CROSS: PoolGroup = "cross"
+
+
+def window_group(window: int) -> PoolGroup:
+    """The group of all layers that see `window` tokens: layers with another window let go of other pages."""
+    return f"window-{window}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GroupSpec:
+    """What scheduler and prefix tree must know of a pool group: for how long its pages are of use.
+
+    full: a page of tokens is read as long as the req runs. windowed: only while one of its tokens is among the last `window`.
+    state: a page is one state, of all tokens up to one position. cross: pages of an encoder's output, written once.
+    """
+
+    name: PoolGroup
+    kind: Literal["full", "windowed", "state", "cross"] = "full"
+    window: int | None = None
+
+    def __post_init__(self) -> None:
+        assert (self.kind == "windowed") == (self.window is not None), f"{self.kind} with window={self.window}"
+
+
+FULL_GROUP = GroupSpec(name=FULL)
 
 GREEDY_TEMPERATURE = 1e-5  # below it a temperature means argmax
 
@@ -93,12 +119,14 @@ class Req:
     arrival: float = 0.0  # scheduler clock, seconds
     eos_ids: frozenset[int] = frozenset()
     holds: set[str] = field(default_factory=set)  # reasons it may not start yet: grammar, adapter, encoder, kv_transfer
+    adapter: str = ""  # key (name@version) of its LoRA adapter; "" for none
 
     status: ReqStatus = ReqStatus.WAITING
     output_ids: list[int] = field(default_factory=list)
     num_in_flight: int = 0  # output tokens being computed whose ids the host does not know yet
     slot: int = -1  # row in the per-req device tables while running
-    pages: dict[PoolGroup, list[int]] = field(default_factory=dict)  # in position order, group by group
+    adapter_slot: int = -1  # where its adapter is on the device while it runs
+    pages: dict[PoolGroup, list[int]] = field(default_factory=dict)  # in position order, 0 where it needs none any more
     committed_len: int = 0
     reserved_len: int = 0
     cached_len: int = 0  # tokens whose pages the radix tree owns and `node` pins
@@ -108,7 +136,15 @@ class Req:
     max_len: int = 0  # tokens it may hold in all: prompt and outputs, within context length and pool; set on arrival
     stop_ids: frozenset[int] = frozenset()  # eos_ids unless ignored, and sampling.stop_token_ids; set on arrival
     seed: int = 0  # of its sampling, resolved on arrival so that a retraction does not change it
-    sent_pages: int = 0  # page-table columns that the runner has right
+    sent_pages: dict[PoolGroup, int] = field(default_factory=dict)  # page-table columns that the runner has right
+    quota: dict[PoolGroup, int] = field(default_factory=dict)  # of bounded groups: pages that it may hold at once
+    first_pages: dict[PoolGroup, int] = field(default_factory=dict)  # of windowed groups: columns before it are behind
+    held_tail: dict[PoolGroup, list[int]] = field(default_factory=dict)  # loose pages that it pins at the end of `node`
+    states: Any = None  # its recurrent states; only the scheduler looks inside
+    encoder_len: int = 0  # tokens of an encoder's output that it attends to
+    encoder_key: str = ""  # their content: equal keys have equal keys and values
+    encoder_pages: list[int] = field(default_factory=list)  # where they are while it runs
+    encoder_is_new: bool = False  # nobody wrote them before
     finish_reason: FinishReason | None = None
     abort_requested: bool = False
 
@@ -143,9 +179,20 @@ class SlotInit(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     history: list[int] = []  # known tokens, sent only where penalties need them
     stop_ids: list[int] = []  # masked until min_new_tokens
     logprob: LogprobParams | None = None
+    adapter: int = -1  # slot of its adapter, -1 for none
+    encoder_len: int = 0  # tokens of an encoder's output that it attends to
+    encoder_pages: list[int] = []  # where their keys and values are
+    encoder_is_new: bool = False  # they are to be written before this step attends to them
 
 
-class StepPlan(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class AdapterWrite(msgspec.Struct, frozen=True, kw_only=True):
+    """An adapter enters a slot on the device, in place of what was there, before the step that this comes with."""
+
+    slot: int
+    adapter: str  # key, name@version
+
+
+class StepPlan(msgspec.Struct, frozen=True, kw_only=True, tag=True, omit_defaults=True):
     """One step in host integers: what rank 0's scheduler decides and every rank's runner executes.
 
     Lists are per req in batch order, R long, unless said otherwise. The runner keeps each slot's page table;
@@ -159,9 +206,13 @@ class StepPlan(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     extend_lens: list[int]
     token_ids: list[int]  # [T] packed; -1 where the id is still on the device, in next_token_ids[slot]
     sample: list[bool]  # whether this step ends with a sampled token for the req (not a middle chunk)
-    page_starts: list[int]  # page-table column at which new_pages begins
-    new_pages: dict[PoolGroup, list[list[int]]]
+    page_starts: dict[PoolGroup, list[int]]  # page-table column at which new_pages begins
+    new_pages: dict[PoolGroup, list[list[int]]]  # 0 where a windowed group's page is gone: never read
     inits: list[SlotInit] = []
+    adapter_writes: list[AdapterWrite] = []
+    # Slots of the state pool, [] where the model has none: each row's state before this step (0: none yet), and after it.
+    state_reads: list[int] = []
+    state_writes: list[int] = []
     # First position in each extend whose input logprob is wanted, -1 for none; [] if no req wants any. Its hidden state, that
     # of the position before, is in the extend too (but for position 0, which has no distribution).
     logprob_starts: list[int] = []
@@ -204,6 +255,7 @@ class AddReq(msgspec.Struct, frozen=True, kw_only=True, tag=True, omit_defaults=
     logprob: LogprobParams | None = None
     salt: str = ""
     priority: int = 0
+    adapter: str = ""  # name of its LoRA adapter
 
 
 class AbortReq(msgspec.Struct, frozen=True, tag=True):
@@ -218,11 +270,20 @@ class FinishReqAt(msgspec.Struct, frozen=True, tag=True):
     matched: str
 
 
+class AdapterSource(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """An adapter to load, or by its name one to unload."""
+
+    name: str
+    path: str = ""
+    pinned: bool = False
+
+
 class Control(msgspec.Struct, frozen=True, kw_only=True, tag=True, omit_defaults=True):
     """A question to the engine, answered by one ControlReply with the same id."""
 
     id: int
-    action: Literal["flush_cache", "stats", "info", "shutdown"]
+    action: Literal["flush_cache", "stats", "info", "load_adapter", "unload_adapter", "shutdown"]
+    adapter: AdapterSource | None = None  # of the two actions on adapters
 
 
 class ControlReply(msgspec.Struct, frozen=True, kw_only=True, tag=True, omit_defaults=True):
@@ -256,6 +317,19 @@ class EngineFailed(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     detail: str = ""
 
 
+class LoadAdapter(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Rank 0 to the others: read this adapter into host memory, beside the steps. A plan may name it from now on."""
+
+    key: str
+    path: str
+
+
+class DropAdapter(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Rank 0 to the others: no plan names this adapter any more until it is loaded again."""
+
+    key: str
+
+
 class OutputBatch(msgspec.Struct, frozen=True, kw_only=True, tag=True, omit_defaults=True):
     """Every req's news from one step, with the engine's gauges."""
 
@@ -264,6 +338,7 @@ class OutputBatch(msgspec.Struct, frozen=True, kw_only=True, tag=True, omit_defa
 
 
 ToEngine = AddReq | AbortReq | FinishReqAt | Control
+ToFollower = StepPlan | LoadAdapter | DropAdapter
 FromEngine = OutputBatch | ControlReply | EngineReady | EngineFailed
 
 Stats = Mapping[str, float]

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from sglang_core.backend.claims import Claim as Claim
     from sglang_core.backend.claims import Claims as Claims
     from sglang_core.backend.claims import Support as Support
+    from sglang_core.backend.claims import Waiver as Waiver
     from sglang_core.backend.communicator import Communicator as Communicator
     from sglang_core.backend.communicator import LocalCommunicator as LocalCommunicator
     from sglang_core.backend.communicator import TorchCommunicator as TorchCommunicator
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from sglang_core.backend.kernel import SelectionContext as SelectionContext
     from sglang_core.backend.pool import Pool as Pool
     from sglang_core.backend.pool import PoolSpec as PoolSpec
+    from sglang_core.backend.state_pool import StatePool as StatePool
+    from sglang_core.backend.state_pool import StatePoolSpec as StatePoolSpec
     from sglang_core.backend.torch_backend import TorchBackend as TorchBackend
     from sglang_core.backend.torch_runtime import HostStream as HostStream
     from sglang_core.backend.torch_runtime import TorchRuntime as TorchRuntime
@@ -42,7 +45,7 @@ if TYPE_CHECKING:
     from sglang_core.errors import WeightError as WeightError
 
 _HOME = {  # module -> the names it defines
-    "backend.claims": ("Claim", "Claims", "Support"),
+    "backend.claims": ("Claim", "Claims", "Support", "Waiver"),
     "backend.communicator": ("Communicator", "LocalCommunicator", "TorchCommunicator"),
     "backend.hookspecs": ("hookimpl",),
     "backend.interface": (
@@ -59,6 +62,7 @@ _HOME = {  # module -> the names it defines
     ),
     "backend.kernel": ("Kernel", "OpSite", "SelectionContext"),
     "backend.pool": ("Pool", "PoolSpec"),
+    "backend.state_pool": ("StatePool", "StatePoolSpec"),
     "backend.torch_backend": ("TorchBackend",),
     "backend.torch_runtime": ("HostStream", "TorchRuntime"),
     "backend.version": ("API_VERSION",),

@@ -30,7 +30,7 @@ def render() -> str:
         lines.append("")
     lines.append("[ops]")
     ops = importlib.import_module("sglang_core.ops").OPS
-    lines += [f"{name}{_signature(ops[name].body)}" for name in sorted(ops)]
+    lines += [f"{name}{signature(ops[name].body)}" for name in sorted(ops)]
     return "\n".join(lines) + "\n"
 
 
@@ -47,7 +47,7 @@ def _describe(value: Any) -> Iterator[str]:
     elif isinstance(value, type):
         yield from _describe_class(value)
     elif callable(value) and hasattr(value, "__code__"):
-        yield _signature(value)
+        yield signature(value)
     elif isinstance(value, str):
         yield f" = {value!r}"
     else:
@@ -58,7 +58,7 @@ def _describe_class(cls: type) -> Iterator[str]:
     bases = ", ".join(base.__name__ for base in cls.__bases__ if base is not object)
     yield f": class({bases})"
     if any(base.__name__ == "Layer" for base in cls.__mro__[1:]):  # used by model files, not derived from
-        yield from (f".{name}{_signature(getattr(cls, name))}" for name in ("__init__", "forward"))
+        yield from (f".{name}{signature(getattr(cls, name))}" for name in ("__init__", "forward"))
         return
     if dataclasses.is_dataclass(cls):
         for f in dataclasses.fields(cls):
@@ -68,17 +68,17 @@ def _describe_class(cls: type) -> Iterator[str]:
             if not name.startswith("_"):
                 yield f".{name}: {_annotation(annotation)}"
         if "__init__" in vars(cls) and not getattr(cls, "_is_protocol", False):
-            yield f".__init__{_signature(vars(cls)['__init__'])}"
+            yield f".__init__{signature(vars(cls)['__init__'])}"
     for name, member in sorted(vars(cls).items()):
         if name.startswith("_"):
             continue
         if isinstance(member, property):
             assert member.fget is not None
-            yield f".{name}: property{_signature(member.fget)}"
+            yield f".{name}: property{signature(member.fget)}"
         elif isinstance(member, (classmethod, staticmethod)):
-            yield f".{name}: {type(member).__name__}{_signature(member.__func__)}"
+            yield f".{name}: {type(member).__name__}{signature(member.__func__)}"
         elif inspect.isfunction(member):
-            yield f".{name}{_signature(member)}{' abstract' if name in getattr(cls, '__abstractmethods__', ()) else ''}"
+            yield f".{name}{signature(member)}{' abstract' if name in getattr(cls, '__abstractmethods__', ()) else ''}"
 
 
 def _default(f: dataclasses.Field[Any]) -> str:
@@ -89,7 +89,7 @@ def _default(f: dataclasses.Field[Any]) -> str:
     )
 
 
-def _signature(function: Any) -> str:
+def signature(function: Any) -> str:
     """Like inspect.signature, with annotations as they are written, the same on every Python."""
     signature = inspect.signature(function)
     parts: list[str] = []

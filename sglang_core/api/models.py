@@ -5,6 +5,7 @@ from __future__ import annotations
 from sglang_core.layers.attention import Attention
 from sglang_core.layers.build import BuildContext, Layer, WeightSpec
 from sglang_core.layers.causal_lm import CausalLM
+from sglang_core.layers.decoder import Decoder
 from sglang_core.layers.embedding import Embedding, LMHead
 from sglang_core.layers.forward_batch import ForwardBatch, StepState
 from sglang_core.layers.linear import ColumnLinear, GateUpLinear, Linear, QKVLinear, RowLinear
@@ -18,6 +19,7 @@ __all__ = [
     "Attention",
     "BuildContext",
     "CausalLM",
+    "Decoder",
     "ColumnLinear",
     "Embedding",
     "ForwardBatch",

@@ -9,18 +9,24 @@ from sglang_core.ops import OPS, OpDef, op
 from sglang_core.ops.activation import GateKind
 from sglang_core.ops.attention import AttnBatch, AttnSpec, Plan
 from sglang_core.ops.attention_plan import PlanStatic, Tiles
+from sglang_core.ops.formats import Fmt
+from sglang_core.ops.lora import ExpertAdapters
 from sglang_core.ops.mla import MLASpec
 from sglang_core.ops.moe import ExpertSpec, RouteSpec
 from sglang_core.ops.rope import RopeSpec
 from sglang_core.ops.sampling import SampleParams
+from sglang_core.ops.ssm_plan import GatedDeltaSpec, StateBatch, StatePlan, StatePlanStatic
 from sglang_core.ops.weight import PackedWeight
 
 __all__ = [
     "OPS",
     "AttnBatch",
     "AttnSpec",
+    "ExpertAdapters",
     "ExpertSpec",
+    "Fmt",
     "GateKind",
+    "GatedDeltaSpec",
     "MLASpec",
     "OpDef",
     "PackedWeight",
@@ -29,6 +35,9 @@ __all__ = [
     "RopeSpec",
     "RouteSpec",
     "SampleParams",
+    "StateBatch",
+    "StatePlan",
+    "StatePlanStatic",
     "Tiles",
     "op",
 ]

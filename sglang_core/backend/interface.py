@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # torch is heavy, and a plugin is probed without it
 
     from sglang_core.backend.communicator import Communicator
     from sglang_core.backend.pool import Pool, PoolSpec
+    from sglang_core.backend.state_pool import StatePool, StatePoolSpec
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -129,6 +130,10 @@ class DeviceRuntime(ABC):
     @abstractmethod
     def alloc_pool(self, spec: PoolSpec, num_pages: int) -> Pool:
         """The backend owns the bytes, the core owns the page ids."""
+
+    @abstractmethod
+    def alloc_state_pool(self, spec: StatePoolSpec, num_slots: int) -> StatePool:
+        """The same for recurrent states, a slot each."""
 
     @abstractmethod
     def communicator(self, ranks: Sequence[int], rank: int, store: Any) -> Communicator:

@@ -69,7 +69,7 @@ def _offer_in(
     accepted = True
     for site, mine in zip(sites, kernels, strict=True):
         offer, why_not = site_offer([judge(kernel, context(site, layout)) for kernel in mine])
-        if offer is not None and offers and offers[0] is None and site.op.endswith(".plan"):
+        if offer is not None and offers and offers[0] is None and site.op.endswith("plan"):
             reason = f"a plan is private to its own {sites[0].op}, and it brings none that runs here"
             offer, why_not = None, (*why_not, (kernel_title(mine[0]), reason))
         accepted = accepted and (offer is not None or not mine)

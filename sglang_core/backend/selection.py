@@ -32,6 +32,8 @@ class OpLike(Protocol):
     @property
     def strict(self) -> bool: ...
     @property
+    def host(self) -> bool: ...
+    @property
     def parts(self) -> Mapping[str, str]: ...
     def decompose(self, bind: Callable[[str], Callable[..., Any]]) -> Callable[..., Any]: ...
 
@@ -49,6 +51,7 @@ class BoundOp:
     fallback: bool = False
     pack: Callable[..., Any] | None = None
     unpack: Callable[..., Any] | None = None
+    dequantized: bool = False  # `fn` takes dense weights: the layer dequantises those of `site.fmt` as they load
 
 
 Instrument = Callable[[BoundOp], BoundOp]  # puts something around `fn`, as a profiler's clock
@@ -66,6 +69,7 @@ class ExplainRow:
     why: str
     refused: Refusals
     fallback: bool
+    dequantized: bool = False  # weights come in `fmt` and are dense in memory
     kernels: tuple[str, ...] = ()  # "module:function" of each variant; empty where the body runs
 
 
@@ -82,6 +86,7 @@ class OpTable:
         claims: Claims | None = None,
         overrides: Mapping[str, str] | None = None,
         fallback: str = "auto",
+        quant_fallback: str = "auto",
         deterministic: bool = False,
         page_size: int = 0,
         kv_layout: str = "auto",
@@ -89,14 +94,14 @@ class OpTable:
     ) -> None:
         """By default `kernels` are the backend's and every installed provider's, `claims` the backend's own.
 
-        `kv_layout` "auto" takes what the kernels prefer.
+        `kv_layout` "auto" takes what the kernels prefer. `quant_fallback` is the policy of `bind_weight`.
 
         Raises PluginError where a kernel or claim is malformed, KernelSelectionError where an override names an unknown.
         """
         ctx = KernelContext(device=device)
         self.device, self.backend, self.ops = device, backend, ops
         self.claims = backend.claims(ctx) if claims is None else claims
-        self.overrides, self.fallback = dict(overrides or {}), fallback
+        self.overrides, self.fallback, self.quant_fallback = dict(overrides or {}), fallback, quant_fallback
         self.deterministic, self.page_size, self.kv_layout = deterministic, page_size, kv_layout
         self._kernels: dict[str, dict[str, list[Kernel]]] = {}  # op -> provider -> its kernels
         for kernel in collect_kernels(backend, ctx, Providers()) if kernels is None else kernels:
@@ -118,6 +123,54 @@ class OpTable:
         Raises KernelSelectionError on a tie, a refused override, a fallback that is not allowed, and what is unsupported.
         """
         return self._memo((site,), None)[0]
+
+    def bind_weight(self, site: OpSite, *, dense_only: str = "", online: bool = False) -> BoundOp:
+        """Bind an op whose weights come in `site.fmt`. `dense_only` is why the layer needs them dense, where it does.
+
+        `online`: they are quantised while loading, for their size alone: "auto" then never dequantises what can run packed.
+
+        A kernel that takes the format comes first. Where there is none, `quant_fallback` decides: "dequantize" binds the site
+        for dense weights, and the layer dequantises its own as they load; "reference" runs the body on packed weights; "error"
+        raises KernelSelectionError. "auto" dequantises where the backend has a kernel for dense weights here, or cannot run
+        the format at all. A format that is claimed natively and refused is a fallback: then `--fallback` decides.
+        """
+        why = "" if site.fmt == "dense" else self._why_dequantize(site, dense_only, online)
+        if not why:
+            return self.bind(site)
+        key = ("dequantized", _site_key(site))
+        if key not in self._bound:
+            bound = replace(self._select((replace(site, fmt="dense"),), None)[0], site=site, dequantized=True)
+            bound = replace(bound, reason=f"{why}; with weights dequantised at load, {bound.reason}")
+            self._bound[key] = (bound if self._instrument is None else self._instrument(bound),)
+        return self._bound[key][0]
+
+    def _why_dequantize(self, site: OpSite, dense_only: str, online: bool) -> str:
+        """Why the weights of a site are dequantised at load; empty where they stay packed. Raises as `bind_weight`."""
+        asked_for_body = self.overrides.get(site.op) == REFERENCE
+        if not dense_only and (asked_for_body or self._takes(site)):
+            return ""
+        why = dense_only or f"no kernel of {self.backend.name!r} takes {site.fmt}"
+        match self.quant_fallback:
+            case "error":
+                raise KernelSelectionError(
+                    f"{_title(site)}: {why}; set --quant-fallback dequantize (dense weights take more memory) or reference "
+                    "(slow), or take a checkpoint in another format"
+                )
+            case "dequantize":
+                return why
+        if dense_only:
+            return why
+        support = self.claims.support(site.op, fmt=site.fmt, dtype=site.dtype)
+        if self.quant_fallback == "reference" or support is Support.NATIVE:
+            return ""
+        if support is Support.UNSUPPORTED:
+            return why
+        return why if not online and self._takes(replace(site, fmt="dense")) else ""
+
+    def _takes(self, site: OpSite) -> bool:
+        """Whether a kernel runs at a site."""
+        wanted = self.overrides.get(site.op)
+        return any(o.accepted and wanted in (None, o.provider) for o in self._offers((site,), CANONICAL))
 
     def bind_group(self, sites: Sequence[OpSite], *, pool: str = "full") -> dict[str, BoundOp]:
         """Bind ops that only work together, like attn.paged, attn.plan and kv.write on one pool: op -> BoundOp.
@@ -144,6 +197,7 @@ class OpTable:
                 why=b.reason,
                 refused=b.refused,
                 fallback=b.fallback,
+                dequantized=b.dequantized,
                 kernels=tuple(kernel.fn for kernel in b.kernels),
             )
             for group in self._bound.values()
@@ -156,7 +210,7 @@ class OpTable:
         return sum(b.fallback for group in self._bound.values() for b in group)
 
     def _memo(self, sites: tuple[OpSite, ...], pool: str | None) -> tuple[BoundOp, ...]:
-        key = (pool, *((s.op, s.layer, s.dtype, s.fmt, s.spec, tuple(sorted(s.dims.items()))) for s in sites))
+        key = (pool, *map(_site_key, sites))
         if key not in self._bound:
             bound = self._select(sites, pool)
             self._bound[key] = bound if self._instrument is None else tuple(map(self._instrument, bound))
@@ -339,6 +393,10 @@ def _unknown_op(op: str, ops: Mapping[str, OpLike]) -> str:
     return f"there is no op {op!r}" + (
         f"; did you mean {near[0]!r}?" if near else f"; the ops are {', '.join(sorted(ops))}"
     )
+
+
+def _site_key(site: OpSite) -> tuple[object, ...]:
+    return site.op, site.layer, site.dtype, site.fmt, site.spec, tuple(sorted(site.dims.items()))
 
 
 def _title(site: OpSite) -> str:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sglang_core.backend.interface import Bucket, RuntimeContext
 from sglang_core.backend.pool import Pool, PoolSpec
+from sglang_core.backend.state_pool import StatePool, StatePoolSpec
 from sglang_core.backend.strict_trace import StrictError, trace_step
 from sglang_core.backend.tensor_tree import leaves
 from sglang_core.backend.torch_runtime import TorchRuntime
@@ -53,6 +54,11 @@ class StrictRuntime(TorchRuntime):
     def alloc_pool(self, spec: PoolSpec, num_pages: int) -> Pool:
         pool = super().alloc_pool(spec, num_pages)
         pool.poison(range(num_pages))
+        return pool
+
+    def alloc_state_pool(self, spec: StatePoolSpec, num_slots: int) -> StatePool:
+        pool = super().alloc_state_pool(spec, num_slots)
+        pool.poison(range(num_slots))
         return pool
 
     def compile_step(

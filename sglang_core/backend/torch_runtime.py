@@ -15,6 +15,7 @@ import torch.distributed as dist
 from sglang_core.backend.communicator import Communicator, LocalCommunicator, TorchCommunicator
 from sglang_core.backend.interface import Bucket, DeviceRuntime, MemoryInfo, RuntimeContext
 from sglang_core.backend.pool import Pool, PoolSpec
+from sglang_core.backend.state_pool import StatePool, StatePoolSpec
 from sglang_core.errors import KernelSelectionError
 
 
@@ -67,13 +68,20 @@ class TorchRuntime(DeviceRuntime):
         return step
 
     def alloc_pool(self, spec: PoolSpec, num_pages: int) -> Pool:
-        if spec.layout != Pool.layout:
+        self._refuse_layout(spec.layout, Pool.layout)
+        return Pool(spec, num_pages, self.torch_device)
+
+    def alloc_state_pool(self, spec: StatePoolSpec, num_slots: int) -> StatePool:
+        self._refuse_layout(spec.layout, StatePool.layout)
+        return StatePool(spec, num_slots, self.torch_device)
+
+    def _refuse_layout(self, wanted: str, ours: str) -> None:
+        if wanted != ours:
             owner = self.infos[0].backend
             raise KernelSelectionError(
-                f"pool layout {spec.layout!r}: the runtime of {owner!r} makes {Pool.layout!r} only; its alloc_pool must make"
+                f"pool layout {wanted!r}: the runtime of {owner!r} makes {ours!r} only; its alloc_pool must make"
                 " every layout that its kernels list in kv_layouts"
             )
-        return Pool(spec, num_pages, self.torch_device)
 
     def communicator(self, ranks: Sequence[int], rank: int, store: Any) -> Communicator:
         if len(ranks) == 1:

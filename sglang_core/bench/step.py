@@ -6,12 +6,12 @@ import itertools
 import random
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from sglang_core.errors import ConfigError
-from sglang_core.types import FULL, ForwardMode, SamplingParams, SlotInit, StepPlan
+from sglang_core.types import FULL_GROUP, ForwardMode, GroupSpec, PoolGroup, SamplingParams, SlotInit, StepPlan
 
 if TYPE_CHECKING:
     from sglang_core.backend.selection import Instrument
@@ -82,10 +82,20 @@ class StepDriver:
     """Makes and runs plans of given shapes on a runner, greedy, every req with pages of its own."""
 
     def __init__(
-        self, runner: Runner, *, page_size: int, num_pages: int, vocab_size: int, max_running: int, context_length: int
+        self,
+        runner: Runner,
+        *,
+        page_size: int,
+        num_pages: Mapping[PoolGroup, int],
+        groups: Sequence[GroupSpec] = (FULL_GROUP,),
+        vocab_size: int,
+        max_running: int,
+        context_length: int,
     ) -> None:
         self._runner, self._page_size, self._vocab_size = runner, page_size, vocab_size
         self._num_pages, self._max_running, self._context_length = num_pages, max_running, context_length
+        self._paged = {group.name: group.window for group in groups if group.kind != "state"}
+        self._recurrent = any(group.kind == "state" for group in groups)
         self._steps = itertools.count()
         self._rng = random.Random(0)
 
@@ -97,6 +107,7 @@ class StepDriver:
             rank.runner,
             page_size=settled.cache.page_size,
             num_pages=rank.num_pages,
+            groups=[pool.spec.group_spec for pool in rank.state.pools.values()],
             vocab_size=rank.resolved.model.vocab_size,
             max_running=settled.schedule.max_running_requests,
             context_length=rank.resolved.context_length,
@@ -104,7 +115,6 @@ class StepDriver:
 
     def plan(self, shape: StepShape) -> StepPlan:
         """Raises ConfigError where the context, the batch or the pool is too small for the shape."""
-        pages = shape.pages_per_req(self._page_size)
         if shape.length > self._context_length:
             raise ConfigError(
                 f"requests of {shape.length} tokens are over the context of {self._context_length}; lower --length"
@@ -112,11 +122,6 @@ class StepDriver:
         if shape.num_reqs > self._max_running:
             raise ConfigError(
                 f"{shape.num_reqs} requests are over --max-running-requests {self._max_running}; raise it"
-            )
-        if pages * shape.num_reqs > self._num_pages - FIRST_PAGE:
-            needed = pages * shape.num_reqs * self._page_size
-            raise ConfigError(
-                f"{shape} needs a KV pool of {needed} tokens; raise --max-total-tokens, or take smaller steps"
             )
         num_reqs = shape.num_reqs
         return StepPlan(
@@ -127,13 +132,27 @@ class StepDriver:
             extend_lens=[shape.extend_len] * num_reqs,
             token_ids=self._rng.choices(range(self._vocab_size), k=shape.num_tokens),
             sample=[True] * num_reqs,
-            page_starts=[0] * num_reqs,
-            new_pages={FULL: [[FIRST_PAGE + r * pages + i for i in range(pages)] for r in range(num_reqs)]},
+            page_starts={group: [0] * num_reqs for group in self._paged},
+            new_pages={group: self._tables(shape, group) for group in self._paged},
+            state_reads=[0] * num_reqs if self._recurrent else [],  # what states hold costs the same
+            state_writes=list(range(FIRST_PAGE, FIRST_PAGE + num_reqs)) if self._recurrent else [],
             inits=[
                 SlotInit(slot=slot, sampling=SamplingParams(temperature=0.0), seed=slot, num_prompt_tokens=1)
                 for slot in range(num_reqs)
             ],
         )
+
+    def _tables(self, shape: StepShape, group: PoolGroup) -> list[list[int]]:
+        """Each req's pages, none shared; of a windowed group only those that the step reads or writes."""
+        window = self._paged[group]
+        gone = 0 if window is None else max(0, shape.prefix_len - window) // self._page_size
+        pages = shape.pages_per_req(self._page_size) - gone
+        if pages * shape.num_reqs > self._num_pages[group] - FIRST_PAGE:
+            needed = pages * shape.num_reqs * self._page_size
+            raise ConfigError(
+                f"{shape} needs a KV pool {group!r} of {needed} tokens; raise --max-total-tokens, or take smaller steps"
+            )
+        return [[0] * gone + [FIRST_PAGE + r * pages + i for i in range(pages)] for r in range(shape.num_reqs)]
 
     def run(self, shape: StepShape, clock: Callable[[], float] = time.perf_counter) -> float:
         """Seconds of one step."""
@@ -178,4 +197,4 @@ def fill_pools(rank: Rank) -> None:
     """Write every page: memory that was never touched is all one page to the host, and reads too fast."""
     for pool in rank.state.pools.values():
         for leaf in pool.leaves:
-            leaf.copy_(leaf[:1].normal_().expand_as(leaf))
+            leaf.copy_(leaf[:1].float().normal_().to(leaf.dtype).expand_as(leaf))

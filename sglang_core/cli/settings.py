@@ -56,7 +56,8 @@ def _add_flag(group: argparse._ArgumentGroup, branch: str, spec: Field[Any], tex
     group.add_argument(
         *names,
         dest=spec.name,
-        action="append" if repeated else "store",
+        action="extend" if repeated else "store",
+        nargs="+" if repeated else None,  # several after one flag, as SGLang takes them, or the flag again
         metavar="{" + ",".join(choices) + "}" if choices else _METAVARS[kind],
         default=argparse.SUPPRESS,
         help=text,

@@ -23,12 +23,15 @@ _ONE_BY_ONE = {
     "--skip-server-warmup": "there is no warm-up request to skip; drop it",
     "--allow-auto-truncate": "a prompt that is too long is refused with the numbers, never cut; drop it",
     "--incremental-streaming-output": "the OpenAI routes stream what is new, /generate the whole text; drop it",
-    "--quantization": "a checkpoint's own format decides; other formats are not supported yet",
     "--grammar-backend": "structured output is not supported yet; drop it",
     "--model-loader-extra-config": "safetensors are read directly and need no loader settings; drop it",
     "--download-dir": "set HF_HOME for where hub downloads go",
     "--json-model-override-args": "edit config.json in a local model folder",
     "--tokenizer-mode": "the fast tokenizer is used where there is one; drop it",
+    "--enable-lora-overlap-loading": "adapters are always read beside the steps; drop it",
+    "--lora-eviction-policy": "the least recently used adapter leaves first; drop it",
+    "--lora-drain-wait-threshold": "an adapter's turn comes after a bounded number of others; drop it",
+    "--max-lora-chunk-size": "it belongs to a kernel that is not here; drop it",
     "--numa-node": "the device's plugin places its threads; see --num-threads",
 }
 
@@ -74,12 +77,6 @@ _GROUPS = (
         "--speculative-ngram-max-trie-depth --speculative-ngram-capacity --enable-multi-layer-eagle",
     ),
     (
-        f"LoRA is {_LATER}",
-        "--enable-lora --enable-lora-overlap-loading --max-lora-rank --lora-target-modules --lora-paths "
-        "--max-loras-per-batch --max-loaded-loras --lora-eviction-policy --max-lora-chunk-size "
-        "--lora-drain-wait-threshold",
-    ),
-    (
         f"tool calls and reasoning parsers are {_LATER}",
         "--tool-call-parser --reasoning-parser --tool-server",
     ),
@@ -115,9 +112,10 @@ _GROUPS = (
         "--swa-full-tokens-ratio --disable-hybrid-swa-memory --enable-two-batch-overlap "
         "--enable-single-batch-overlap --tbo-token-distribution-threshold",
     ),
+    ("scales of cached keys and values are read from the checkpoint's tensors; drop it", "--quantization-param-path"),
     (
-        "quantised formats other than the checkpoint's own are not supported yet; drop it",
-        "--quantization-param-path --modelopt-quant --quantize-and-serve --torchao-config --enable-quant-communications",
+        "use --quantization fp8, int8 or int4, or a checkpoint that was quantised otherwise; drop it",
+        "--modelopt-quant --quantize-and-serve --torchao-config --enable-quant-communications",
     ),
     (
         _LOGS,

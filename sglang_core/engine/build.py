@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,33 +18,39 @@ from rich.console import Console
 from sglang_core import __version__
 from sglang_core.backend.communicator import Communicator, LocalCommunicator
 from sglang_core.backend.interface import DeviceRuntime, RuntimeContext
+from sglang_core.backend.kv_dtypes import KV_DTYPES
 from sglang_core.backend.pool import PoolSpec
 from sglang_core.backend.selection import Instrument, OpTable, parse_overrides
 from sglang_core.cache.page_allocator import PageAllocator
 from sglang_core.cache.radix import EVICTION_POLICIES, RadixCache
 from sglang_core.config import EngineConfig
+from sglang_core.engine.adapters import Adapters
 from sglang_core.engine.channel import PlanSender
 from sglang_core.engine.core import EngineCore
 from sglang_core.engine.requests import EngineInfo
 from sglang_core.engine.resolve import UNLIMITED_CHUNK, Resolved, resolve
 from sglang_core.errors import ConfigError
-from sglang_core.layers.build import BuildContext, bind_model
+from sglang_core.layers.build import BuildContext, bind_model, packings
 from sglang_core.layers.causal_lm import CausalLM
-from sglang_core.layers.forward_batch import StepState
+from sglang_core.layers.forward_batch import AnyPool, AnyPoolSpec, StepState
+from sglang_core.layers.lora import ModelSlots
+from sglang_core.layers.packing import totals, totals_by_format
 from sglang_core.ops import OPS
+from sglang_core.runner.adapters import AdapterHost, adapter_key
 from sglang_core.runner.model_runner import ModelRunner
 from sglang_core.runner.slot_table import SlotTable
 from sglang_core.runner.verify import KernelVerifier
 from sglang_core.scheduler.config import SchedulerConfig
 from sglang_core.scheduler.scheduler import Scheduler
-from sglang_core.types import FULL, PoolGroup
+from sglang_core.scheduler.state_slots import num_state_slots
+from sglang_core.types import PoolGroup
 from sglang_core.weights.fit import FitTable, activation_bytes
 from sglang_core.weights.generation_config import read_generation_config
 from sglang_core.weights.loader import count_weight_bytes, load_model
+from sglang_core.weights.pool_sizes import SCRATCH_PAGES, PoolSizes
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
-SCRATCH_PAGES = 1  # page 0 of every pool
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,22 +63,27 @@ class Rank:
     model: CausalLM
     runner: ModelRunner
     state: StepState
-    num_pages: int
+    num_pages: Mapping[PoolGroup, int]  # of each pool, scratch included
+    max_total_tokens: int
     verifier: KernelVerifier | None
+    adapters: AdapterHost | None
+    adapter_versions: Mapping[str, str]  # of the adapters loaded at start, by name
 
 
-def build_engine(config: EngineConfig, *, world_size: int, directory: Path | None, progress: bool) -> EngineCore:
+def build_engine(engine_config: EngineConfig, *, world_size: int, directory: Path | None, progress: bool) -> EngineCore:
     """Rank 0: its model and runner, and the scheduler over them."""
     started = time.monotonic()
-    rank = build_rank(config, 0, world_size=world_size, directory=directory, progress=progress)
+    rank = build_rank(engine_config, 0, world_size=world_size, directory=directory, progress=progress)
     rank.runner.warm_up(progress=progress)
     resolved, settled = rank.resolved, rank.resolved.config
     page_size = _page_size(settled)
-    on_free = rank.runner.poison if rank.runtime.poisons_freed_pages else None
-    allocator = {FULL: PageAllocator(rank.num_pages, on_free)}
+    config = replace(
+        scheduler_config(resolved), groups=tuple(pool.spec.group_spec for pool in rank.state.pools.values())
+    )
+    allocators = {group: PageAllocator(n, _on_free(rank, group)) for group, n in rank.num_pages.items()}
     policy = EVICTION_POLICIES[settled.cache.radix_eviction_policy]()
-    cache = None if settled.cache.disable_radix_cache else RadixCache(page_size, policy=policy)
-    scheduler = Scheduler(scheduler_config(resolved), cache, allocator, time.monotonic)
+    cache = None if settled.cache.disable_radix_cache else RadixCache(page_size, config.tree_groups, policy)
+    scheduler = Scheduler(config, cache, allocators, time.monotonic)
     generation = read_generation_config(resolved.folder)
     eos_ids = _eos_ids(resolved.hf_config, generation)
     info = EngineInfo(
@@ -81,7 +93,7 @@ def build_engine(config: EngineConfig, *, world_size: int, directory: Path | Non
         vocab_size=resolved.model.vocab_size,
         max_running_requests=_required(settled.schedule.max_running_requests),
         max_queued_requests=_required(settled.schedule.max_queued_requests),
-        max_total_tokens=(rank.num_pages - SCRATCH_PAGES) * page_size,
+        max_total_tokens=rank.max_total_tokens,
         page_size=page_size,
         dtype=settled.model.dtype,
         device=resolved.device.info.label,
@@ -90,6 +102,7 @@ def build_engine(config: EngineConfig, *, world_size: int, directory: Path | Non
         generation_defaults=generation,
         settings={k: v for k, v in settled.flat().items() if not k.endswith("api_key")},
         version=__version__,
+        adapters={} if resolved.lora is None else {name: s.path for name, s in resolved.lora.sources.items()},
     )
     sender = PlanSender(directory, world_size) if directory is not None and world_size > 1 else None
     log.info("ready in %.1f s: %s", time.monotonic() - started, banner(rank))
@@ -105,7 +118,23 @@ def build_engine(config: EngineConfig, *, world_size: int, directory: Path | Non
             **(rank.verifier.stats() if rank.verifier is not None else {}),
         },
         on_step=sender.send if sender is not None else lambda plan: None,
+        adapters=_adapters(rank, scheduler, sender),
     )
+
+
+def _adapters(rank: Rank, scheduler: Scheduler, sender: PlanSender | None) -> Adapters | None:
+    setup = rank.resolved.lora
+    if setup is None or rank.adapters is None:
+        return None
+    tell = sender.send if sender is not None else lambda message: None
+    adapters = Adapters(rank.adapters, scheduler, max_loaded=setup.max_loaded, tell=tell)
+    for name, version in rank.adapter_versions.items():
+        adapters.start_with(setup.sources[name], version)
+    return adapters
+
+
+def _on_free(rank: Rank, group: PoolGroup) -> Callable[[Sequence[int]], None] | None:
+    return functools.partial(rank.runner.poison, group) if rank.runtime.poisons_freed_pages else None
 
 
 def build_follower(config: EngineConfig, rank: int, *, world_size: int, directory: Path) -> tuple[ModelRunner, int]:
@@ -144,10 +173,13 @@ def build_rank(
     table = op_table(resolved, instrument)
     model, ctx = resolved.model_class(resolved.model), build_context(resolved, table, runtime.torch_device, tp)
     bind_model(model, ctx)
-    fit = fit_table(resolved, runtime, model, tp)
+    slots = None if ctx.lora is None else ModelSlots(model, ctx.lora)
+    fit = fit_table(resolved, runtime, model, tp, extra_weights=0 if slots is None else slots.nbytes)
     if progress:
         Console(stderr=True).print(fit.render())
     fit.check()
+    for plan in totals(packings(model)).values():
+        log.log(logging.INFO if plan.plan == "kernel" else logging.WARNING, "%s: %s", plan.layer, plan.describe())
     load_model(
         model,
         resolved.folder,
@@ -156,13 +188,22 @@ def build_rank(
         seed=settled.schedule.random_seed,
         progress=progress,
     )
-    return _with_pools(resolved, runtime, table, model, tp, verifier)
+    adapters, versions = None, {}
+    if slots is not None and resolved.lora is not None:
+        slots.allocate(runtime.torch_device)
+        adapters = AdapterHost(model, slots)
+        for name, source in resolved.lora.sources.items():
+            files, adapter = adapters.read_now(source.path)
+            versions[name] = files.version
+            adapters.add(adapter_key(name, files.version), adapter)
+    return _with_pools(resolved, runtime, table, model, tp, verifier, adapters, versions)
 
 
-def fit_table(resolved: Resolved, runtime: DeviceRuntime, model: CausalLM, tp: Communicator) -> FitTable:
+def fit_table(
+    resolved: Resolved, runtime: DeviceRuntime, model: CausalLM, tp: Communicator, *, extra_weights: int = 0
+) -> FitTable:
     """How this rank's memory will divide, from shapes: the model is bound and not loaded."""
     settled, memory = resolved.config, runtime.memory()
-    specs = _pool_specs(resolved, model)
     activations = activation_bytes(
         resolved.model,
         num_tokens=scheduler_config(resolved).token_budget,
@@ -175,10 +216,10 @@ def fit_table(resolved: Resolved, runtime: DeviceRuntime, model: CausalLM, tp: C
         total=memory.total,
         free=memory.free,
         mem_fraction=_required(settled.cache.mem_fraction_static),
-        weights=count_weight_bytes(model),
+        weights=count_weight_bytes(model) + extra_weights,
+        weights_note="\n".join(p.describe() for p in totals_by_format(packings(model))),
         activations=activations,
-        kv_per_token=sum(spec.bytes_per_token for spec in specs.values()),
-        page_size=_page_size(settled),
+        pools=_pool_sizes(resolved, _pool_specs(resolved, model)),
         context_length=resolved.context_length,
         max_total_tokens=settled.cache.max_total_tokens,
         context_asked=resolved.context_asked,
@@ -194,6 +235,7 @@ def op_table(resolved: Resolved, instrument: Instrument | None = None) -> OpTabl
         ops=OPS,
         overrides=parse_overrides(settled.device.kernel),
         fallback=settled.device.fallback,
+        quant_fallback=settled.device.quant_fallback,
         deterministic=settled.device.deterministic,
         page_size=_page_size(settled),
         instrument=instrument,
@@ -211,6 +253,7 @@ def build_context(resolved: Resolved, table: OpTable, device: torch.device, tp: 
         page_size=_page_size(settled),
         kv_dtype=settled.cache.kv_cache_dtype,
         tp=tp,
+        lora=None if resolved.lora is None else resolved.lora.spec,
     )
 
 
@@ -221,13 +264,17 @@ def _with_pools(
     model: CausalLM,
     tp: Communicator,
     verifier: KernelVerifier | None,
+    adapters: AdapterHost | None,
+    adapter_versions: Mapping[str, str],
 ) -> Rank:
     settled = resolved.config
     page_size, max_running = _page_size(settled), _required(settled.schedule.max_running_requests)
     specs = {
         group: replace(spec, layout=table.pool_layout(group)) for group, spec in _pool_specs(resolved, model).items()
     }
-    num_pages = _num_pages(resolved, runtime, specs, tp)
+    sizes = _pool_sizes(resolved, specs)
+    main_pages = _main_pages(resolved, runtime, sizes, tp)
+    num_pages = {group: n + SCRATCH_PAGES for group, n in sizes.pages(main_pages).items()}
     max_pages_per_req = -(-resolved.context_length // page_size)
     buckets = runtime.buckets(
         max_num_tokens=scheduler_config(resolved).token_budget,
@@ -235,10 +282,14 @@ def _with_pools(
         max_num_pages=max_pages_per_req,
     )
     state = StepState(
-        pools={group: runtime.alloc_pool(spec, num_pages) for group, spec in specs.items()},
+        pools={group: _alloc_pool(runtime, spec, num_pages[group]) for group, spec in specs.items()},
         next_token_ids=torch.zeros(max_running + 1, dtype=torch.int32, device=runtime.torch_device),
     )
-    slots = SlotTable(max_running, max_pages_per_req, resolved.model.vocab_size, tuple(specs))
+    model.prepare_pools(state.pools)
+    kv_specs = [spec for spec in specs.values() if isinstance(spec, PoolSpec)]
+    paged = tuple(spec.group for spec in kv_specs if spec.encoder_len is None)
+    encoder_columns = max((-(-(spec.encoder_len or 0) // page_size) for spec in kv_specs), default=0)
+    slots = SlotTable(max_running, max_pages_per_req, resolved.model.vocab_size, paged, encoder_columns)
     runner = ModelRunner(
         model,
         table,
@@ -249,6 +300,7 @@ def _with_pools(
         page_size=page_size,
         buckets=buckets,
         verifier=verifier,
+        adapters=adapters,
     )
     return Rank(
         resolved=resolved,
@@ -258,7 +310,10 @@ def _with_pools(
         runner=runner,
         state=state,
         num_pages=num_pages,
+        max_total_tokens=main_pages * page_size,
         verifier=verifier,
+        adapters=adapters,
+        adapter_versions=adapter_versions,
     )
 
 
@@ -275,6 +330,7 @@ def scheduler_config(resolved: Resolved) -> SchedulerConfig:
         policy=settled.schedule.schedule_policy,
         max_in_flight=1 if settled.schedule.disable_overlap_schedule else 2,
         random_seed=settled.schedule.random_seed,
+        num_adapter_slots=0 if resolved.lora is None else resolved.lora.spec.num_slots,
     )
 
 
@@ -285,36 +341,49 @@ def banner(rank: Rank) -> str:
     kernels = sum(row.provider != "reference" for row in rows)
     return (
         f"{resolved.model.architecture} in {settled.model.dtype} on {resolved.device.info.label} ({resolved.device.info.path}), "
-        f"context {resolved.context_length}, KV pool {(rank.num_pages - SCRATCH_PAGES) * _page_size(settled)} tokens, "
+        f"context {resolved.context_length}, KV pool {rank.max_total_tokens} tokens, "
         f"{kernels} of {len(rows)} op sites run kernels, {rank.table.fallbacks} fallbacks"
     )
 
 
-def _pool_specs(resolved: Resolved, model: CausalLM) -> dict[PoolGroup, PoolSpec]:
+def _pool_specs(resolved: Resolved, model: CausalLM) -> dict[PoolGroup, AnyPoolSpec]:
     settled = resolved.config
-    return model.pool_specs(_page_size(settled), getattr(torch, settled.cache.kv_cache_dtype))
+    return model.pool_specs(_page_size(settled), KV_DTYPES[settled.cache.kv_cache_dtype])
 
 
-def _num_pages(
-    resolved: Resolved, runtime: DeviceRuntime, specs: Mapping[PoolGroup, PoolSpec], tp: Communicator
-) -> int:
-    """Pages of each pool, scratch included: what was asked for, else what fits, never more than could be used."""
+def _alloc_pool(runtime: DeviceRuntime, spec: AnyPoolSpec, num_pages: int) -> AnyPool:
+    if isinstance(spec, PoolSpec):
+        return runtime.alloc_pool(spec, num_pages)
+    return runtime.alloc_state_pool(spec, num_pages)
+
+
+def _pool_sizes(resolved: Resolved, specs: Mapping[PoolGroup, AnyPoolSpec]) -> PoolSizes:
+    config, cached = scheduler_config(resolved), not resolved.config.cache.disable_radix_cache
+    return PoolSizes(
+        specs=specs,
+        page_size=config.page_size,
+        context_length=config.context_length,
+        max_running=config.max_running,
+        tokens_in_flight=config.max_in_flight * config.token_budget,
+        states_per_req=num_state_slots(config.max_in_flight, cached=cached) + cached,
+    )
+
+
+def _main_pages(resolved: Resolved, runtime: DeviceRuntime, sizes: PoolSizes, tp: Communicator) -> int:
+    """Pages of the main pool, scratch not counted: what was asked for, else what fits, never more than could be used."""
     settled, page_size = resolved.config, _page_size(resolved.config)
-    bytes_per_page = sum(spec.bytes_per_page for spec in specs.values())
     memory = runtime.memory()
     budget = int(memory.free - (1 - _required(settled.cache.mem_fraction_static)) * memory.total)
-    fits = budget // bytes_per_page - SCRATCH_PAGES
+    fits = sizes.fitting(budget)
     if settled.cache.max_total_tokens is not None:
         pages = -(-settled.cache.max_total_tokens // page_size)
         if pages > fits:
             raise ConfigError(
-                f"max_total_tokens={settled.cache.max_total_tokens} needs {pages * bytes_per_page / 2**30:.2f} GiB of KV pool and "
+                f"max_total_tokens={settled.cache.max_total_tokens} needs {sizes.nbytes(pages) / 2**30:.2f} GiB of KV pool and "
                 f"{max(budget, 0) / 2**30:.2f} GiB are left; lower it, or raise --mem-fraction-static"
             )
     else:
-        max_running = _required(settled.schedule.max_running_requests)
-        useful = max_running * -(-resolved.context_length // page_size)
-        pages = min(fits, useful)
+        pages = min(fits, sizes.useful())
     if pages < 1:
         raise ConfigError(
             f"no room for a KV pool: {memory.free / 2**30:.2f} GiB of {memory.total / 2**30:.2f} GiB are free after loading; "
@@ -324,7 +393,7 @@ def _num_pages(
     if tp.size > 1:  # every rank must use the same page ids: take the smallest
         gathered = tp.all_gather(agreed.to(runtime.torch_device), dim=0).cpu()
         pages = -int(gathered.max())
-    return pages + SCRATCH_PAGES
+    return pages
 
 
 def _tensor_parallel(runtime: DeviceRuntime, rank: int, world_size: int, directory: Path | None) -> Communicator:

@@ -10,7 +10,7 @@ from typing import Protocol
 import msgspec
 import zmq
 
-from sglang_core.types import FromEngine, StepPlan, ToEngine
+from sglang_core.types import FromEngine, ToEngine, ToFollower
 
 _HIGH_WATER = 0  # no message is ever dropped; admission limits bound the queue
 IDLE_WAIT = 0.5  # seconds
@@ -19,8 +19,8 @@ IDLE_WAIT = 0.5  # seconds
 class EngineEnd(Protocol):
     """What the engine's loop reads and writes."""
 
-    def receive(self, *, block: bool) -> list[ToEngine]:
-        """Every message that is there; with `block`, waits up to IDLE_WAIT for the first."""
+    def receive(self, *, block: bool, wait: float = IDLE_WAIT) -> list[ToEngine]:
+        """Every message that is there; with `block`, waits up to `wait` seconds for the first."""
 
     def send(self, message: FromEngine) -> None: ...
     def close(self) -> None: ...
@@ -36,10 +36,10 @@ class QueueEnd:
     def post(self, message: ToEngine) -> None:
         self._inbox.put(message)
 
-    def receive(self, *, block: bool) -> list[ToEngine]:
+    def receive(self, *, block: bool, wait: float = IDLE_WAIT) -> list[ToEngine]:
         messages: list[ToEngine] = []
         try:
-            messages.append(self._inbox.get(block=block, timeout=IDLE_WAIT if block else None))
+            messages.append(self._inbox.get(block=block, timeout=wait if block else None))
             while True:
                 messages.append(self._inbox.get_nowait())
         except queue.Empty:
@@ -67,9 +67,9 @@ class ZmqEnd:
         self._decoder = msgspec.msgpack.Decoder(ToEngine)
         self._encoder = msgspec.msgpack.Encoder()
 
-    def receive(self, *, block: bool) -> list[ToEngine]:
+    def receive(self, *, block: bool, wait: float = IDLE_WAIT) -> list[ToEngine]:
         messages: list[ToEngine] = []
-        if block and not self._inbox.poll(int(IDLE_WAIT * 1000)):
+        if block and not self._inbox.poll(int(wait * 1000)):
             return messages
         while True:
             try:
@@ -87,7 +87,7 @@ class ZmqEnd:
 
 
 class PlanSender:
-    """Rank 0's way to the other ranks: each step's plan as one message, encoded once."""
+    """Rank 0's way to the other ranks: each step's plan as one message, encoded once, and what adapters plans may name."""
 
     def __init__(self, directory: Path, world_size: int) -> None:
         self._context = zmq.Context()
@@ -100,8 +100,8 @@ class PlanSender:
             self._sockets.append(socket)
         self._encoder = msgspec.msgpack.Encoder()
 
-    def send(self, plan: StepPlan) -> None:
-        data = self._encoder.encode(plan)
+    def send(self, message: ToFollower) -> None:
+        data = self._encoder.encode(message)
         for socket in self._sockets:
             socket.send(data)
 
@@ -119,11 +119,12 @@ class PlanReceiver:
         self._socket = self._context.socket(zmq.PULL)
         self._socket.set_hwm(_HIGH_WATER)
         self._socket.connect(plan_address(directory, rank))
-        self._decoder = msgspec.msgpack.Decoder(StepPlan)
+        self._decoder = msgspec.msgpack.Decoder(ToFollower)
 
-    def receive(self) -> StepPlan:
-        """Waits for the next plan; the rank ends with its parent, so there is no time limit."""
-        return self._decoder.decode(self._socket.recv())
+    def receive(self) -> ToFollower:
+        """Waits for the next message; the rank ends with its parent, so there is no time limit."""
+        message: ToFollower = self._decoder.decode(self._socket.recv())
+        return message
 
 
 def to_engine_address(directory: Path) -> str:

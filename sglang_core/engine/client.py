@@ -24,6 +24,7 @@ import zmq
 import zmq.asyncio
 
 from sglang_core.config import EngineConfig
+from sglang_core.engine.adapter_names import check_adapter_name, unknown_adapter
 from sglang_core.engine.channel import QueueEnd, from_engine_address, to_engine_address
 from sglang_core.engine.detokenizer import StopMatch, TextStream
 from sglang_core.engine.launcher import Ranks
@@ -32,6 +33,7 @@ from sglang_core.engine.tokenizer import HFTokenizer
 from sglang_core.errors import ConfigError, EngineDeadError, QueueFullError, RequestError
 from sglang_core.types import (
     AbortReq,
+    AdapterSource,
     AddReq,
     Control,
     ControlReply,
@@ -83,6 +85,7 @@ class EngineClient:
         self.config = config
         self.tokenizer: Tokenizer | None = None
         self.info: EngineInfo
+        self.adapters: dict[str, str] = {}  # LoRA adapters, name -> path
         self.gauges: dict[str, float] = {}  # the engine's latest
         self._answers: dict[str, _Answer] = {}  # by key
         self._groups: dict[str, list[_Answer]] = {}  # request rid -> its answers
@@ -114,6 +117,7 @@ class EngineClient:
                     raise outcome
             facts, client.tokenizer = ready  # type: ignore[assignment]
             client.info = msgspec.convert(facts, EngineInfo)
+            client.adapters = dict(client.info.adapters)
         except BaseException:
             await client.close()
             raise
@@ -169,6 +173,23 @@ class EngineClient:
         reply = await self._control("stats")
         return {name: float(value) for name, value in reply.data.items() if isinstance(value, int | float)}
 
+    async def load_lora_adapter(self, name: str, path: str, *, pinned: bool = False) -> None:
+        """See `requests.Client`. Other requests go on meanwhile."""
+        check_adapter_name(name)
+        source = AdapterSource(name=name, path=path, pinned=pinned)
+        _raise_refusal(await self._control("load_adapter", source))
+        self.adapters[name] = path
+
+    async def unload_lora_adapter(self, name: str) -> None:
+        """See `requests.Client`."""
+        path = self.adapters.pop(name, None)
+        try:
+            _raise_refusal(await self._control("unload_adapter", AdapterSource(name=name)))
+        except RequestError:
+            if path is not None:
+                self.adapters[name] = path
+            raise
+
     async def close(self) -> None:
         """Shut the engine down and wait for it. Running requests end with EngineDeadError. Safe to call twice."""
         if self._watcher is not None:
@@ -210,6 +231,8 @@ class EngineClient:
             raise RequestError(
                 f"token id {bad} is not in the vocabulary [0, {self.info.vocab_size})", param="input_ids"
             )
+        if request.adapter and request.adapter not in self.adapters:
+            raise unknown_adapter(request.adapter, list(self.adapters))
         if request.sampling.n > (room := self.info.max_running_requests + self.info.max_queued_requests):
             raise RequestError(f"n={request.sampling.n} answers are more than this engine holds ({room})", param="n")
         if self.tokenizer is None and request.sampling.stop:
@@ -244,6 +267,7 @@ class EngineClient:
             logprob=request.logprob,
             salt=request.salt,
             priority=request.priority,
+            adapter=request.adapter,
         )
 
     def _forget(self, rid: str, answers: list[_Answer]) -> None:
@@ -254,9 +278,9 @@ class EngineClient:
             if sent and not answer.done and self._dead is None:
                 self._link.send(AbortReq(answer.key))
 
-    async def _control(self, action: Any) -> ControlReply:
+    async def _control(self, action: Any, adapter: AdapterSource | None = None) -> ControlReply:
         self._raise_if_dead()
-        control = Control(id=next(self._control_ids), action=action)
+        control = Control(id=next(self._control_ids), action=action, adapter=adapter)
         future = self._controls[control.id] = asyncio.get_running_loop().create_future()
         self._link.send(control)
         try:
@@ -402,6 +426,16 @@ def load_tokenizer(config: EngineConfig) -> HFTokenizer | None:
                 f"--chat-template {model.chat_template!r} cannot be read: {e}; give a file of Jinja text"
             ) from e
     return HFTokenizer(path, trust_remote_code=model.trust_remote_code, chat_template=template)
+
+
+def _raise_refusal(reply: ControlReply) -> None:
+    if reply.ok:
+        return
+    status, param = reply.data.get("status"), reply.data.get("param")
+    error = QueueFullError(reply.message) if status == 429 else RequestError(reply.message)
+    error.status = status if isinstance(status, int) else 400
+    error.param = param if isinstance(param, str) else None
+    raise error
 
 
 def _refusal(finish: FinishReason) -> RequestError:

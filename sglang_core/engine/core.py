@@ -13,6 +13,8 @@ from typing import Any, Protocol
 
 import msgspec
 
+from sglang_core.engine.adapter_names import unknown_adapter
+from sglang_core.engine.adapters import Adapters, refusal
 from sglang_core.engine.channel import EngineEnd
 from sglang_core.errors import QueueFullError, RequestError
 from sglang_core.scheduler.scheduler import Scheduler
@@ -35,6 +37,7 @@ from sglang_core.types import (
 )
 
 log = logging.getLogger(__name__)
+LOOK_AGAIN = 0.02  # seconds between two looks at an adapter that is being read, where nothing else is to do
 SIGN_OF_LIFE = 0.4  # seconds of silence after which the loop says that it runs; shorter than an idle wait
 
 
@@ -65,10 +68,11 @@ class EngineCore:
         info: Mapping[str, object],
         extra_stats: Callable[[], Mapping[str, float]] = dict,
         on_step: Callable[[StepPlan], None] = lambda plan: None,
+        adapters: Adapters | None = None,
     ) -> None:
         self.scheduler, self.runner, self.info = scheduler, runner, dict(info)
         self._eos_ids, self._max_in_flight, self._clock = eos_ids, max_in_flight, clock
-        self._extra_stats, self._on_step = extra_stats, on_step
+        self._extra_stats, self._on_step, self._adapters = extra_stats, on_step, adapters
         self._in_flight: deque[tuple[Batch, Pending]] = deque()
         self._running = True
         self._last_sent = clock()
@@ -93,8 +97,11 @@ class EngineCore:
         """Serve until told to shut down. A failing step fails every req and ends the loop: device state is unknown."""
         try:
             while self._running:
-                for message in end.receive(block=not self.has_work):
+                for message in self._receive(end):
                     self._send(end, self.handle(message))
+                if self._adapters is not None and self._adapters.is_busy:
+                    for news in self._adapters.poll():
+                        self._send(end, news)
                 self._send(end, self.step())
         except Exception as e:
             log.exception("the engine cannot go on")
@@ -102,6 +109,8 @@ class EngineCore:
             raise
         finally:
             self.runner.close()
+            if self._adapters is not None:
+                self._adapters.close()
 
     def handle(self, message: ToEngine) -> list[ReqOutput] | ControlReply:
         match message:
@@ -115,7 +124,14 @@ class EngineCore:
                 return self._control(message)
 
     def stats(self) -> dict[str, float]:
-        return {**self.scheduler.stats(), **self._extra_stats()}
+        adapters = self._adapters.stats() if self._adapters is not None else {}
+        return {**self.scheduler.stats(), **self._extra_stats(), **adapters}
+
+    def _receive(self, end: EngineEnd) -> list[ToEngine]:
+        """Waits where nothing can run, but not for long where that may change by itself."""
+        if self._adapters is not None and self._adapters.is_busy:
+            return end.receive(block=not self._in_flight and not self.scheduler.can_run, wait=LOOK_AGAIN)
+        return end.receive(block=not self.has_work)
 
     def _add(self, message: AddReq) -> list[ReqOutput]:
         req = Req(
@@ -123,18 +139,22 @@ class EngineCore:
             input_ids=message.input_ids,
             sampling=message.sampling,
             logprob=message.logprob,
-            namespace=(message.salt, "", ""),
             priority=message.priority,
             arrival=self._clock(),
             eos_ids=self._eos_ids,
         )
         try:
+            if message.adapter:
+                if self._adapters is None:
+                    raise unknown_adapter(message.adapter, [])
+                self._adapters.add_req(req, message.adapter)
+            req.namespace = (message.salt, req.adapter, "")
             return self.scheduler.add_req(req)
         except RequestError as e:
             status = 429 if isinstance(e, QueueFullError) else e.status
             return [ReqOutput(rid=req.rid, finish_reason=FinishReason("abort", message=str(e), status=status))]
 
-    def _control(self, message: Control) -> ControlReply:
+    def _control(self, message: Control) -> ControlReply | list[ReqOutput]:
         match message.action:
             case "flush_cache":
                 ok = self.scheduler.flush_cache()
@@ -145,9 +165,26 @@ class EngineCore:
                 return ControlReply(id=message.id, ok=True, data=dict(self.stats()))
             case "info":
                 return ControlReply(id=message.id, ok=True, data=self.info)
+            case "load_adapter" | "unload_adapter":
+                return self._control_adapter(message)
             case "shutdown":
                 self._running = False
                 return ControlReply(id=message.id, ok=True)
+
+    def _control_adapter(self, message: Control) -> ControlReply | list[ReqOutput]:
+        """The answer comes from `poll`, once the adapter is read or its last req has ended; a refusal comes at once."""
+        assert message.adapter is not None, "an action on adapters names one"
+        if self._adapters is None:
+            why = "this engine keeps no room for adapters; start it with --enable-lora or --lora-paths"
+            return refusal(message.id, why, 400, None)
+        try:
+            if message.action == "load_adapter":
+                self._adapters.load(message.adapter, message.id)
+            else:
+                self._adapters.unload(message.adapter.name, message.id)
+        except RequestError as e:
+            return refusal(message.id, str(e), e.status, e.param)
+        return []
 
     def _send(self, end: EngineEnd, news: list[ReqOutput] | ControlReply) -> None:
         if isinstance(news, ControlReply):

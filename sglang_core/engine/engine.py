@@ -41,6 +41,7 @@ class GenerateOptions(TypedDict, total=False):
     top_logprobs_num: int | Sequence[int] | None
     rid: str | Sequence[str] | None
     priority: int
+    lora_path: str | Sequence[str | None] | None  # name of a LoRA adapter, as SGLang calls it
 
 
 class Engine:
@@ -114,6 +115,17 @@ class Engine:
     def flush_cache(self) -> bool:
         """Forget cached prefixes; False where running requests hold some."""
         return self._wait(self._client.flush_cache())
+
+    def load_lora_adapter(self, lora_name: str, lora_path: str, pinned: bool = False) -> None:
+        """Serve a LoRA adapter under a name, while requests run. Needs `enable_lora` or `lora_paths`.
+
+        Where the name is taken, requests from now on get these weights. Raises RequestError that says what does not fit.
+        """
+        self._wait(self._client.load_lora_adapter(lora_name, lora_path, pinned=pinned))
+
+    def unload_lora_adapter(self, lora_name: str) -> None:
+        """Take no more requests for an adapter, and wait for those that run with it."""
+        self._wait(self._client.unload_lora_adapter(lora_name))
 
     def stats(self) -> dict[str, float]:
         return self._wait(self._client.stats())
@@ -304,6 +316,7 @@ def _requests(
         each("logprob_start_len", options.get("logprob_start_len")),
         each("top_logprobs_num", options.get("top_logprobs_num")),
         each("rid", options.get("rid")),
+        each("lora_path", options.get("lora_path")),
         strict=True,
     )
     priority = checked(options.get("priority", 0), Priority, "priority")
@@ -315,9 +328,10 @@ def _requests(
             logprob=_logprob(start, top) if wanted else None,
             rid=None if rid is None else checked_text(rid, "rid"),
             priority=priority,
+            adapter="" if adapter is None else checked_text(adapter, "lora_path"),
             stream=stream,
         )
-        for text, of_ids, params, wanted, start, top, rid in rows
+        for text, of_ids, params, wanted, start, top, rid, adapter in rows
     ]
     return requests, single
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from sglang_core.backend.communicator import LocalCommunicator
@@ -9,15 +11,24 @@ from sglang_core.backend.selection import ExplainRow
 from sglang_core.config import EngineConfig
 from sglang_core.engine.build import build_context, op_table
 from sglang_core.engine.resolve import resolve
-from sglang_core.layers.build import bind_model
+from sglang_core.layers.build import bind_model, packings
+from sglang_core.layers.packing import Packing, totals
 from sglang_core.runner.sampler import Sampler
 
 
 def explain(config: EngineConfig) -> list[ExplainRow]:
-    """Bind the model's layers and the sampler as the engine would on one rank, and say how each op was decided."""
+    """Bind the model's layers and the sampler as the engine would on one rank, and say how each op was decided.
+
+    Of quantised weights, also what becomes of them and how many bytes that takes, over all layers of the class.
+    """
     resolved = resolve(config)
     table = op_table(resolved)
     model = resolved.model_class(resolved.model)
     bind_model(model, build_context(resolved, table, torch.device("meta"), LocalCommunicator()))
     Sampler(table, resolved.model.vocab_size)
-    return table.explain()
+    plans = totals(packings(model))
+    return [_with_plan(row, plans.get((row.op, row.layer, row.fmt))) for row in table.explain()]
+
+
+def _with_plan(row: ExplainRow, plan: Packing | None) -> ExplainRow:
+    return row if plan is None else replace(row, why=f"{plan.describe()}: {row.why}")

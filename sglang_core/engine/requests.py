@@ -19,6 +19,7 @@ class GenerateRequest:
     logprob: LogprobParams | None = None
     rid: str | None = None  # drawn if None; with n > 1 answer i runs as "rid-i"
     priority: int = 0
+    adapter: str = ""  # name of a LoRA adapter
     salt: str = ""  # requests share cached prefixes only within one salt
     stream: bool = True  # False: only the last chunk of each answer is delivered, with everything in it
     add_special_tokens: bool = True  # chat templates bring their own
@@ -59,6 +60,7 @@ class EngineInfo:
     generation_defaults: Mapping[str, Any]  # from generation_config.json: temperature, top_p, ...
     settings: Mapping[str, Any]  # the resolved config, flat, keys left out
     version: str
+    adapters: Mapping[str, str] = field(default_factory=dict)  # LoRA adapters loaded at start: name -> path
 
 
 class Tokenizer(Protocol):
@@ -79,6 +81,10 @@ class Client(Protocol):
     info: EngineInfo
     tokenizer: Tokenizer | None
 
+    @property
+    def adapters(self) -> Mapping[str, str]:
+        """LoRA adapters that requests may name now: name -> path."""
+
     def generate(self, request: GenerateRequest) -> AsyncIterator[GenerateChunk]:
         """Stream one request. Closing the iterator aborts it. Raises RequestError (bad request), QueueFullError,
         EngineDeadError; an error after the first chunk is raised from the iterator."""
@@ -91,6 +97,12 @@ class Client(Protocol):
 
     async def stats(self) -> dict[str, float]:
         """Gauges: running, waiting, token_usage, cache_hit_rate, ..."""
+
+    async def load_lora_adapter(self, name: str, path: str, *, pinned: bool = False) -> None:
+        """Serve an adapter, or other weights under a known name. Raises RequestError that says what does not fit."""
+
+    async def unload_lora_adapter(self, name: str) -> None:
+        """Take no more requests for it, and return once its last one has ended. Raises RequestError for unknown names."""
 
     @property
     def is_alive(self) -> bool: ...

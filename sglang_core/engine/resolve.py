@@ -10,11 +10,15 @@ from typing import Any
 
 from sglang_core.backend.devices import ChosenDevice, open_device
 from sglang_core.backend.interface import DefaultsContext
+from sglang_core.backend.kv_dtypes import KV_DTYPES
 from sglang_core.backend.providers import Providers
 from sglang_core.config import EngineConfig, all_settings
+from sglang_core.engine.lora_setup import LoraSetup, lora_setup
 from sglang_core.errors import ConfigError, PluginError
 from sglang_core.layers.causal_lm import CausalLM
+from sglang_core.layers.kv_scheme import KVScheme
 from sglang_core.layers.model_config import ModelConfig
+from sglang_core.layers.quant_config import online_quant_config
 from sglang_core.models.registry import model_class
 from sglang_core.weights.checkpoint import read_config, resolve_folder
 
@@ -29,6 +33,7 @@ GENERIC_DEFAULTS: Mapping[str, Any] = {
     "mem_fraction_static": 0.8,
 }
 UNLIMITED_CHUNK = -1
+KV_ALIASES = {"bf16": "bfloat16", "fp16": "float16"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,6 +49,7 @@ class Resolved:
     context_length: int
     context_asked: bool  # by the user
     served_model_name: str
+    lora: LoraSetup | None
 
 
 def resolve(config: EngineConfig) -> Resolved:
@@ -58,11 +64,12 @@ def resolve(config: EngineConfig) -> Resolved:
     from_plugins = Providers().named("sglang_models")
     cls = model_class(hf_config, trust_remote_code=config.model.trust_remote_code, extra=from_plugins)
     model = cls.read_config(hf_config)
+    if config.model.quantization is not None:
+        model = model.replace(quantization=online_quant_config(config.model.quantization, model.quantization))
     settled = _with_defaults(config, device, hf_config)
     if settled.model.dtype == "auto":
         settled = _replace(settled, dtype=model.dtype)
-    if settled.cache.kv_cache_dtype == "auto":
-        settled = _replace(settled, kv_cache_dtype=settled.model.dtype)
+    settled = _replace(settled, kv_cache_dtype=_kv_cache_dtype(settled, model.kv_scheme))
     return Resolved(
         config=settled,
         device=device,
@@ -73,6 +80,7 @@ def resolve(config: EngineConfig) -> Resolved:
         context_asked=settled.model.context_length is not None,
         context_length=_context_length(settled, model),
         served_model_name=settled.model.served_model_name or settled.model.model_path,
+        lora=lora_setup(settled.lora),
     )
 
 
@@ -91,6 +99,20 @@ def _with_defaults(config: EngineConfig, device: ChosenDevice, hf_config: Mappin
             if name in wished:
                 log.info("%s=%s, the default of backend %r", name, value, backend.name)
     return _replace(config, **filled)
+
+
+def _kv_cache_dtype(config: EngineConfig, scheme: KVScheme | None) -> str:
+    asked = config.cache.kv_cache_dtype
+    if asked != "auto":
+        return KV_ALIASES.get(asked, asked)
+    if scheme is None:
+        return config.model.dtype
+    if scheme.problem:
+        raise ConfigError(
+            f"the checkpoint's cached keys and values are quantised in a way that is not supported: {scheme.problem}; "
+            f"set --kv-cache-dtype to one of {', '.join(KV_DTYPES)}"
+        )
+    return "fp8_e4m3"
 
 
 def _context_length(config: EngineConfig, model: ModelConfig) -> int:

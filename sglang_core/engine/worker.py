@@ -13,7 +13,7 @@ import msgspec
 from sglang_core.engine.channel import PlanReceiver, ZmqEnd
 from sglang_core.engine.lifeline import die_with_parent, read_launch
 from sglang_core.errors import SglangError
-from sglang_core.types import EngineFailed, EngineReady
+from sglang_core.types import EngineFailed, EngineReady, StepPlan
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +67,11 @@ def _serve(launch: Launch, directory: Path) -> int:
     receiver = PlanReceiver(directory, launch.rank)
     in_flight: deque[object] = deque()
     while True:
-        pending = runner.launch(receiver.receive())
+        message = receiver.receive()
+        if not isinstance(message, StepPlan):
+            runner.take(message)
+            continue
+        pending = runner.launch(message)
         in_flight.append(pending)
         if len(in_flight) >= max_in_flight:
             in_flight.popleft().result()  # type: ignore[attr-defined]

@@ -44,14 +44,17 @@ class InputLogprobs:
             first_row += extend
         return wanted
 
-    def run(self, hidden: Tensor, head: Callable[[Tensor], Tensor]) -> None:
-        """hidden: [T, M]. Fills the results, in position order within each req."""
+    def run(
+        self, hidden: Tensor, head: Callable[[Tensor, Tensor | None], Tensor], token_adapter: Tensor | None
+    ) -> None:
+        """hidden: [T, M], token_adapter: int32[T]. Fills the results, in position order within each req."""
         with torch.inference_mode():
             for start in range(0, len(self._rows), ROWS_AT_ONCE):
                 part = slice(start, start + ROWS_AT_ONCE)
                 rows = torch.tensor(self._rows[part], dtype=torch.int32, device=hidden.device)
                 ids = torch.tensor(self._ids[part], dtype=torch.int64, device=hidden.device)
-                logprobs = torch.log_softmax(head(hidden[rows]).float(), dim=-1)
+                adapters = None if token_adapter is None else token_adapter[rows]
+                logprobs = torch.log_softmax(head(hidden[rows], adapters).float(), dim=-1)
                 own = logprobs.gather(1, ids[:, None])[:, 0].tolist()
                 top, top_ids = torch.topk(logprobs, max(self._num_top[part]), dim=-1)
                 self._store(part, own, top.tolist(), top_ids.tolist())

@@ -17,13 +17,15 @@ from sglang_core.backend.selection import OpTable
 from sglang_core.layers.forward_batch import AnyPlan, AnySpec, ForwardBatch, StepState
 from sglang_core.ops.attention import AttnBatch
 from sglang_core.ops.sampling import SampleParams
+from sglang_core.ops.ssm_plan import StateBatch
+from sglang_core.runner.adapters import AdapterHost, Written
 from sglang_core.runner.adjustments import Adjustments
 from sglang_core.runner.input_logprobs import InputLogprobs
 from sglang_core.runner.sampler import AdjustmentTensors, SampleInput, SampleOutput, Sampler
 from sglang_core.runner.slot_table import Int32, SlotTable
 from sglang_core.runner.step_input import StepInput, build_step_input, padding_input
 from sglang_core.runner.verify import KernelVerifier
-from sglang_core.types import FULL, StepPlan, StepResult, TokenLogprobs
+from sglang_core.types import DropAdapter, LoadAdapter, PoolGroup, StepPlan, StepResult, TokenLogprobs
 
 log = logging.getLogger(__name__)
 
@@ -33,9 +35,11 @@ class Model(Protocol):
 
     @property
     def attn_plans(self) -> Mapping[AnySpec, Callable[..., AnyPlan]]: ...
+    @property
+    def pool_groups(self) -> Mapping[AnySpec, PoolGroup]: ...
 
     def __call__(self, fb: ForwardBatch) -> Tensor: ...
-    def head(self, hidden: Tensor) -> Tensor: ...
+    def head(self, rows: Tensor, row_adapter: Tensor | None = None) -> Tensor: ...
 
 
 class PendingStep:
@@ -90,10 +94,12 @@ class ModelRunner:
         page_size: int,
         buckets: Sequence[Bucket] = (),
         verifier: KernelVerifier | None = None,
+        adapters: AdapterHost | None = None,
     ) -> None:
         self._model, self._runtime, self._state, self._slots = model, runtime, state, slots
         self._page_size, self._buckets, self._verifier = page_size, buckets, verifier
-        self._attn_plans = model.attn_plans
+        self._adapters = adapters
+        self._attn_plans, self._pool_groups = model.attn_plans, model.pool_groups
         self._sampler = Sampler(table, vocab_size)
         self._adjustments = Adjustments(vocab_size)
         self._stream = runtime.stream()
@@ -117,10 +123,20 @@ class ModelRunner:
         )
         adjusted = bool(self._slots.adjusted[step.slots].any())
         run = self._run if self._verifier is None or not self._verifier.choose(plan.step) else self._run_verified
-        work = self._stream.submit(run, plan, forward_batch, sample, wanted, adjusted, self._adjusted_before)
+        writes = self._adapters.taken(plan.adapter_writes) if self._adapters is not None else []
+        work = self._stream.submit(run, plan, forward_batch, sample, wanted, adjusted, self._adjusted_before, writes)
         pending = PendingStep(plan, work, wanted, num_top)
         self._adjusted_before = pending if adjusted else None
         return pending
+
+    def take(self, message: LoadAdapter | DropAdapter) -> None:
+        """What rank 0 says between plans."""
+        assert self._adapters is not None, "adapters are loaded where there is room for them"
+        match message:
+            case LoadAdapter(key=key, path=path):
+                self._adapters.follow(key, path)
+            case DropAdapter(key=key):
+                self._adapters.drop(key)
 
     def warm_up(self, *, progress: bool) -> None:
         """Compile every bucket with a batch of padding, on the stream, before the first req comes. Exact shapes need none."""
@@ -135,10 +151,9 @@ class ModelRunner:
             )
             self._stream.submit(self._forward_and_sample, self._forward_batch(step), sample).result()
 
-    def poison(self, pages: Sequence[int]) -> None:
+    def poison(self, group: PoolGroup, pages: Sequence[int]) -> None:
         """Fill freed pages with NaN once the steps launched so far are done: a runtime that checks steps asks for it."""
-        for pool in self._state.pools.values():
-            self._stream.submit(pool.poison, list(pages))
+        self._stream.submit(self._state.pools[group].poison, list(pages))
 
     def close(self) -> None:
         self._stream.close()
@@ -155,10 +170,14 @@ class ModelRunner:
         input_logprobs: InputLogprobs | None,
         adjusted: bool,
         adjusted_before: PendingStep | None,
+        adapter_writes: Written,
     ) -> SampleOutput:
+        if adapter_writes:
+            assert self._adapters is not None
+            self._adapters.write(adapter_writes)
         hidden, sample.logits = self._forward(forward_batch)
         if input_logprobs is not None:
-            input_logprobs.run(hidden, self._model.head)
+            input_logprobs.run(hidden, self._model.head, forward_batch.token_adapter)
         if adjusted_before is not None:  # on an asynchronous device this waits; on a host stream it has just finished
             for slot, token_id in adjusted_before.sampled():
                 self._adjustments.record(slot, token_id)
@@ -190,7 +209,8 @@ class ModelRunner:
             on_device = state.next_token_ids[fb.token_slots.clamp(min=0)]
             fb.token_ids = torch.where(fb.token_slots >= 0, on_device, fb.token_ids)
         hidden = self._model(fb)
-        return hidden, self._model.head(hidden[fb.sample_rows])
+        row_adapter = None if fb.token_adapter is None else fb.token_adapter[fb.sample_rows]
+        return hidden, self._model.head(hidden[fb.sample_rows], row_adapter)
 
     def _adjustment(self, plan: StepPlan) -> AdjustmentTensors:
         sparse = self._adjustments.sparse(plan.slots)
@@ -220,27 +240,70 @@ class ModelRunner:
     def _forward_batch(self, step: StepInput) -> ForwardBatch:
         device = self._runtime.torch_device
         plans = {}
-        for spec, attn_plan in self._attn_plans.items():
-            batch = AttnBatch(
-                cu_extend_cpu=torch.from_numpy(step.cu_extend),
-                prefix_lens_cpu=torch.from_numpy(step.prefix_lens),
-                seq_lens_cpu=torch.from_numpy(step.seq_lens),
-                page_table_cpu=torch.from_numpy(step.page_table[FULL]),
-                slot_mapping_cpu=torch.from_numpy(step.slot_mapping[FULL]),
-                num_tokens=step.num_tokens,
-                num_reqs=step.num_reqs,
-                max_extend=step.max_extend,
-                num_pages=step.num_pages,
-                page_size=self._page_size,
-                static=bool(self._buckets),
-            )
-            plans[spec] = attn_plan(spec, batch, device)
+        for spec, plan in self._attn_plans.items():
+            group = self._pool_groups[spec]
+            plans[spec] = plan(spec, self._batch_for(step, group), device)
         return ForwardBatch(
             token_ids=self._tensor(step.token_ids),
             token_slots=None if step.token_slots is None else self._tensor(step.token_slots),
             positions=self._tensor(step.positions),
             sample_rows=self._tensor(step.sample_rows),
             plans=plans,
+            token_adapter=self._token_adapter(step),
+        )
+
+    def _token_adapter(self, step: StepInput) -> Tensor | None:
+        """None where no token has one, unless steps are compiled: each bucket then has one form."""
+        if self._adapters is None or not (self._buckets or (step.token_adapter >= 0).any()):
+            return None
+        return self._tensor(step.token_adapter)
+
+    def _batch_for(self, step: StepInput, group: PoolGroup) -> AttnBatch | StateBatch:
+        kind = self._state.pools[group].spec.group_spec.kind
+        if kind == "state":
+            return self._state_batch(step)
+        return self._cross_batch(step) if kind == "cross" else self._attn_batch(step, group)
+
+    def _cross_batch(self, step: StepInput) -> AttnBatch:
+        """New tokens over what an encoder wrote before."""
+        return AttnBatch(
+            cu_extend_cpu=torch.from_numpy(step.cu_extend),
+            prefix_lens_cpu=torch.from_numpy(step.prefix_lens),
+            seq_lens_cpu=torch.from_numpy(step.encoder_lens),
+            page_table_cpu=torch.from_numpy(step.encoder_table),
+            slot_mapping_cpu=torch.zeros(step.num_tokens, dtype=torch.int32),
+            num_tokens=step.num_tokens,
+            num_reqs=step.num_reqs,
+            max_extend=step.max_extend,
+            num_pages=step.encoder_table.shape[1],
+            page_size=self._page_size,
+            static=bool(self._buckets),
+        )
+
+    def _attn_batch(self, step: StepInput, group: PoolGroup) -> AttnBatch:
+        return AttnBatch(
+            cu_extend_cpu=torch.from_numpy(step.cu_extend),
+            prefix_lens_cpu=torch.from_numpy(step.prefix_lens),
+            seq_lens_cpu=torch.from_numpy(step.seq_lens),
+            page_table_cpu=torch.from_numpy(step.page_table[group]),
+            slot_mapping_cpu=torch.from_numpy(step.slot_mapping[group]),
+            num_tokens=step.num_tokens,
+            num_reqs=step.num_reqs,
+            max_extend=step.max_extend,
+            num_pages=step.num_pages,
+            page_size=self._page_size,
+            static=bool(self._buckets),
+        )
+
+    def _state_batch(self, step: StepInput) -> StateBatch:
+        return StateBatch(
+            cu_extend_cpu=torch.from_numpy(step.cu_extend),
+            read_slots_cpu=torch.from_numpy(step.state_reads),
+            write_slots_cpu=torch.from_numpy(step.state_writes),
+            num_tokens=step.num_tokens,
+            num_reqs=step.num_reqs,
+            max_extend=step.max_extend,
+            static=bool(self._buckets),
         )
 
     def _tensor(self, x: NDArray[Any]) -> Tensor:

@@ -34,7 +34,12 @@ class StepInput:
     positions: Int32  # [T]
     slot_mapping: dict[PoolGroup, Int32]  # [T]
     page_table: dict[PoolGroup, Int32]  # [R, C]
+    encoder_lens: Int32  # [R] tokens of an encoder's output, 0 for none
+    encoder_table: Int32  # [R, C of encoder outputs]
+    state_reads: Int32  # [R] slots of the state pool, 0 where the model has none
+    state_writes: Int32  # [R]
     sample_rows: Int32  # [R] the last token of each req
+    token_adapter: Int32  # [T] slot of each token's adapter, -1 for none
     num_real_reqs: int
 
 
@@ -87,7 +92,12 @@ def build_step_input(plan: StepPlan, table: SlotTable, page_size: int, buckets: 
         positions=_pad(positions, num_tokens, 0),
         slot_mapping=slot_mapping,
         page_table={group: pages[slots, :num_pages] for group, pages in table.page_table.items()},
+        encoder_lens=table.encoder_len[slots],
+        encoder_table=table.encoder_table[slots],
+        state_reads=_pad(np.asarray(plan.state_reads, np.int32), num_reqs, 0),
+        state_writes=_pad(np.asarray(plan.state_writes, np.int32), num_reqs, 0),
         sample_rows=np.maximum(cu_extend[1:] - 1, 0).astype(np.int32),
+        token_adapter=_pad(table.adapter[slot_of_token], num_tokens, -1),
         num_real_reqs=num_real_reqs,
     )
 
@@ -110,7 +120,12 @@ def padding_input(bucket: Bucket, table: SlotTable) -> StepInput:
         positions=tokens,
         slot_mapping=dict.fromkeys(table.page_table, tokens),
         page_table={group: pages[slots, : bucket.num_pages] for group, pages in table.page_table.items()},
+        encoder_lens=reqs,
+        encoder_table=table.encoder_table[slots],
+        state_reads=reqs,
+        state_writes=reqs,
         sample_rows=reqs,
+        token_adapter=np.full(bucket.num_tokens, -1, np.int32),
         num_real_reqs=0,
     )
 

@@ -55,7 +55,7 @@ class KernelVerifier:
     def instrument(self, bound: BoundOp) -> BoundOp:
         if bound.provider == REFERENCE:
             return bound
-        if bound.site.op in ("attn.plan", "attn.mla_plan"):
+        if self.ops[bound.site.op].host:
             return replace(bound, fn=self._both_plans(bound))
         if bound.provider == DECOMPOSED:  # its parts are instrumented themselves
             return bound

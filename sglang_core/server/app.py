@@ -7,6 +7,7 @@ from fastapi import FastAPI
 from sglang_core.config import EngineConfig
 from sglang_core.engine.requests import Client
 from sglang_core.server import (
+    adapters,
     admin,
     docs_page,
     errors,
@@ -22,7 +23,7 @@ from sglang_core.server import (
 from sglang_core.server.auth import KeyGuard
 from sglang_core.server.serving import Serving
 
-ROUTERS = (openai_chat, openai_completions, openai_models, native, tokens, info, admin, health, docs_page)
+ROUTERS = (openai_chat, openai_completions, openai_models, native, tokens, info, admin, adapters, health, docs_page)
 
 
 def create_app(client: Client, config: EngineConfig) -> FastAPI:

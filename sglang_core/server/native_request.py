@@ -7,10 +7,12 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import BeforeValidator, Field, WithJsonSchema
 
+from sglang_core.engine.adapter_names import unknown_adapter
 from sglang_core.engine.requests import Client, EngineInfo, GenerateRequest
 from sglang_core.errors import RequestError
 from sglang_core.server.body import RequestBody, json_type, parse, shown
 from sglang_core.server.limits import (
+    MAX_ADAPTER_CHARS,
     MAX_N,
     MAX_PRIORITY,
     MAX_RID_CHARS,
@@ -58,7 +60,6 @@ class NativeRequest(RequestBody):
         "video_data": NO_MEDIA,
         "audio_data": NO_MEDIA,
         "input_embeds": "input embeddings are not supported; send text or input_ids",
-        "lora_path": "LoRA adapters are not supported yet; leave it out",
         "session_params": "sessions are not supported; shared prefixes are cached without them",
         "custom_logit_processor": "custom logit processors are not supported; use logit_bias",
         "token_ids_logprob": "log-probabilities of chosen ids are not supported; use top_logprobs_num",
@@ -79,6 +80,7 @@ class NativeRequest(RequestBody):
     ] = None
     sampling_params: Annotated[Any, _per_item({"$ref": "#/components/schemas/NativeSampling"}, "how to sample")] = None
     rid: Annotated[Any, _per_item({"type": "string"}, "name for /abort_request")] = None
+    lora_path: Annotated[Any, _per_item({"type": ["string", "null"]}, "name of a LoRA adapter, null for none")] = None
     stream: bool = False
     return_logprob: Annotated[Any, _per_item({"type": "boolean"}, "log-probabilities in meta_info")] = False
     logprob_start_len: Annotated[
@@ -103,6 +105,7 @@ class NativeRequest(RequestBody):
             "text" if self.text is not None else "input_ids",
         )
         rids = self._rids(count, is_batch)
+        adapters = self._adapters(client, count, is_batch)
         wanted = _spread(self.return_logprob, count, is_batch, "return_logprob", bool)
         starts = _spread(self.logprob_start_len, count, is_batch, "logprob_start_len", int)
         tops = _spread(self.top_logprobs_num, count, is_batch, "top_logprobs_num", int)
@@ -114,6 +117,7 @@ class NativeRequest(RequestBody):
                 rid=rids[i],
                 priority=self.priority,
                 salt=self.extra_key or "",
+                adapter=adapters[i],
                 stream=self.stream,
             )
             for i, prompt in enumerate(prompts)
@@ -168,6 +172,19 @@ class NativeRequest(RequestBody):
             )
         ignored = {f"sampling_params.{name}" for one in fields[:MAX_N] for name in one.ignored()}
         return samplings, sorted(ignored)
+
+    def _adapters(self, client: Client, count: int, is_batch: bool) -> list[str]:
+        """The name of each prompt's adapter, "" for none."""
+        if isinstance(self.lora_path, list):
+            _check_length(self.lora_path, count, is_batch, "lora_path")
+        names = self.lora_path if isinstance(self.lora_path, list) else [self.lora_path] * count
+        for name in names:
+            if name is not None and not isinstance(name, str):
+                message = f"lora_path={shown(name)} is {json_type(name)}; give the name of an adapter, or null"
+                raise RequestError(message, param="lora_path", code="invalid_type")
+            if name and name not in client.adapters:
+                raise unknown_adapter(name[:MAX_ADAPTER_CHARS], client.adapters)
+        return [name or "" for name in names]
 
     def _rids(self, count: int, is_batch: bool) -> list[str]:
         if self.rid is None:

@@ -87,7 +87,7 @@ class ChatReply:
 
     def __init__(self, serving: Serving, body: ChatRequest, rid: str, texts: TokenTexts) -> None:
         self.rid, self.n = rid, body.n or 1
-        self.model, self.created = serving.info.served_model_name, int(time.time())
+        self.model, self.created = body.model or serving.info.served_model_name, int(time.time())
         self.texts, self.top = texts, body.top_logprobs or 0
         self.wants_logprobs = body.logprobs
         self.options = body.stream_options or StreamOptions()
@@ -150,7 +150,8 @@ class ChatReply:
 async def chat_request(serving: Serving, body: ChatRequest, rid: str) -> tuple[GenerateRequest, list[str]]:
     """The engine's request, and the names of ignored message fields. Raises RequestError."""
     info = serving.info
-    body.check_common(info)
+    adapter = body.adapter(info, serving.client.adapters)
+    body.check_common()
     body.check_chat()
     messages, ignored = read_messages(body.messages)
     options: dict[str, Any] = dict(body.chat_template_kwargs)
@@ -180,6 +181,7 @@ async def chat_request(serving: Serving, body: ChatRequest, rid: str) -> tuple[G
         rid=rid,
         priority=body.priority,
         salt=body.cache_salt or "",
+        adapter=adapter,
         stream=body.stream,
         add_special_tokens=False,
     ), ignored

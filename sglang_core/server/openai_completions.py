@@ -53,7 +53,7 @@ class CompletionReply:
     ) -> None:
         self.rid, self.n = rid, body.n or 1
         self.echoes = echoes  # a prompt each, None where it is not echoed
-        self.model, self.created = serving.info.served_model_name, int(time.time())
+        self.model, self.created = body.model or serving.info.served_model_name, int(time.time())
         self.texts, self.top = texts, body.logprobs
         self.options = body.stream_options or StreamOptions()
 
@@ -116,7 +116,8 @@ async def completion_requests(
 ) -> tuple[list[GenerateRequest], list[Prompt]]:
     """One engine request a prompt. Raises RequestError before any of them starts."""
     info = serving.info
-    body.check_common(info)
+    adapter = body.adapter(info, serving.client.adapters)
+    body.check_common()
     body.check_completion()
     prompts, _ = await read_prompts(serving.client, body.prompt, "prompt")
     check_batch(info, len(prompts), body.n or 1, "prompt" if len(prompts) > 1 else "n")
@@ -143,6 +144,7 @@ async def completion_requests(
                 rid=rid if len(prompts) == 1 else f"{rid}-p{i}",
                 priority=body.priority,
                 salt=body.cache_salt or "",
+                adapter=adapter,
                 stream=body.stream,
             )
         )

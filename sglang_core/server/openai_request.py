@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import ClassVar
 
 from pydantic import Field
 
+from sglang_core.engine.adapter_names import unknown_adapter
 from sglang_core.engine.requests import EngineInfo
 from sglang_core.errors import RequestError
 from sglang_core.server.body import RequestBody
-from sglang_core.server.limits import MAX_PRIORITY, MAX_RID_CHARS, MAX_SALT_CHARS, MAX_TOKENS
+from sglang_core.server.limits import MAX_ADAPTER_CHARS, MAX_PRIORITY, MAX_RID_CHARS, MAX_SALT_CHARS, MAX_TOKENS
 from sglang_core.server.sampling import SamplingFields
 
 NO_GRAMMAR = "constrained decoding is not supported yet; ask for the format in the prompt"
@@ -23,7 +25,6 @@ REFUSED = {
     "regex": NO_GRAMMAR,
     "ebnf": NO_GRAMMAR,
     "structural_tag": NO_GRAMMAR,
-    "lora_path": "LoRA adapters are not supported yet; leave it out",
     "use_beam_search": "beam search is not supported; use n with a temperature",
     "truncate_prompt_tokens": "prompts are never truncated; shorten the prompt",
     "custom_logit_processor": "custom logit processors are not supported; use logit_bias",
@@ -44,7 +45,10 @@ class OpenAIRequest(SamplingFields):
 
     refused: ClassVar[dict[str, str]] = REFUSED
 
-    model: str | None = Field(None, description="the served model name; may be left out")
+    model: str | None = Field(
+        None, description="the served model name, 'name:adapter' or a LoRA adapter's own name; may be left out"
+    )
+    lora_path: str | None = Field(None, max_length=MAX_ADAPTER_CHARS, description="name of a LoRA adapter")
     stream: bool = False
     stream_options: StreamOptions | None = None
     max_tokens: int | None = Field(None, ge=0, le=MAX_TOKENS)
@@ -62,10 +66,20 @@ class OpenAIRequest(SamplingFields):
         False, description="usage always has prompt_tokens_details.cached_tokens"
     )
 
-    def check_common(self, info: EngineInfo) -> None:
-        """Raises RequestError: 404 for another model, 400 for fields that do not go together."""
-        if self.model is not None and self.model != info.served_model_name:
-            raise model_not_found(self.model, info.served_model_name)
+    def adapter(self, info: EngineInfo, adapters: Collection[str]) -> str:
+        """The name of the LoRA adapter asked for, "" for none. Raises RequestError for what is not served: 404 by `model`."""
+        named = "" if self.model is None else adapter_of(self.model, info.served_model_name, adapters)
+        if self.lora_path is None or self.lora_path == named:
+            return named
+        if named:
+            message = f"lora_path={self.lora_path!r} and model={self.model!r} name two adapters; give one of them"
+            raise RequestError(message, param="lora_path", code="invalid_value")
+        if self.lora_path not in adapters:
+            raise unknown_adapter(self.lora_path, adapters)
+        return self.lora_path
+
+    def check_common(self) -> None:
+        """Raises RequestError for fields that do not go together."""
         if self.response_format is not None and self.response_format.type != "text":
             message = f"response_format.type={self.response_format.type!r}: {NO_GRAMMAR}"
             raise RequestError(message, param="response_format", code="unsupported_parameter")
@@ -74,6 +88,17 @@ class OpenAIRequest(SamplingFields):
             raise RequestError(message, param="stream_options", code="invalid_value")
 
 
-def model_not_found(name: str, served: str) -> RequestError:
-    message = f"model={name!r} is not served here; use {served!r} or leave model out"
+def adapter_of(model: str, served: str, adapters: Collection[str]) -> str:
+    """The adapter that a model name means, "" for the model itself. Raises RequestError: 404 for what is not served."""
+    if model == served:
+        return ""
+    name = model.removeprefix(f"{served}:")
+    if name not in adapters:
+        raise model_not_found(model, served, adapters)
+    return name
+
+
+def model_not_found(name: str, served: str, adapters: Collection[str]) -> RequestError:
+    loaded = f", with an adapter as {served}:NAME ({', '.join(sorted(adapters))})," if adapters else ""
+    message = f"model={name!r} is not served here; use {served!r}{loaded} or leave model out"
     return RequestError(message, param="model", code="model_not_found", status=404)

@@ -114,6 +114,7 @@ class Model(msgspec.Struct, kw_only=True):
     root: str
     max_model_len: int
     owned_by: str = "sglang"
+    parent: str | UnsetType = UNSET  # of a LoRA adapter: the model it is for
 
 
 class ModelList(msgspec.Struct, kw_only=True):

@@ -56,10 +56,10 @@ def resolve_folder(model_path: str, revision: str | None = None, *, weights: boo
         raise ConfigError(f"model_path={model_path!r} is a file; give the folder that holds it and config.json")
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model_path) or model_path.startswith("."):
         raise ConfigError(f"model_path={model_path!r} is no folder here and no hub id (owner/name)")
-    return _fetch(model_path, revision, [p for p in FETCHED if weights or p != "*.safetensors"])
+    return fetch(model_path, revision, [p for p in FETCHED if weights or p != "*.safetensors"])
 
 
-def _fetch(repo_id: str, revision: str | None, patterns: list[str]) -> Path:
+def fetch(repo_id: str, revision: str | None, patterns: list[str]) -> Path:
     at = f"{repo_id!r}" + (f" at revision {revision!r}" if revision else "")
     try:
         return Path(snapshot_download(repo_id, revision=revision, allow_patterns=patterns, ignore_patterns=LEFT))
@@ -119,7 +119,7 @@ class Checkpoint:
         """Read every file's header. Raises WeightError for pickles, missing shards and broken files."""
         tensors: dict[str, TensorEntry] = {}
         for file in _weight_files(folder):
-            with _opened(file) as f:
+            with opened(file) as f:
                 for name in f.offset_keys():
                     view = f.get_slice(name)
                     tensors[name] = TensorEntry(file, tuple(view.get_shape()), view.get_dtype())
@@ -133,7 +133,7 @@ class Checkpoint:
 
 
 @contextmanager
-def _opened(file: Path) -> Iterator[Any]:
+def opened(file: Path) -> Iterator[Any]:
     try:
         with safe_open(file, framework="pt", device="cpu") as f:
             yield f
@@ -144,7 +144,7 @@ def _opened(file: Path) -> Iterator[Any]:
 @contextmanager
 def open_file(file: Path) -> Iterator[WeightFile]:
     """One memory-mapped file."""
-    with _opened(file) as f:
+    with opened(file) as f:
         yield WeightFile(f)
 
 

@@ -155,8 +155,8 @@ def test_penalties_forbid_repetition(engine: Engine) -> None:
     }
     penalised = engine.generate("a a a a a a a a", strict)
     assert len(set(penalised["output_ids"])) >= len(set(plain["output_ids"]))
-    biased = engine.generate("Hi", GREEDY | {"logit_bias": {"20": 9.0, "21": 8.0}})
-    moved = engine.generate("Hi", GREEDY | {"logit_bias": {"20": 9.0, "21": 8.0}, "frequency_penalty": 2.0})
+    biased = engine.generate("Hi", GREEDY | {"logit_bias": {"20": 50.0, "21": 49.0}})
+    moved = engine.generate("Hi", GREEDY | {"logit_bias": {"20": 50.0, "21": 49.0}, "frequency_penalty": 2.0})
     assert Counter(moved["output_ids"]).most_common(1)[0][1] < Counter(biased["output_ids"]).most_common(1)[0][1]
 
 

@@ -32,7 +32,7 @@ def plan_of(reqs: list[tuple[int, int]], page_size: int) -> StepPlan:
         extend_lens=[extend for _, extend in reqs],
         token_ids=token_ids,
         sample=[True] * len(reqs),
-        page_starts=[0] * len(reqs),
+        page_starts={FULL: [0] * len(reqs)},
         new_pages={FULL: pages},
     )
 
@@ -84,7 +84,7 @@ def test_pages_sent_later_go_behind_those_sent_before() -> None:
             extend_lens=[1],
             token_ids=[-1],
             sample=[True],
-            page_starts=[2],
+            page_starts={FULL: [2]},
             new_pages={FULL: [[9]]},
         )
     )

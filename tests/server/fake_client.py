@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from sglang_core.engine.adapter_names import unknown_adapter
 from sglang_core.engine.detokenizer import TextStream
 from sglang_core.engine.requests import EngineInfo, GenerateChunk, GenerateRequest, Tokenizer
 from sglang_core.errors import EngineDeadError, QueueFullError, RequestError
@@ -86,6 +87,7 @@ class FakeClient:
     aborted: list[str] = field(default_factory=list)
     flushed: int = 0
     closed: bool = False
+    adapters: dict[str, str] = field(default_factory=dict)
 
     @property
     def is_alive(self) -> bool:
@@ -123,6 +125,16 @@ class FakeClient:
             "retractions": 4,
             "requests": len(self.requests),
         }
+
+    async def load_lora_adapter(self, name: str, path: str, *, pinned: bool = False) -> None:
+        if "/broken" in path:
+            raise RequestError(f"{path} has no adapter_config.json", param="lora_path")
+        self.adapters[name] = path
+
+    async def unload_lora_adapter(self, name: str) -> None:
+        if name not in self.adapters:
+            raise unknown_adapter(name, self.adapters)
+        del self.adapters[name]
 
     async def close(self) -> None:
         self.closed, self.alive = True, False

@@ -15,6 +15,8 @@ ROUTES = {
     "/tokenize",
     "/detokenize",
     "/flush_cache",
+    "/load_lora_adapter",
+    "/unload_lora_adapter",
     "/abort_request",
     "/model_info",
     "/server_info",
