@@ -8,7 +8,7 @@ MODEL  ?= demo
 DEVICE ?= auto
 ARGS   ?=
 
-.PHONY: install serve test lint types test-core test-slow test-conformance test-xeon format clean
+.PHONY: install serve test lint types test-core test-slow test-conformance test-xeon reports format clean
 
 install: $(VENV)/.installed
 
@@ -45,8 +45,14 @@ test-xeon: install
 	$(PY) -m pytest plugins/xeon/tests
 
 test-conformance: install
-	$(VENV)/bin/sglang-conformance run cpu
-	$(VENV)/bin/sglang-conformance run xeon
+	$(VENV)/bin/sglang-conformance run cpu --strict --jobs 2 --num-threads 1
+	$(VENV)/bin/sglang-conformance run xeon --strict
+
+# After a change of the suite or of a kernel: the committed reports, and the page made of them.
+reports: install
+	for device in cpu xeon; do \
+	  $(VENV)/bin/sglang-conformance run $$device --full --strict --json conformance/reports/$$device.json || exit 1; done
+	$(VENV)/bin/sglang-conformance matrix conformance/reports/*.json -o docs/backends.md
 
 test-slow: install
 	$(PY) -m pytest tests plugins/xeon/tests -m slow

@@ -43,7 +43,9 @@ OPS = {
     "norm.add_rms": OpDef(name="norm.add_rms", body=add_rms, composite=True, parts={"rms": "norm.rms"}),
     "gemm.linear": OpDef(name="gemm.linear", body=body, weighted=True),
     "attn.paged": OpDef(name="attn.paged", body=body),
-    "attn.plan": OpDef(name="attn.plan", body=body),
+    "attn.plan": OpDef(name="attn.plan", body=body, host=True),
+    "attn.mla_paged": OpDef(name="attn.mla_paged", body=body),
+    "attn.mla_plan": OpDef(name="attn.mla_plan", body=body, host=True),
     "kv.write": OpDef(name="kv.write", body=body),
 }
 RMS = OpSite(op="norm.rms", layer="RMSNorm", dtype="bfloat16", dims={"M": 64})
@@ -486,10 +488,12 @@ def test_one_refusal_refuses_the_provider_for_the_group() -> None:
     assert set(providers(t.bind_group(GROUP)).values()) == {"b"}
 
 
-def test_a_plan_without_its_attention_is_refused() -> None:
-    bound = table(*group("p", ops=("attn.plan",))).bind_group(GROUP)
+@pytest.mark.parametrize("ops", [("attn.paged", "attn.plan"), ("attn.mla_paged", "attn.mla_plan")])
+def test_a_plan_without_its_attention_is_refused(ops: tuple[str, str]) -> None:
+    sites = [OpSite(op=op, layer="Attention", dtype="bfloat16", spec=128) for op in ops]
+    bound = table(*group("p", ops=ops[1:])).bind_group(sites)
     assert set(providers(bound).values()) == {REFERENCE}
-    assert "private" in bound["attn.plan"].refused[0][1]
+    assert "private" in bound[ops[1]].refused[0][1]
 
 
 def test_a_kv_write_kernel_alone_serves_beside_the_bodies() -> None:

@@ -7,7 +7,7 @@ import pytest
 from sglang_core.bench.step import StepDriver, StepShape, fitted
 from sglang_core.config import EngineConfig
 from sglang_core.errors import ConfigError
-from sglang_core.types import FULL, StepPlan
+from sglang_core.types import FULL, STATE, GroupSpec, StepPlan
 
 
 class FakeRunner:
@@ -27,7 +27,7 @@ class FakeRunner:
 
 
 def driver(runner: FakeRunner, num_pages: int = 100) -> StepDriver:
-    return StepDriver(runner, page_size=4, num_pages=num_pages, vocab_size=50, max_running=8, context_length=64)
+    return StepDriver(runner, page_size=4, num_pages={FULL: num_pages}, vocab_size=50, max_running=8, context_length=64)
 
 
 def test_a_decode_plan_extends_each_req_by_one() -> None:
@@ -38,6 +38,16 @@ def test_a_decode_plan_extends_each_req_by_one() -> None:
     assert len(plan.token_ids) == 3
     pages = [page for req in plan.new_pages[FULL] for page in req]
     assert sorted(pages) == list(range(1, 10))  # three pages a req, none shared, page 0 left alone
+
+
+def test_a_windowed_group_has_pages_for_what_is_read_only() -> None:
+    groups = (GroupSpec(name="w", kind="windowed", window=6), GroupSpec(name=STATE, kind="state"))
+    sizes = {"w": 7, STATE: 3}
+    plan = StepDriver(
+        FakeRunner(), page_size=4, num_pages=sizes, groups=groups, vocab_size=50, max_running=2, context_length=64
+    ).plan(StepShape.decode(2, 20))
+    assert plan.new_pages == {"w": [[0, 0, 0, 1, 2], [0, 0, 0, 3, 4]]}
+    assert (plan.state_reads, plan.state_writes) == ([0, 0], [1, 2])
 
 
 def test_a_prefill_plan_starts_at_nothing() -> None:

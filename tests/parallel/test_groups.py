@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from sglang_core.errors import ConfigError
 from sglang_core.parallel.groups import (
     ParallelContext,
+    aligned_shard,
     even_shard,
     padded_part,
     ragged_shard,
@@ -53,3 +54,25 @@ def test_heads_that_do_not_divide_name_the_sizes_that_do(heads: int, kv: int, ra
 def test_tp_groups_are_adjacent_ranks() -> None:
     assert [tuple(tp_ranks(rank, 2)) for rank in range(4)] == [(0, 1), (0, 1), (2, 3), (2, 3)]
     assert (ParallelContext().tp_rank, ParallelContext().tp_size) == (0, 1)
+
+
+def test_aligned_shards_are_cut_between_units_only() -> None:
+    assert [aligned_shard(2880, r, 4, 32, "size") for r in range(4)] == [
+        (0, 736),
+        (736, 1472),
+        (1472, 2176),
+        (2176, 2880),
+    ]
+    assert [aligned_shard(300, r, 2, 128, "size") for r in range(2)] == [
+        (0, 256),
+        (256, 300),
+    ]  # the last unit is a part
+    assert aligned_shard(2880, 1, 2, 32, "size") == even_shard(2880, 1, 2, "size")
+    for size, ranks, unit in [(2880, 8, 32), (768, 4, 128), (129, 2, 128)]:
+        parts = [aligned_shard(size, r, ranks, unit, "size") for r in range(ranks)]
+        assert [a for a, _ in parts] == [0, *(b for _, b in parts[:-1])] and parts[-1][1] == size
+        assert all(a % unit == 0 and a < b for a, b in parts)
+    with pytest.raises(ConfigError, match="size=256 has 2 parts of 128 that share a scale, too few for tp_size=4"):
+        aligned_shard(256, 0, 4, 128, "size")
+    with pytest.raises(ConfigError, match="cannot be divided"):
+        aligned_shard(10, 0, 4, 1, "size")
