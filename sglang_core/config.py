@@ -62,6 +62,7 @@ class ModelConfigArgs:
         None,
         "fp8, int8 or int4: quantise linear layers and experts of a float checkpoint as it is read; a checkpoint that is "
         "quantised needs no flag",
+        common=True,
     )
     revision: str | None = setting(None, "hub revision")
     trust_remote_code: bool = setting(False, "allow code from the checkpoint to run in tokenizer and config")
@@ -145,17 +146,16 @@ class ParallelArgs:
 class LoraArgs:
     """LoRA adapters, many in one batch."""
 
-    enable_lora: bool = setting(False, "keep room for LoRA adapters; --lora-paths implies it", common=True)
+    enable_lora: bool = setting(False, "keep room for LoRA adapters; --lora-paths implies it")
     lora_paths: tuple[str, ...] = setting(
         (), "NAME=PATH or PATH: adapters to serve from the start; folders, hub ids or demo:capitals", common=True
     )
-    max_loras_per_batch: int = setting(8, "adapters on the device, so in a batch, at most", common=True, low=1)
-    max_lora_rank: int | None = setting(None, "largest rank; that of --lora-paths by default", common=True, low=1)
+    max_loras_per_batch: int = setting(8, "adapters on the device, so in a batch, at most", low=1)
+    max_lora_rank: int | None = setting(None, "largest rank; that of --lora-paths by default", low=1)
     lora_target_modules: tuple[str, ...] = setting(
         (),
         "modules that adapters may target (q_proj ...; all: every linear layer; embed_tokens and lm_head are named apart); "
         "those of --lora-paths by default",
-        common=True,
     )
     max_loaded_loras: int | None = setting(
         None, "adapters in host memory at most; the least recently used leave, and are read again when asked for", low=1
