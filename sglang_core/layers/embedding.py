@@ -8,9 +8,9 @@ from torch import Tensor
 from sglang_core.backend.kernel import OpSite
 from sglang_core.layers.build import BuildContext, Layer, WeightSpec, dtype_name
 from sglang_core.layers.forward_batch import ForwardBatch
-from sglang_core.layers.linear import packed
 from sglang_core.layers.lora import EmbeddingSlots, LinearSlots, Target, covered
 from sglang_core.layers.model_config import HeadConfig, ModelConfig
+from sglang_core.ops.gemm import dense
 from sglang_core.ops.weight import PackedWeight
 from sglang_core.parallel.groups import padded_part, ragged_shard
 
@@ -102,7 +102,7 @@ class LMHead(Layer):
         (weight,) = parts
         if missing := self.padded - weight.shape[0]:  # ranks gather parts of one size
             weight = torch.cat([weight, weight.new_zeros(missing, weight.shape[1])])
-        self.weight = packed(weight, self._pack)
+        self.weight = dense(weight) if self._pack is None else self._pack(dense(weight))
 
     def forward(self, rows: Tensor, row_adapter: Tensor | None = None) -> Tensor:
         """rows: [S, M], row_adapter: int32[S], as `ForwardBatch.token_adapter` -> float32[S, V]."""

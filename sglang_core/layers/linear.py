@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -44,9 +43,8 @@ class Linear(Layer):
         self.in_features, self.out_features, self.has_bias = in_features, out_features, bias
         self.parts: list[tuple[str, int, Ranges]] = []
         self.columns = (0, in_features)
-        self._arriving: list[
-            tuple[int, StoredTensor | None]
-        ] = []  # of what `weights` asked for: its matrix; None: a bias
+        # Of what `weights` asked for, in order: the part it belongs to, and its tensor; None is a bias.
+        self._arriving: list[tuple[int, StoredTensor | None]] = []
         self._assemblies: dict[int, Assembly] = {}  # while parts arrive: of all of them, or each its own
 
     def bind(self, ctx: BuildContext) -> None:
@@ -57,11 +55,9 @@ class Linear(Layer):
         self.stored = [DENSE if self.always_dense else stored_format(self.quant, name) for name in names]
         if self.dense_only:
             self.stored = [DENSE if stored.online else stored for stored in self.stored]
-        mixed = (
-            ""
-            if all(s == self.stored[0] for s in self.stored)
-            else f"{', '.join(names)} run as one and are stored unlike"
-        )
+        mixed = ""
+        if any(stored != self.stored[0] for stored in self.stored):
+            mixed = f"{', '.join(names)} run as one and are stored unlike"
         quantised = next((s.fmt for s in self.stored if not s.fmt.is_dense), DENSE.fmt)
         site = OpSite(
             op="gemm.linear",
@@ -251,11 +247,6 @@ class GateUpLinear(Linear):
         size = self.intermediate_size
         held = aligned_shard(size, ctx.tp.rank, ctx.tp.size, self.unit, "intermediate_size")
         self.parts = _merged(["gate_proj", "up_proj"], [size, size], [held, held], self.fused)
-
-
-def packed(weight: Tensor, pack: Callable[[PackedWeight], PackedWeight] | None) -> PackedWeight:
-    """weight: [out, in] as the kernel of its layer wants it."""
-    return dense(weight) if pack is None else pack(dense(weight))
 
 
 def stored_format(quant: QuantConfig | None, name: str) -> Stored:
