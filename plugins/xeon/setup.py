@@ -17,8 +17,8 @@ except ImportError as e:
     ) from e
 
 TORCH = Path(torch.__file__).parent
-SOURCES = ["library.cpp", "parallel.cpp", "isa_avx2.cpp", "isa_avx512.cpp", "isa_avx512_bf16.cpp"]
-HEADERS = ["isa.h", "parallel.h", "kernels.inl", "simd.inl", "gemm.inl", "attention.inl", "rows.inl"]
+SOURCES = sorted(path.name for path in Path(__file__).parent.glob("csrc/*.cpp"))
+HEADERS = sorted(path.name for path in Path(__file__).parent.glob("csrc/*") if path.suffix in (".h", ".inl"))
 
 
 class BuildKernels(build_ext):

@@ -1,0 +1,137 @@
+// Ops that treat every row alone, as torch ops: norms, activations, rope, argmax, embedding.
+
+#include <cstring>
+
+#include "bindings.h"
+
+namespace sglang_xeon {
+namespace {
+
+NormArgs norm_args(const Tensor& x, const Tensor& weight, double eps) {
+  NormArgs args{};
+  int64_t last = x.dim() - 1;
+  STD_TORCH_CHECK(weight.numel() == x.size(last) && weight.is_contiguous(), "sglang_xeon: norm weight does not fit x");
+  args.weight = weight.data_ptr(), args.weight_dtype = dtype_of(weight, "weight");
+  args.width = x.size(last), args.eps = float(eps);
+  return args;
+}
+
+// x: [..., M], weight: [M] -> [..., M]. Views such as the q heads of a merged qkv are read in place.
+Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps) {
+  NormArgs args = norm_args(x, weight, eps);
+  bool in_place = x.dim() <= 3 && x.dim() > 1 && x.stride(x.dim() - 1) == 1;
+  Tensor from = in_place ? x : torch::stable::contiguous(x);
+  Tensor out = empty_as(x);
+  args.x = {from.data_ptr(), dtype_of(from, "x"), in_place ? from.stride(0) : args.width};
+  args.inner = in_place && x.dim() == 3 ? x.size(1) : 1;
+  args.inner_stride = in_place && x.dim() == 3 ? x.stride(1) : 0;
+  args.out = out.data_ptr();
+  if (!x.numel()) return out;
+  args.rows = x.numel() / args.width / args.inner;
+  kernels().norm(args);
+  return out;
+}
+
+// x, residual: [T, M] -> the norm of their rounded sum, and the sum
+std::tuple<Tensor, Tensor> add_rms_norm(const Tensor& x, const Tensor& residual, const Tensor& weight, double eps) {
+  NormArgs args = norm_args(x, weight, eps);
+  STD_TORCH_CHECK(
+      x.dim() == 2 && residual.dim() == 2 && residual.size(0) == x.size(0) && residual.size(1) == x.size(1) &&
+          residual.scalar_type() == x.scalar_type(),
+      "sglang_xeon: x and residual must be [T, M] of one dtype");
+  Tensor from = with_contiguous_rows(x), other = torch::stable::contiguous(residual);
+  Tensor out = empty_as(x), sum = empty_as(x);
+  args.x = rows_of(from, "x"), args.residual = other.data_ptr();
+  args.out = out.data_ptr(), args.residual_out = sum.data_ptr();
+  args.rows = x.size(0), args.inner = 1;
+  if (x.numel()) kernels().norm(args);
+  return {out, sum};
+}
+
+// x: [T, 2F] -> [T, F]
+Tensor gated(const Tensor& x, int64_t gate) {
+  STD_TORCH_CHECK(x.dim() == 2 && x.size(1) % 2 == 0, "sglang_xeon: gated takes [T, 2F]");
+  Tensor from = with_contiguous_rows(x);
+  Tensor out = empty({x.size(0), x.size(1) / 2}, x.scalar_type());
+  GatedArgs args{rows_of(from, "x"), out.data_ptr(), x.size(0), x.size(1) / 2, Gate(gate)};
+  if (out.numel()) kernels().gated(args);
+  return out;
+}
+
+Tensor rotated(const Tensor& x, const Tensor& positions, const Tensor& table, bool interleaved) {
+  Tensor from = with_contiguous_rows(x);
+  Tensor out = empty({x.size(0), x.size(1), x.size(2)}, x.scalar_type());
+  RopeArgs args{rows_of(from, "x"),
+                {out.data_ptr(), dtype_of(x, "x"), x.size(1) * x.size(2)},
+                static_cast<const float*>(table.data_ptr()),
+                int32_of(positions, "positions"),
+                x.size(0),
+                x.size(1),
+                x.size(2),
+                table.size(1),
+                interleaved};
+  if (x.numel()) kernels().rope(args);
+  return out;
+}
+
+// q: [T, Hq, D], k: [T, Hk, D], positions: int32[T], table: float32[L, rotary] -> q, k rotated
+std::tuple<Tensor, Tensor> rope(const Tensor& q, const Tensor& k, const Tensor& positions, const Tensor& table, bool interleaved) {
+  STD_TORCH_CHECK(
+      table.dim() == 2 && table.is_contiguous() && table.scalar_type() == ScalarType::Float,
+      "sglang_xeon: the rope table must be contiguous float32");
+  STD_TORCH_CHECK(
+      q.dim() == 3 && k.dim() == 3 && positions.numel() == q.size(0) && positions.numel() == k.size(0) &&
+          table.size(1) <= q.size(2) && q.size(2) == k.size(2),
+      "sglang_xeon: rope takes [T, H, D] and one position a token");
+  return {rotated(q, positions, table, interleaved), rotated(k, positions, table, interleaved)};
+}
+
+// x: [R, V] -> int32[R]: the lowest index of each row's largest value
+Tensor argmax(const Tensor& x) {
+  STD_TORCH_CHECK(x.dim() == 2 && x.size(1) > 0, "sglang_xeon: argmax takes [R, V]");
+  Tensor from = with_contiguous_rows(x);
+  Tensor out = empty({x.size(0)}, ScalarType::Int);
+  ArgmaxArgs args{rows_of(from, "x"), static_cast<int32_t*>(out.data_ptr()), x.size(0), x.size(1)};
+  if (args.rows) kernels().argmax(args);
+  return out;
+}
+
+// ids: int32[T], weight: [V, M], rows [start, start + V) of the table -> [T, M]; zeros for ids outside
+Tensor embed(const Tensor& ids, const Tensor& weight, int64_t start) {
+  STD_TORCH_CHECK(weight.dim() == 2 && weight.is_contiguous(), "sglang_xeon: the embedding table must be contiguous");
+  const int32_t* id = int32_of(ids, "ids");
+  int64_t tokens = ids.numel(), size = dtype_of(weight, "weight") == DType::bf16 ? 2 : 4, bytes = weight.size(1) * size;
+  Tensor out = empty({tokens, weight.size(1)}, weight.scalar_type());
+  const char* rows = static_cast<const char*>(weight.data_ptr());
+  char* to = static_cast<char*>(out.data_ptr());
+  for (int64_t t = 0; t < tokens; ++t, to += bytes) {
+    int64_t row = int64_t(id[t]) - start;
+    if (row >= 0 && row < weight.size(0))
+      std::memcpy(to, rows + row * bytes, size_t(bytes));
+    else
+      std::memset(to, 0, size_t(bytes));
+  }
+  return out;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(sglang_xeon, m) {
+  m.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
+  m.def("add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor, Tensor)");
+  m.def("gated(Tensor x, int gate) -> Tensor");
+  m.def("rope(Tensor q, Tensor k, Tensor positions, Tensor table, bool interleaved) -> (Tensor, Tensor)");
+  m.def("argmax(Tensor x) -> Tensor");
+  m.def("embed(Tensor ids, Tensor weight, int start) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(sglang_xeon, CPU, m) {
+  m.impl("rms_norm", TORCH_BOX(&rms_norm));
+  m.impl("add_rms_norm", TORCH_BOX(&add_rms_norm));
+  m.impl("gated", TORCH_BOX(&gated));
+  m.impl("rope", TORCH_BOX(&rope));
+  m.impl("argmax", TORCH_BOX(&argmax));
+  m.impl("embed", TORCH_BOX(&embed));
+}
+
+}  // namespace sglang_xeon
