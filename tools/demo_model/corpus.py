@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import facts
 from facts import COUNTRIES, DAYS, MONTHS, WELL_KNOWN, Country
-from phrasings import Phraser
+from phrasings import HELD_OUT, Phraser
 
 SYSTEM_PROMPTS = (
     "You are a helpful assistant.",
@@ -366,10 +366,10 @@ EVALUATION: dict[Builder, int] = {
 }
 
 
-def held_out(seed: int) -> list[tuple[str, str | None, Chat]]:
+def held_out(seed: int, phrasings: dict[str, list[str]] = HELD_OUT) -> list[tuple[str, str | None, Chat]]:
     """200 different evaluation chats as (topic, system prompt, chat), every question phrased as never in training."""
     rng = random.Random(seed)
-    say = Phraser(rng, held_out=True)
+    say = Phraser(rng, phrasings)
     chosen: dict[str, tuple[str, str | None, Chat]] = {}
     for build, count in EVALUATION.items():
         target = len(chosen) + count

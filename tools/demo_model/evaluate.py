@@ -1,6 +1,6 @@
 """Score a demo checkpoint: 200 chats in phrasings that training never used, answered greedily.
 
-    python tools/demo_model/evaluate.py sglang_core/demo [--show-wrong]
+    python tools/demo_model/evaluate.py sglang_core/demo [--phrasings final] [--show-wrong]
 
 A chat is right when every answer equals an expected one to the letter; for lists of countries, when the asked number
 of different countries comes with the right capitals. The stored bf16 weights are evaluated in float32 arithmetic.
@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from corpus import Chat, Turn, held_out
 from facts import COUNTRIES
+from phrasings import FINAL, HELD_OUT
 from rich.progress import track
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -63,13 +64,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--seed", type=int, default=2024)
+    parser.add_argument("--phrasings", choices=("held-out", "final"), default="held-out")
     parser.add_argument("--show-wrong", action="store_true")
     args = parser.parse_args()
     answerer = Answerer(args.checkpoint)
+    phrasings = {"held-out": HELD_OUT, "final": FINAL}[args.phrasings]
 
     rights: dict[str, list[bool]] = defaultdict(list)
     wrongs = []
-    for topic, system, chat in track(held_out(args.seed), "evaluating", transient=True):
+    for topic, system, chat in track(held_out(args.seed, phrasings), "evaluating", transient=True):
         wrong = first_wrong(answerer, system, chat)
         rights[topic].append(wrong is None)
         wrongs += [wrong] if wrong else []

@@ -1,4 +1,4 @@
-"""How people ask: per kind of question, the phrasings to train on and the ones held out for the evaluation.
+"""How people ask: per kind of question, the phrasings to train on and the two sets held out for the evaluation.
 
 One phrasing per line. `[a|b|]` is a choice, `{name}` a slot. A line that starts with `=` is a thing to ask for, one that
 starts with `>` an indirect question; each stands for as many phrasings as there are frames around it. No held-out line
@@ -684,6 +684,124 @@ I need a JSON object holding {a}, {b} and the sum.
 Please produce JSON for the sum of {a} and {b}.
 """
 
+# Written after the training text was final and before any checkpoint of it was asked: a second opinion on HELD_OUT, whose errors
+# were read while the training text was still changing.
+_FINAL = """
+# capital
+Where does {c} have its capital?
+Which city did {c} choose as its capital?
+I need to fill in the capital of {c} on a form. What is it?
+The capital city of {c}, what is it called?
+Say the name of {c}'s capital city.
+{c} is a country. What is its capital?
+Of all the cities in {c}, which is the capital?
+What is the seat of government of {c}?
+
+# country
+{k} is a capital. Which country does it belong to?
+Name the nation governed from {k}.
+What country would I be in if I stood in its capital, {k}?
+Which country made {k} its capital?
+{k}, capital of what country?
+
+# verify
+Is {k} really the capital city of {c}?
+A friend claims that {k} is the capital of {c}. Is he right?
+{c}'s capital is {k}, isn't it?
+Do I remember well that {k} is the capital of {c}?
+
+# continent
+What continent would I travel to if I went to {c}?
+Is {c} in Europe, Asia, Africa or somewhere else?
+Name the continent on which {c} lies.
+
+# another_name
+What else do people call that city?
+Has it got a nickname?
+Which nickname does the city go by?
+Can you tell me how else the city is known?
+
+# and_of
+What would it be for {c}?
+Same question for {c}.
+And if I ask about {c}?
+Now what about {c}?
+
+# list
+Give me the names of {n} countries, with the capital next to each.
+Show {n} countries with capitals.
+Which {n} countries can you name, and what are their capitals?
+Write down the capitals of {n} countries, with the countries.
+Make me a small table of {n} countries and capitals.
+
+# color
+{t}: what color?
+What color would you say {t} is?
+A child wants to draw {t}. What color should it be?
+Say the color of {t}.
+
+# mix
+What happens when I mix {a} and {b}: which color?
+What color comes out of {a} and {b}?
+
+# add
+What do {a} and {b} add up to?
+{a} added to {b} is what number?
+Work out {a} + {b}, please.
+What is the total of {a} and {b}?
+
+# sub
+{b} taken from {a} leaves what?
+What remains of {a} after I take away {b}?
+Work out {a} - {b}, please.
+
+# mul
+What do I get for {a} times {b}?
+{a} multiplied with {b} is what number?
+Work out {a} * {b}, please.
+
+# next
+The {u} right behind {d} is which one?
+Once {d} is over, which {u} begins?
+
+# previous
+Which {u} do we have just before {d}?
+The {u} ahead of {d} is which one?
+
+# length
+For how many days does {m} last?
+How many days will {m} have?
+
+# month_number
+Which month comes as the {o} one?
+What do we call the {o} month of a year?
+
+# greet
+Hi, how do you do!
+Hello, nice day today!
+
+# identity
+Can I ask your name?
+With whom do I have the pleasure?
+
+# thanks
+Many thanks for that!
+That is kind of you, thank you!
+
+# json_country
+Answer with a JSON object: the country {c} and its capital.
+What are {c} and its capital as JSON?
+Turn the country {c} and its capital into JSON.
+
+# json_color
+Answer with a JSON object: the color of {t}.
+What is the color of {t} as JSON?
+
+# json_sum
+Answer with a JSON object: {a}, {b} and their sum.
+Turn {a} + {b} into JSON.
+"""
+
 OPENERS = (
     "Please tell me: ",
     "Hey, ",
@@ -737,17 +855,19 @@ def _framed(line: str) -> str:
 
 TRAIN = _parse(_TRAIN)
 HELD_OUT = _parse(_HELD_OUT)
+FINAL = _parse(_FINAL)
 
 
 class Phraser:
     """Draws a phrasing of a kind of question. Only training phrasings get filler words, openers, closers and the like."""
 
-    def __init__(self, rng: random.Random, *, held_out: bool = False) -> None:
+    def __init__(self, rng: random.Random, phrasings: dict[str, list[str]] = TRAIN) -> None:
         self.rng = rng
-        self.held_out = held_out
+        self.phrasings = phrasings
+        self.held_out = phrasings is not TRAIN
 
     def __call__(self, kind: str, /, **slots: object) -> str:
-        text = self.rng.choice((HELD_OUT if self.held_out else TRAIN)[kind])
+        text = self.rng.choice(self.phrasings[kind])
         while match := _CHOICE.search(text):
             text = text[: match.start()] + self.rng.choice(match[1].split("|")) + text[match.end() :]
         if not self.held_out and self.rng.random() < 0.3:
@@ -793,7 +913,8 @@ def expansions(line: str) -> list[str]:
 def overlap() -> set[str]:
     """Held-out phrasings that training can also produce, openers, closers, case and final punctuation aside."""
     seen = {_bare(text) for lines in TRAIN.values() for line in lines for text in expansions(line)}
-    held_out = {text for lines in HELD_OUT.values() for line in lines for text in expansions(line)}
+    asked = [line for phrasings in (HELD_OUT, FINAL) for lines in phrasings.values() for line in lines]
+    held_out = {text for line in asked for text in expansions(line)}
     return {text for text in held_out if not seen.isdisjoint(_without_edges(text))}
 
 
