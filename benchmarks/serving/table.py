@@ -23,7 +23,7 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     args = parser.parse_args()
     startup, cache, decode = (facts_of(name, args.device) for name in ("startup", "prefix_cache", "decode_vs_hf"))
-    shared, unshared = cache["shared prefix"], cache["random ids"]
+    shared, unshared = cache["shared-prefix"], cache["random-ids"]
     wanted_tokens = (NUM_REQUESTS - 1) * PREFIX
     rows = [
         (
