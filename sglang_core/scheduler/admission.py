@@ -16,9 +16,9 @@ from sglang_core.types import Req
 class Admission:
     """Offers places to waiting reqs in the queue's order until the first that does not fit.
 
-    Nobody slips past a req that lacks pages or budget, or a long prompt would never start. Only a req that waits for
-    another's prefix, or for
-    a slot for its adapter, is passed, and the latter not for ever. A req gets the pages of all its known tokens at once, so a prompt never stalls halfway.
+    Nobody slips past a req that lacks pages or budget, or a long prompt would never start. Only a req that waits for another's
+    prefix, or for a slot for its adapter, is passed, and the latter not for ever. A req gets the pages of all its known tokens
+    at once, so a prompt never stalls halfway.
     """
 
     def __init__(

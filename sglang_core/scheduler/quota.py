@@ -27,13 +27,11 @@ class Quotas:
         self._config = config
         self._usable = usable
         self._windows = {g.name: g.window for g in config.groups if g.window is not None}
-        self._slack = (
-            config.page_size - 1 if cached else 0
-        )  # the window is kept of the last page end, where others may go on
+        # The window is kept of the last page end, where others may go on.
+        self._slack = config.page_size - 1 if cached else 0
         self._states = tuple(g.name for g in config.groups if g.kind == "state")
-        self._state_quota = (
-            num_state_slots(config.max_in_flight, cached=cached) + cached
-        )  # and the tree's, where it begins
+        # Its own, and the tree's that it begins from.
+        self._state_quota = num_state_slots(config.max_in_flight, cached=cached) + cached
         self._promised = dict.fromkeys((*self._windows, *self._states), 0)
         self.largest_chunk = min((self._chunk_that_fits(g) for g in config.groups), default=config.context_length)
 
