@@ -6,14 +6,13 @@ usage: python tools/cli_docs.py [--check]
 from __future__ import annotations
 
 import sys
-from pathlib import Path
+
+from marked_docs import main
 
 from sglang_core.cli.main import COMMANDS
 from sglang_core.cli.settings import flag_names
 from sglang_core.cli.sglang_flags import UNSUPPORTED
 from sglang_core.config import all_settings
-
-DOCS = Path(__file__).parents[1] / "docs" / "cli.md"
 
 
 def settings_table() -> str:
@@ -49,26 +48,5 @@ def unsupported_table() -> str:
 TABLES = {"commands": commands_table, "flags": settings_table, "sglang-flags": unsupported_table}
 
 
-def render(text: str) -> str:
-    """The document with each table put between its markers."""
-    for name, make in TABLES.items():
-        begin, end = f"<!-- {name}: made by tools/cli_docs.py -->", f"<!-- end of {name} -->"
-        before, found, rest = text.partition(begin)
-        assert found, f"docs/cli.md has no marker {begin}"
-        text = f"{before}{begin}\n{make()}\n{end}{rest.partition(end)[2]}"
-    return text
-
-
-def main() -> int:
-    old = DOCS.read_text()
-    new = render(old)
-    if "--check" in sys.argv[1:]:
-        if new != old:
-            print("docs/cli.md is out of date: run python tools/cli_docs.py")
-        return int(new != old)
-    DOCS.write_text(new)
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main("cli.md", "cli_docs.py", TABLES))

@@ -13,9 +13,10 @@ import re
 import sys
 import tokenize
 from collections.abc import Iterator
-from pathlib import Path
 from types import ModuleType
 from typing import Literal, get_args, get_origin
+
+from marked_docs import main
 
 from sglang_core.api import ops as exported
 from sglang_core.api.lock import signature
@@ -23,7 +24,6 @@ from sglang_core.ops import formats
 from sglang_core.ops.registry import OPS, OpDef
 from sglang_core.ops.weight import PackedWeight
 
-DOCS = Path(__file__).parents[1] / "docs" / "ops.md"
 WIDTH = 100  # of a signature on one line
 
 
@@ -165,26 +165,5 @@ def comments(cls: type) -> dict[str, str]:
 PARTS = {"index": index, "families": families, "formats": weight_formats}
 
 
-def render(text: str) -> str:
-    """The document with each part put between its markers."""
-    for name, make in PARTS.items():
-        begin, end = f"<!-- {name}: made by tools/ops_docs.py -->", f"<!-- end of {name} -->"
-        before, found, rest = text.partition(begin)
-        assert found, f"docs/ops.md has no marker {begin}"
-        text = f"{before}{begin}\n{make()}\n{end}{rest.partition(end)[2]}"
-    return text
-
-
-def main() -> int:
-    old = DOCS.read_text()
-    new = render(old)
-    if "--check" in sys.argv[1:]:
-        if new != old:
-            print("docs/ops.md is out of date: run python tools/ops_docs.py")
-        return int(new != old)
-    DOCS.write_text(new)
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main("ops.md", "ops_docs.py", PARTS))

@@ -70,8 +70,12 @@ def train(model: peft.PeftModel, docs: Iterator[Document], steps: int, lr: float
 
 def save(model: peft.PeftModel, out: Path) -> None:
     """PEFT's two files, the matrices in bfloat16."""
+    card = out / "README.md"
+    text = card.read_text() if card.exists() else None
     model.save_pretrained(out, save_embedding_layers=False)
-    (out / "README.md").unlink(missing_ok=True)  # PEFT's template; the card is written by hand
+    card.unlink(missing_ok=True)  # PEFT's template; the card is written by hand
+    if text is not None:
+        card.write_text(text)
     weights = out / "adapter_model.safetensors"
     tensors = {name: tensor.bfloat16() for name, tensor in load_file(weights).items()}
     save_file(tensors, weights, metadata={"format": "pt"})
