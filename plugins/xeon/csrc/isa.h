@@ -109,6 +109,117 @@ struct ArgmaxArgs {
   int64_t rows, width;
 };
 
+// A stack of packed matrices, one an expert, each as LinearArgs has it.
+struct ExpertStack {
+  const void* w;
+  DType dtype;
+  int64_t bytes;     // of one expert
+  const void* bias;  // [experts, rows of a matrix], may be null
+  DType bias_dtype;
+};
+
+// out[t] = sum over k of weights[t, k] * (w2 act(w13 x[t])) of expert ids[t, k]; see ops/moe.py.
+struct ExpertsArgs {
+  Rows x;  // [T, hidden]
+  ExpertStack w13, w2;
+  const float* weights;       // [T, top_k]
+  const int32_t* ids;         // [T, top_k]
+  const int32_t* expert_map;  // [map_size], may be null
+  int64_t map_size;
+  MutRows out;  // [T, hidden], x's dtype
+  int64_t tokens, top_k, num_experts, hidden, width;
+  Gate gate;
+  bool clamped;  // swiglu_clamped: gate is not looked at
+  float alpha, limit;
+  bool weight_on_input;
+};
+
+// The first sizes[0] rows of x times w[0], the next sizes[1] times w[1], ...; zeros for the rows past their sum.
+struct GroupedArgs {
+  Rows x;
+  ExpertStack w;
+  const int32_t* sizes;
+  MutRows out;  // x's dtype
+  int64_t rows, num_experts, n, k;
+};
+
+// out[t] = y[t] + B scale A x[t] with the A and B of token_adapter[t], or y[t] where that is -1; see ops/lora.py.
+struct LoraArgs {
+  Rows y, x;  // [T, width], [T, in]; x is of `dtype`
+  const void* a;  // [adapters, num_parts * rank, in]
+  const void* b;  // [adapters, width, rank]
+  DType dtype;    // of x, a and b
+  const int32_t* token_adapter;
+  const float* scale;    // [adapters, num_parts]
+  const int64_t* parts;  // [num_parts]: outputs of each
+  MutRows out;           // y's dtype
+  int64_t tokens, adapters, num_parts, rank, in, width;
+};
+
+// One id a row; see ops/sampling.py.
+struct SampleArgs {
+  Rows logits;
+  const float *temperature, *top_p, *min_p;
+  const int32_t *top_k, *seeds, *positions;
+  int32_t* out;
+  int64_t rows, width;
+  float greedy_below;  // the temperature under which a row takes its likeliest token
+  bool needs_filter;   // else no row has a top-k, top-p or min-p
+};
+
+struct MaskArgs {
+  Rows logits;
+  const int32_t* bits;  // [rows, ceil(width / 32)]
+  MutRows out;          // logits' dtype
+  int64_t rows, width;
+};
+
+// out = logits in float32, then the entries' changes.
+struct AdjustArgs {
+  Rows logits;
+  const int32_t *row, *id;  // [entries]
+  const float *repetition, *add;
+  float* out;
+  int64_t rows, width, entries;
+};
+
+struct SoftCapArgs {
+  Rows logits;
+  float* out;
+  int64_t rows, width;
+  float cap;
+};
+
+struct LayerNormArgs {
+  Rows x;
+  const void *weight, *bias;  // bias may be null
+  DType weight_dtype, bias_dtype;
+  void* out;  // x's dtype, rows contiguous
+  int64_t rows, width;
+  float eps;
+};
+
+struct EmbedArgs {
+  const int32_t* ids;
+  const char* table;
+  char* out;
+  int64_t tokens, first_id, num_ids, row_bytes;
+};
+
+enum class Scoring : int32_t { softmax = 0, sigmoid = 1, softmax_after_top_k = 2 };
+
+// See ops/moe.py.
+struct RouteArgs {
+  Rows logits;        // [T, num_experts]
+  const float* bias;  // [num_experts], may be null
+  float* weights;     // [T, top_k]
+  int32_t* ids;       // [T, top_k]
+  int64_t tokens, num_experts, top_k, num_groups, top_groups;
+  Scoring scoring;
+  bool best_two, renormalize;  // best_two: a group's score is the sum of its best two
+  float scale;
+};
+
 struct Kernels {
   const char* name;
   void (*linear)(const LinearArgs&);
@@ -119,11 +230,23 @@ struct Kernels {
   void (*gated)(const GatedArgs&);
   void (*rope)(const RopeArgs&);
   void (*argmax)(const ArgmaxArgs&);
+  void (*experts)(const ExpertsArgs&);
+  void (*grouped)(const GroupedArgs&);
+  void (*route)(const RouteArgs&);
+  void (*lora)(const LoraArgs&);
+  void (*sample)(const SampleArgs&);
+  void (*mask)(const MaskArgs&);
+  void (*adjust)(const AdjustArgs&);
+  void (*soft_cap)(const SoftCapArgs&);
+  void (*layer_norm)(const LayerNormArgs&);
+  void (*embed)(const EmbedArgs&);
 };
 
 extern const Kernels kernels_avx2;
 extern const Kernels kernels_avx512;
 // For bf16 activations and weights only: all that VDPBF16PS changes.
 void linear_avx512_bf16(const LinearArgs& args);
+void experts_avx512_bf16(const ExpertsArgs& args);
+void grouped_avx512_bf16(const GroupedArgs& args);
 
 }  // namespace sglang_xeon

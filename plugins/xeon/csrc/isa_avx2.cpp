@@ -1,5 +1,6 @@
 #include "isa.h"
 #include "parallel.h"
+#include "select.h"
 
 #pragma GCC target("avx2,fma")
 #define VL 8

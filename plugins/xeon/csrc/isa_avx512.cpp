@@ -1,5 +1,6 @@
 #include "isa.h"
 #include "parallel.h"
+#include "select.h"
 
 #ifdef EMULATE_AVX512  // tests only: the same code on pairs of 256-bit registers
 #pragma GCC target("avx2,fma")

@@ -2,6 +2,7 @@
 
 #include "isa.h"
 #include "parallel.h"
+#include "select.h"
 
 #ifdef EMULATE_AVX512  // tests only: the same code on pairs of 256-bit registers
 #pragma GCC target("avx2,fma")
@@ -15,8 +16,14 @@ namespace sglang_xeon {
 namespace {
 #include "simd.inl"
 //
+#include "gate.inl"
+//
 #include "gemm.inl"
+//
+#include "moe.inl"
 }  // namespace
 
 void linear_avx512_bf16(const LinearArgs& args) { linear_path<Path::dot_bf16>(args); }
+void experts_avx512_bf16(const ExpertsArgs& args) { experts_path<Path::dot_bf16, uint16_t>(args); }
+void grouped_avx512_bf16(const GroupedArgs& args) { grouped_path<Path::dot_bf16, uint16_t>(args); }
 }  // namespace sglang_xeon

@@ -23,6 +23,18 @@ Kernels make_avx512_bf16() {
     else
       kernels_avx512.linear(args);
   };
+  kernels.experts = [](const ExpertsArgs& args) {
+    if (args.x.dtype == DType::bf16 && args.w13.dtype == DType::bf16 && args.w2.dtype == DType::bf16)
+      experts_avx512_bf16(args);
+    else
+      kernels_avx512.experts(args);
+  };
+  kernels.grouped = [](const GroupedArgs& args) {
+    if (args.x.dtype == DType::bf16 && args.w.dtype == DType::bf16)
+      grouped_avx512_bf16(args);
+    else
+      kernels_avx512.grouped(args);
+  };
   return kernels;
 }
 

@@ -25,6 +25,7 @@ DTYPES = ("bfloat16", "float32")
 # For --device auto: above the reference backend (0), below every accelerator (100 and up).
 SCORES = {"avx2": 30, "avx512": 40, "avx512_bf16": 50, "amx": 60}
 PROFILES = ("base", "serving", "window", "soft_cap", "sinks", "cross", "odd_sizes", "buckets")
+WEIGHTED = ("gemm.linear", "gemm.grouped", "moe.fused")
 INVARIANT = frozenset({"batch_invariant"})  # a row's result does not depend on its neighbours
 
 
@@ -87,6 +88,7 @@ class XeonBackend(Backend):
 
     def kernels(self, ctx: KernelContext) -> list[Kernel]:
         packing = {"supports": dense_only, "pack": "sglang_xeon.gemm:pack", "unpack": "sglang_xeon.gemm:unpack"}
+        experts = {"supports": dense_only, "pack": "sglang_xeon.moe:pack", "unpack": "sglang_xeon.moe:unpack"}
         return [
             _kernel("gemm.linear", "gemm:linear", **packing),
             # Not invariant: oneDNN takes over from some number of rows on.
@@ -96,17 +98,25 @@ class XeonBackend(Backend):
             _kernel("kv.write", "attention:kv_write", supports=attention_limits),
             _kernel("norm.rms", "norm:rms_norm"),
             _kernel("norm.add_rms", "norm:add_rms_norm"),
+            _kernel("norm.layer", "norm:layer_norm"),
             _kernel("rope.apply", "rope:rope_apply"),
             _kernel("act.gated", "activation:gated"),
             _kernel("embed.lookup", "embedding:embed_lookup"),
             _kernel("sample.sample", "sampling:sample"),
+            _kernel("logits.mask", "logits:mask"),
+            _kernel("logits.adjust", "logits:adjust"),
+            _kernel("logits.soft_cap", "logits:soft_cap"),
+            _kernel("lora.apply", "lora:apply"),
+            _kernel("moe.route", "moe:route"),
+            _kernel("moe.fused", "moe:fused", **experts),
+            _kernel("gemm.grouped", "moe:grouped", **experts),
         ]
 
     def claims(self, ctx: KernelContext) -> Claims:
         """What `kernels` brings, in float32 and bfloat16. Float16 overflows in bodies never checked with it."""
         unsupported = Claim(op="*", dtypes=("float16",), support=Support.UNSUPPORTED)
         ops = dict.fromkeys(kernel.op for kernel in self.kernels(ctx))
-        native = [Claim(op=op, dtypes=DTYPES, formats=("dense",) if op == "gemm.linear" else ("*",)) for op in ops]
+        native = [Claim(op=op, dtypes=DTYPES, formats=("dense",) if op in WEIGHTED else ("*",)) for op in ops]
         return Claims((unsupported, *native), profiles=PROFILES)
 
     def config_defaults(self, ctx: DefaultsContext) -> dict[str, Any]:

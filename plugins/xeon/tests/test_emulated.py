@@ -13,7 +13,11 @@ from pathlib import Path
 import pytest
 from sglang_xeon import isa
 
-TESTS = [str(Path(__file__).with_name(name)) for name in ("test_gemm.py", "test_attention.py", "test_rows.py")]
+FILES = (
+    *("test_gemm.py", "test_attention.py", "test_rows.py", "test_moe.py"),
+    *("test_route.py", "test_lora.py", "test_sampling.py", "test_logits.py"),
+)
+TESTS = [str(Path(__file__).with_name(name)) for name in FILES]
 
 
 @pytest.mark.timeout(900)
