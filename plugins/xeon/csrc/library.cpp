@@ -18,7 +18,7 @@ Kernels make_avx512_bf16() {
   Kernels kernels = kernels_avx512;
   kernels.name = "avx512_bf16";
   kernels.linear = [](const LinearArgs& args) {
-    if (args.x.dtype == DType::bf16 && args.w_dtype == DType::bf16)
+    if (dots_pairs(args))
       linear_avx512_bf16(args);
     else
       kernels_avx512.linear(args);
