@@ -9,6 +9,16 @@ namespace {
 //
 #include "gemm.inl"
 //
+#include "codes.inl"
+//
+#include "activations.inl"
+//
+#include "gemm_int8.inl"
+//
+#include "linear.inl"
+//
+#include "pack.inl"
+//
 #include "moe.inl"
 //
 #include "attention.inl"

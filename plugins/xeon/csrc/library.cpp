@@ -18,22 +18,17 @@ Kernels make_avx512_bf16() {
   Kernels kernels = kernels_avx512;
   kernels.name = "avx512_bf16";
   kernels.linear = [](const LinearArgs& args) {
-    if (args.x.dtype == DType::bf16 && args.w_dtype == DType::bf16)
+    if (dots_pairs(args))
       linear_avx512_bf16(args);
     else
       kernels_avx512.linear(args);
   };
   kernels.experts = [](const ExpertsArgs& args) {
-    if (args.x.dtype == DType::bf16 && args.w13.dtype == DType::bf16 && args.w2.dtype == DType::bf16)
-      experts_avx512_bf16(args);
-    else
-      kernels_avx512.experts(args);
+    bool dots = dots_pairs(args.x.dtype, args.w13.first, args.w13.quantize) && dots_pairs(args.x.dtype, args.w2.first, args.w2.quantize);
+    (dots ? experts_avx512_bf16 : kernels_avx512.experts)(args);
   };
   kernels.grouped = [](const GroupedArgs& args) {
-    if (args.x.dtype == DType::bf16 && args.w.dtype == DType::bf16)
-      grouped_avx512_bf16(args);
-    else
-      kernels_avx512.grouped(args);
+    (dots_pairs(args.x.dtype, args.w.first, args.w.quantize) ? grouped_avx512_bf16 : kernels_avx512.grouped)(args);
   };
   return kernels;
 }

@@ -25,7 +25,13 @@ DTYPES = ("bfloat16", "float32")
 # For --device auto: above the reference backend (0), below every accelerator (100 and up).
 SCORES = {"avx2": 30, "avx512": 40, "avx512_bf16": 50, "amx": 60}
 PROFILES = ("base", "serving", "window", "soft_cap", "sinks", "cross", "odd_sizes", "buckets")
-WEIGHTED = ("gemm.linear", "gemm.grouped", "moe.fused")
+EXPERT_FORMATS = (
+    *("dense", "fp8.tensor", "fp8.tensor.static", "fp8.token_channel", "fp8.block128"),
+    *("int8.token_channel", "int8.token_channel.asym"),
+    *(f"int4.{kind}.g{group}" for kind in ("awq", "gptq", "pack") for group in (32, 64, 128, -1)),
+    *(f"w4a8_fp8.g{group}" for group in (32, 64, 128, -1)),
+    *("mxfp4.g32", "nvfp4.g16", "nvfp4.g16.static", "nvfp4.g16.a16"),
+)
 INVARIANT = frozenset({"batch_invariant"})  # a row's result does not depend on its neighbours
 
 
@@ -36,6 +42,12 @@ def dtype_limits(ctx: SelectionContext) -> str | None:
 def dense_only(ctx: SelectionContext) -> str | None:
     if ctx.site.fmt != "dense":
         return f"takes dense weights, not {ctx.site.fmt}"
+    return dtype_limits(ctx)
+
+
+def expert_limits(ctx: SelectionContext) -> str | None:
+    if ctx.site.fmt.endswith(".act_order"):
+        return f"takes no experts that each have an order of columns of their own ({ctx.site.fmt})"
     return dtype_limits(ctx)
 
 
@@ -88,7 +100,7 @@ class XeonBackend(Backend):
 
     def kernels(self, ctx: KernelContext) -> list[Kernel]:
         packing = {"supports": dense_only, "pack": "sglang_xeon.gemm:pack", "unpack": "sglang_xeon.gemm:unpack"}
-        experts = {"supports": dense_only, "pack": "sglang_xeon.moe:pack", "unpack": "sglang_xeon.moe:unpack"}
+        experts = {"supports": expert_limits, "pack": "sglang_xeon.moe:pack", "unpack": "sglang_xeon.moe:unpack"}
         return [
             _kernel("gemm.linear", "gemm:linear", **packing),
             # Not invariant: oneDNN takes over from some number of rows on.

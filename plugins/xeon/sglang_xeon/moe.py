@@ -1,4 +1,4 @@
-"""moe.route (csrc/route.inl); moe.fused and gemm.grouped: each expert packed as gemm.py has it, one after the other (csrc/moe.inl)."""
+"""moe.route (csrc/route.inl); moe.fused and gemm.grouped in every format, on stacks packed once (weights.py, csrc/moe.inl)."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from torch import Tensor
 from sglang_core.api.ops import ExpertSpec, PackedWeight, RouteSpec
 from sglang_xeon.activation import KINDS
 from sglang_xeon.library import ops
+from sglang_xeon.weights import LAYOUT, facts, pack, unpack
 
-LAYOUT = "xeon.experts"
+__all__ = ["LAYOUT", "fused", "grouped", "pack", "route", "unpack"]
 
 SCORINGS = {"softmax": 0, "sigmoid": 1, "softmax_after_top_k": 2}  # enum Scoring of csrc/isa.h
 
 _route, _fused, _grouped = ops.route.default, ops.fused_experts.default, ops.grouped.default
-_pack, _pack_into, _unpack = ops.pack_experts.default, ops.pack_experts_into.default, ops.unpack_experts.default
+_TENSORS = ("packed", "scales", "zeros", "column_scale", "column_sum", "x_scale")  # of a stack, as the C++ ops take them
 
 
 def route(logits: Tensor, spec: RouteSpec, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -50,13 +51,14 @@ def fused(
     clamped = act.activation == "swiglu_clamped"
     y: Tensor = _fused(
         x,
-        w13["packed"],
-        w2["packed"],
+        *_operands(w13),
+        bias13,
+        facts(w13),
+        *_operands(w2),
+        bias2,
+        facts(w2),
         weights,
         ids,
-        w2.in_features,
-        bias13,
-        bias2,
         expert_map,
         0 if clamped else KINDS[act.activation],
         clamped,
@@ -69,27 +71,8 @@ def fused(
 
 def grouped(x: Tensor, w: PackedWeight, group_sizes: Tensor, bias: Tensor | None = None) -> Tensor:
     """x: [S, in], w: [X, out, in], group_sizes: int32[X], bias: [X, out] -> [S, out]."""
-    return _grouped(x, w["packed"], group_sizes, bias, w.out_features)  # type: ignore[no-any-return]
+    return _grouped(x, *_operands(w), bias, facts(w), group_sizes)  # type: ignore[no-any-return]
 
 
-def pack(w: PackedWeight, out: PackedWeight | None = None) -> PackedWeight:
-    """[X, out, in] -> X matrices in panels. With `out`, an earlier result, its bytes are rewritten."""
-    if out is not None:
-        _pack_into(w["weight"], out["packed"])
-        return out
-    return PackedWeight(
-        w.fmt,
-        {"packed": _pack(w["weight"])},
-        out_features=w.out_features,
-        in_features=w.in_features,
-        num_experts=w.num_experts,
-        layout=LAYOUT,
-    )
-
-
-def unpack(w: PackedWeight) -> PackedWeight:
-    """The inverse of `pack`."""
-    weight = _unpack(w["packed"], w.out_features, w.in_features)
-    return PackedWeight(
-        w.fmt, {"weight": weight}, out_features=w.out_features, in_features=w.in_features, num_experts=w.num_experts
-    )
+def _operands(w: PackedWeight) -> tuple[Tensor | None, ...]:
+    return tuple(w._buffers.get(name) for name in _TENSORS)
