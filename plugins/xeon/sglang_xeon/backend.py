@@ -25,13 +25,8 @@ DTYPES = ("bfloat16", "float32")
 # For --device auto: above the reference backend (0), below every accelerator (100 and up).
 SCORES = {"avx2": 30, "avx512": 40, "avx512_bf16": 50, "amx": 60}
 PROFILES = ("base", "serving", "window", "soft_cap", "sinks", "cross", "odd_sizes", "buckets")
-EXPERT_FORMATS = (
-    *("dense", "fp8.tensor", "fp8.tensor.static", "fp8.token_channel", "fp8.block128"),
-    *("int8.token_channel", "int8.token_channel.asym"),
-    *(f"int4.{kind}.g{group}" for kind in ("awq", "gptq", "pack") for group in (32, 64, 128, -1)),
-    *(f"w4a8_fp8.g{group}" for group in (32, 64, 128, -1)),
-    *("mxfp4.g32", "nvfp4.g16", "nvfp4.g16.static", "nvfp4.g16.a16"),
-)
+EXPERT_OPS = ("moe.fused", "gemm.grouped")
+ACT_ORDER = tuple(f"int4.gptq.g{group}.act_order" for group in (32, 64, 128, -1))
 INVARIANT = frozenset({"batch_invariant"})  # a row's result does not depend on its neighbours
 
 
@@ -46,7 +41,7 @@ def dense_only(ctx: SelectionContext) -> str | None:
 
 
 def expert_limits(ctx: SelectionContext) -> str | None:
-    if ctx.site.fmt.endswith(".act_order"):
+    if ctx.site.fmt in ACT_ORDER:
         return f"takes no experts that each have an order of columns of their own ({ctx.site.fmt})"
     return dtype_limits(ctx)
 
@@ -128,8 +123,9 @@ class XeonBackend(Backend):
         """What `kernels` brings, in float32 and bfloat16. Float16 overflows in bodies never checked with it."""
         unsupported = Claim(op="*", dtypes=("float16",), support=Support.UNSUPPORTED)
         ops = dict.fromkeys(kernel.op for kernel in self.kernels(ctx))
-        native = [Claim(op=op, dtypes=DTYPES, formats=("dense",) if op in WEIGHTED else ("*",)) for op in ops]
-        return Claims((unsupported, *native), profiles=PROFILES)
+        bodies = [Claim(op=op, formats=ACT_ORDER, support=Support.REFERENCE) for op in EXPERT_OPS]
+        native = [Claim(op=op, dtypes=DTYPES, formats=("dense",) if op == "gemm.linear" else ("*",)) for op in ops]
+        return Claims((unsupported, *bodies, *native), profiles=PROFILES)
 
     def config_defaults(self, ctx: DefaultsContext) -> dict[str, Any]:
         """bfloat16 halves the bytes a decode step streams; pages of 16 keep prefix reuse fine-grained at no cost here.

@@ -14,7 +14,14 @@ __all__ = ["LAYOUT", "fused", "grouped", "pack", "route", "unpack"]
 SCORINGS = {"softmax": 0, "sigmoid": 1, "softmax_after_top_k": 2}  # enum Scoring of csrc/isa.h
 
 _route, _fused, _grouped = ops.route.default, ops.fused_experts.default, ops.grouped.default
-_TENSORS = ("packed", "scales", "zeros", "column_scale", "column_sum", "x_scale")  # of a stack, as the C++ ops take them
+_TENSORS = (
+    "packed",
+    "scales",
+    "zeros",
+    "column_scale",
+    "column_sum",
+    "x_scale",
+)  # of a stack, as the C++ ops take them
 
 
 def route(logits: Tensor, spec: RouteSpec, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -49,7 +49,9 @@ class Shape:
         if fmt.is_dense:
             dtype = w["packed" if w.layout == LAYOUT else "weight"].dtype
             return cls(_DENSE[dtype], w.out_features, w.in_features, 0, 0, 0)
-        element = {"fp8": _FP8, "int8": _INT8, "e2m1": _E2M1, "int4": _INT4_ZERO if fmt.has_zero else _INT4}[fmt.element]
+        element = {"fp8": _FP8, "int8": _INT8, "e2m1": _E2M1, "int4": _INT4_ZERO if fmt.has_zero else _INT4}[
+            fmt.element
+        ]
         group = w.in_features if fmt.group == -1 else fmt.group or 0
         scales = w["scales" if w.layout == LAYOUT else "scale"].dtype if group else torch.float32
         return cls(element, w.out_features, w.in_features, group, _SCALES[scales], _QUANTIZE.index(fmt.activation))
@@ -120,9 +122,7 @@ def unpack(w: PackedWeight, out: PackedWeight | None = None) -> PackedWeight:
         for name, tensor in made.items():
             out[name].copy_(tensor)
         return out
-    return PackedWeight(
-        w.fmt, made, out_features=w.out_features, in_features=w.in_features, num_experts=w.num_experts
-    )
+    return PackedWeight(w.fmt, made, out_features=w.out_features, in_features=w.in_features, num_experts=w.num_experts)
 
 
 def _tensors(w: PackedWeight) -> dict[str, Tensor]:

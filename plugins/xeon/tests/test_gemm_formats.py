@@ -30,8 +30,6 @@ def quantized(fmt: str, n: int, k: int) -> PackedWeight:
     return w
 
 
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16])
 @pytest.mark.parametrize("fmt", FORMATS)
 def test_linear_is_the_body(level: str, fmt: str, dtype: torch.dtype) -> None:

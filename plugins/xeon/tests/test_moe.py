@@ -124,6 +124,50 @@ def test_grouped_is_the_body(level: str, dtype: torch.dtype, sizes: tuple[int, .
     assert_close(moe.grouped(x, moe.pack(w), group_sizes, bias), want, scale=4)
 
 
+# Each kind of code and scale, and of activations; static ones bring a scale an expert.
+FORMATS = (
+    *("fp8.tensor.static", "fp8.token_channel", "fp8.block128", "int8.token_channel", "int8.token_channel.asym"),
+    *("int4.awq.g32", "int4.pack.g-1", "w4a8_fp8.g64", "mxfp4.g32", "nvfp4.g16", "nvfp4.g16.static", "nvfp4.g16.a16"),
+)
+
+
+def quantized(fmt: str, *shape: int) -> PackedWeight:
+    x_scale = torch.rand(shape[0], 1) * 0.01 + 0.01 if fmt.endswith(".static") else None
+    weight = torch.randn(shape) * shape[-1] ** -0.5
+    return OPS["quant.quantize"].body(weight, fmt, x_scale=x_scale)
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("tokens", [1, 60])
+def test_fused_in_every_format_is_the_body(level: str, fmt: str, tokens: int) -> None:
+    """In float32: rounded to bfloat16, what is quantised on the way may fall on the next code."""
+    w13, w2 = quantized(fmt, 5, 192, 128), quantized(fmt, 5, 128, 96)
+    x, weights, ids = torch.randn(tokens, 128), torch.rand(tokens, 3), distinct(tokens, 5, 3)
+    want = FUSED(x, w13, w2, weights, ids, ExpertSpec())
+    got = moe.fused(x, moe.pack(w13), moe.pack(w2), weights, ids, ExpertSpec())
+    off = (got - want).abs().max(dim=1).values / want.abs().amax(1)
+    # Both sum in float32 in different orders, so that now and then an activation is a code off: 2^-4 of one of 96 terms.
+    assert float(off.median()) < 1e-5
+    assert float(off.max()) < 2e-2
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_grouped_in_every_format_is_the_body(level: str, fmt: str) -> None:
+    w, sizes = quantized(fmt, 3, 48, 128), torch.tensor([2, 0, 110], dtype=torch.int32)
+    for dtype in DTYPES:
+        x, bias = torch.randn(115, 128).to(dtype), torch.randn(3, 48).to(dtype)
+        assert_close(moe.grouped(x, moe.pack(w), sizes, bias), GROUPED(x, w, sizes, bias), scale=4)
+
+
+@pytest.mark.parametrize("fmt", ["int8.token_channel", "int4.awq.g32", "fp8.block128"])
+def test_a_tokens_result_is_its_own_in_codes(level: str, fmt: str) -> None:
+    w13, w2 = moe.pack(quantized(fmt, 4, 64, 128)), moe.pack(quantized(fmt, 4, 128, 32))
+    x, weights, ids = torch.randn(120, 128).bfloat16(), torch.rand(120, 2), distinct(120, 4, 2)
+    whole = moe.fused(x, w13, w2, weights, ids, ExpertSpec())
+    for at in (slice(0, 1), slice(3, 6), slice(40, 120)):
+        assert torch.equal(moe.fused(x[at], w13, w2, weights[at], ids[at], ExpertSpec()), whole[at])
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_unpack_inverts_pack(level: str, dtype: torch.dtype) -> None:
     first, second = stack(3, 33, 7, dtype=dtype), stack(3, 33, 7, dtype=dtype)
@@ -139,7 +183,7 @@ def test_unpack_inverts_pack(level: str, dtype: torch.dtype) -> None:
 def test_wrong_sizes_are_refused(level: str) -> None:
     w13, w2 = (moe.pack(stack(2, *shape, dtype=torch.float32)) for shape in ((64, 32), (32, 32)))
     ids = torch.zeros(5, 1, dtype=torch.int32)
-    with pytest.raises(RuntimeError, match=r"not a packed stack of \[64, 30\]"):
+    with pytest.raises(RuntimeError, match=r"stacks of \[64, 32\] and \[32, 32\] do not fit x of 30 columns"):
         moe.fused(torch.randn(5, 30), w13, w2, torch.ones(5, 1), ids, ExpertSpec())
     with pytest.raises(RuntimeError, match=r"experts take \[T, M\]"):
         moe.fused(torch.randn(4, 32), w13, w2, torch.ones(5, 1), ids, ExpertSpec())
