@@ -55,7 +55,7 @@ Tensor linear(const Tensor& x, const Tensor& packed, const MaybeTensor& bias, in
   Element element = dtype == DType::f32 ? Element::f32 : dtype == DType::bf16 ? Element::bf16 : Element::f16;
   LinearArgs args{};
   args.w = weight_of(packed, {}, {}, {}, {}, {}, {}, {int64_t(element), 0, 0, n, k, 0});
-  args.tiles = tiles;
+  args.tiles = tiles ? kernels().tiles : nullptr;
   return run(x, args, bias);
 }
 
@@ -68,7 +68,7 @@ Tensor linear_coded(
   args.w = weight_of(packed, scales, zeros, column_scale, column_sum, order, bounds, facts);
   args.quantize = Quantize(facts[2]);
   args.x_scale = data_or_null<float>(x_scale);
-  args.tiles = tiles;
+  args.tiles = tiles ? kernels().tiles : nullptr;
   return run(x, args, bias);
 }
 

@@ -25,7 +25,7 @@ Tensor fused_experts(
     const MaybeTensor& column_sum13, const MaybeTensor& x_scale13, const MaybeTensor& bias13, Facts facts13, const Tensor& w2,
     const MaybeTensor& scales2, const MaybeTensor& zeros2, const MaybeTensor& column_scale2, const MaybeTensor& column_sum2,
     const MaybeTensor& x_scale2, const MaybeTensor& bias2, Facts facts2, const Tensor& weights, const Tensor& ids,
-    const MaybeTensor& expert_map, int64_t gate, bool clamped, double alpha, double limit, bool weight_on_input) {
+    const MaybeTensor& expert_map, int64_t gate, bool clamped, double alpha, double limit, bool weight_on_input, bool tiles) {
   STD_TORCH_CHECK(
       x.dim() == 2 && ids.dim() == 2 && ids.size(0) == x.size(0) && weights.numel() == ids.numel() && w2.size(0) == w13.size(0),
       "sglang_xeon: experts take [T, M], [T, K] and two stacks of one size");
@@ -46,7 +46,7 @@ Tensor fused_experts(
   args.out = {out.data_ptr(), args.x.dtype, hidden};
   args.tokens = x.size(0), args.top_k = ids.size(1), args.num_experts = experts, args.hidden = hidden, args.width = down.k;
   args.gate = Gate(gate), args.clamped = clamped, args.alpha = float(alpha), args.limit = float(limit);
-  args.weight_on_input = weight_on_input;
+  args.weight_on_input = weight_on_input, args.tiles = tiles ? kernels().tiles : nullptr;
   if (out.numel()) kernels().experts(args);
   return out;
 }
@@ -54,7 +54,7 @@ Tensor fused_experts(
 // x: [S, k], w: [X] of [n, k], sizes: int32[X] -> [S, n]
 Tensor grouped(
     const Tensor& x, const Tensor& w, const MaybeTensor& scales, const MaybeTensor& zeros, const MaybeTensor& column_scale,
-    const MaybeTensor& column_sum, const MaybeTensor& x_scale, const MaybeTensor& bias, Facts facts, const Tensor& sizes) {
+    const MaybeTensor& column_sum, const MaybeTensor& x_scale, const MaybeTensor& bias, Facts facts, const Tensor& sizes, bool tiles) {
   Weight first = weight_of(w, scales, zeros, column_scale, column_sum, {}, {}, facts);
   STD_TORCH_CHECK(
       x.dim() == 2 && x.size(1) == first.k && sizes.numel() == w.size(0), "sglang_xeon: grouped takes [S, ", first.k,
@@ -64,6 +64,7 @@ Tensor grouped(
   args.x = rows_of(rows, "x"), args.w = stack_of(first, x_scale, bias, w.size(0), facts, held);
   args.sizes = int32_of(sizes, "group_sizes"), args.out = {out.data_ptr(), args.x.dtype, first.n};
   args.rows = x.size(0), args.num_experts = w.size(0);
+  args.tiles = tiles ? kernels().tiles : nullptr;
   if (out.numel()) kernels().grouped(args);
   return out;
 }
@@ -101,13 +102,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(sglang_xeon, m) {
       "fused_experts(Tensor x, Tensor w13, Tensor? scales13, Tensor? zeros13, Tensor? column_scale13, Tensor? column_sum13, "
       "Tensor? x_scale13, Tensor? bias13, int[] facts13, Tensor w2, Tensor? scales2, Tensor? zeros2, Tensor? column_scale2, "
       "Tensor? column_sum2, Tensor? x_scale2, Tensor? bias2, int[] facts2, Tensor weights, Tensor ids, Tensor? expert_map, int gate, "
-      "bool clamped, float alpha, float limit, bool weight_on_input) -> Tensor");
+      "bool clamped, float alpha, float limit, bool weight_on_input, bool tiles) -> Tensor");
   m.def(
       "route(Tensor logits, Tensor? bias, int top_k, int scoring, int num_groups, int top_groups, bool best_two, bool renormalize, "
       "float scale) -> (Tensor, Tensor)");
   m.def(
       "grouped(Tensor x, Tensor w, Tensor? scales, Tensor? zeros, Tensor? column_scale, Tensor? column_sum, Tensor? x_scale, "
-      "Tensor? bias, int[] facts, Tensor sizes) -> Tensor");
+      "Tensor? bias, int[] facts, Tensor sizes, bool tiles) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(sglang_xeon, CPU, m) {

@@ -58,6 +58,26 @@ enum class Quantize : int32_t {
   as_is = 0, fp8 = 1, fp8_static = 2, fp8_block = 3, int8 = 4, int8_asym = 5, nvfp4 = 6, nvfp4_static = 7
 };
 
+// A product on AMX tiles: c[r, panel * 16 + j] (+)= sum over k of a[r, k] * w[panel, k, j]. bf16 pairs into float32, or quads of
+// uint8 activations and int8 weights into int32. Past `units`, up to a multiple of 64 bytes, a's rows hold finite numbers.
+struct TileBlock {
+  const void* a;
+  int64_t a_stride;  // bytes
+  const void* w;
+  int64_t panel_bytes, units;  // 64 bytes each
+  void* c;
+  int64_t c_stride;  // elements
+  int64_t rows, panels;
+  bool add;
+};
+struct TileKernels {
+  void (*bf16)(const TileBlock&);
+  void (*int8)(const TileBlock&);
+};
+extern const TileKernels kTileKernels;
+// Asks the kernel for leave to use tiles, for every thread of this process. False where it refuses.
+bool allow_tiles();
+
 // out[m, n] = sum_k x[m, k] * w[n, k] + bias[n], x quantised first.
 struct LinearArgs {
   Rows x;
@@ -68,7 +88,7 @@ struct LinearArgs {
   DType bias_dtype;
   MutRows out;
   int64_t m;
-  bool tiles;  // AMX tiles may be used: they sum in another order than the other kernels
+  const TileKernels* tiles;  // AMX's, which sum in another order than the other kernels; null: not to be used
 };
 
 // Codes [n, k] in the order of a panel. 4-bit codes come two a byte, the even k in the low nibble.
@@ -171,6 +191,7 @@ struct ExpertsArgs {
   bool clamped;  // swiglu_clamped: gate is not looked at
   float alpha, limit;
   bool weight_on_input;
+  const TileKernels* tiles;  // as in LinearArgs
 };
 
 // The first sizes[0] rows of x times w[0], the next sizes[1] times w[1], ...; zeros for the rows past their sum.
@@ -180,6 +201,7 @@ struct GroupedArgs {
   const int32_t* sizes;
   MutRows out;  // x's dtype
   int64_t rows, num_experts;
+  const TileKernels* tiles;  // as in LinearArgs
 };
 
 // out[t] = y[t] + B scale A x[t] with the A and B of token_adapter[t], or y[t] where that is -1; see ops/lora.py.
@@ -279,6 +301,7 @@ struct Kernels {
   void (*soft_cap)(const SoftCapArgs&);
   void (*layer_norm)(const LayerNormArgs&);
   void (*embed)(const EmbedArgs&);
+  const TileKernels* tiles = nullptr;  // where this level has AMX
 };
 
 extern const Kernels kernels_avx2;

@@ -58,9 +58,16 @@ static void multiply_codes(const CodedTile& block, int64_t rows, int64_t count) 
   }
 }
 
+constexpr int64_t kLeastTileRows = 16;  // rows from which AMX tiles, which have as many, are worth their set-up
+
+// Whether blocks of k end where tiles do: a tile takes 64 bytes of a row, and may read on only where the row has ended.
+INLINE bool fits_tiles(const Weight& w, int64_t rows) {
+  return sizeof(Act) == 2 && rows >= kLeastTileRows && !w.bounds && (w.groups == 1 || w.group % 32 == 0);
+}
+
 // A block that is widened first, for all its rows.
 template <Element E>
-static void multiply_widened(CodedTile t, int64_t length, int64_t rows, int64_t count) {
+static void multiply_widened(CodedTile t, int64_t length, int64_t rows, int64_t count, const TileKernels* amx) {
   static constexpr Tiles<kWidePath> tiles;
   constexpr int64_t per_k = unit_bytes(kWide) / unit_of(kWide);
   char* wide = static_cast<char*>(scratch(kSlotWidened, size_t(count * (length * per_k + kRowBlock * kPanel * 4))));
@@ -68,6 +75,10 @@ static void multiply_widened(CodedTile t, int64_t length, int64_t rows, int64_t 
   for (int64_t p = 0; p < count; ++p) widen<E>(t.w + p * t.panel_bytes, t.units, t.zeros + p * t.zero_step, wide + p * length * per_k);
   float* c = t.scales ? sums : t.c;
   int64_t c_stride = t.scales ? count * kPanel : t.c_stride, groups = ceil_div(rows, kMaxRows);
+  if (amx) {
+    amx->bf16({t.a, t.a_stride * 2, wide, length * per_k, length / 2, c, c_stride, rows, count, t.add && !t.scales});
+    groups = 0;
+  }
   for (int64_t g = 0; g < groups; ++g) {
     int64_t start = group_start(rows, groups, g), size = group_start(rows, groups, g + 1) - start;
     const Act* a = static_cast<const Act*>(t.a) + start * t.a_stride;
@@ -86,7 +97,8 @@ static void multiply_widened(CodedTile t, int64_t length, int64_t rows, int64_t 
 // Sums over panels [panel, panel + count) of one step, not yet scaled by row and column.
 template <Element E>
 static void multiply_coded(
-    const Weight& w, const Activations& x, int64_t row, int64_t rows, int64_t panel, int64_t count, float* c, int64_t c_stride) {
+    const Weight& w, const Activations& x, int64_t row, int64_t rows, int64_t panel, int64_t count, float* c, int64_t c_stride,
+    const TileKernels* amx) {
   constexpr int64_t unit = unit_of(E);
   int64_t bytes = panel_bytes(w), one_scale = kPanel * scale_bytes(w.scale_type);
   const char* codes = static_cast<const char*>(w.codes) + panel * bytes;
@@ -107,20 +119,26 @@ static void multiply_coded(
     if (rows <= kCodedRows)
       multiply_codes<E>(t, rows, count);
     else
-      multiply_widened<E>(t, length, rows, count);
+      multiply_widened<E>(t, length, rows, count, amx);
   }
 }
 
-// The same where the weight is what the tiles of gemm.inl or gemm_int8.inl multiply. A, C: types of activations and sums.
+// The same where the weight is what the tiles of gemm.inl or gemm_int8.inl multiply. A, C: types of activations and sums; `amx`
+// multiplies in their place where it is given.
 template <typename A, typename C, typename TileTable>
 static void multiply_plain(
     const TileTable& tiles, const Weight& w, const Activations& x, int64_t row, int64_t rows, int64_t panel, int64_t count, C* c,
-    int64_t c_stride) {
+    int64_t c_stride, void (*amx)(const TileBlock&)) {
   int64_t unit = unit_of(w.element), step_bytes = unit_bytes(w.element), bytes = panel_bytes(w), groups = ceil_div(rows, kMaxRows);
   const char* codes = static_cast<const char*>(w.codes) + panel * bytes;
   int64_t depth = w.element == Element::int8 ? 2 * kDepth : kDepth;
   for (int64_t k = 0; k < w.k_padded; k += depth) {
     int64_t units = min1(depth, w.k_padded - k) / unit;
+    if (amx) {
+      const A* a = static_cast<const A*>(x.data) + row * x.stride + k;
+      amx({a, x.stride * int64_t(sizeof(A)), codes + k / unit * step_bytes, bytes, units, c, c_stride, rows, count, k > 0});
+      continue;
+    }
     for (int64_t g = 0; g < groups; ++g) {
       int64_t start = group_start(rows, groups, g), size = group_start(rows, groups, g + 1) - start;
       const A* a = static_cast<const A*>(x.data) + (row + start) * x.stride + k;
@@ -138,10 +156,12 @@ static void multiply_plain(
 
 // c[r, j] = sum over k of x[row + r, k] * w[panel * 16 + j, k], all scales applied, for `rows` <= kRowBlock prepared rows and
 // panels [panel, panel + count). Rows of c are c_stride >= count * 16 floats apart. Fastest with count a multiple of
-// panels_per_step(w, rows).
+// panels_per_step(w, rows). With `tiles` AMX may do it, and then sums in another order where there are rows enough.
 static void multiply(
-    const Weight& w, const Activations& x, int64_t row, int64_t rows, int64_t panel, int64_t count, float* c, int64_t c_stride) {
+    const Weight& w, const Activations& x, int64_t row, int64_t rows, int64_t panel, int64_t count, float* c, int64_t c_stride,
+    const TileKernels* tiles = nullptr) {
   int64_t step = panels_per_step(w, rows);
+  const TileKernels* amx = tiles && fits_tiles(w, rows) ? tiles : nullptr;
   for (int64_t p = 0; p < count; p += step, c += step * kPanel) {
     int64_t at = panel + p, some = min1(step, count - p), width = some * kPanel;
     switch (w.element) {
@@ -149,30 +169,31 @@ static void multiply(
       case Element::f32:
       case Element::f16: __builtin_trap();  // dots_pairs keeps them out
       case Element::bf16: {
-        static constexpr Tiles<Path::dot_bf16> tiles;
-        multiply_plain<Act>(tiles, w, x, row, rows, at, some, c, c_stride);
+        static constexpr Tiles<Path::dot_bf16> table;
+        multiply_plain<Act>(table, w, x, row, rows, at, some, c, c_stride, amx ? amx->bf16 : nullptr);
         break;
       }
 #else
       case Element::f32: {
-        static constexpr Tiles<Path::f32> tiles;
-        multiply_plain<Act>(tiles, w, x, row, rows, at, some, c, c_stride);
+        static constexpr Tiles<Path::f32> table;
+        multiply_plain<Act>(table, w, x, row, rows, at, some, c, c_stride, nullptr);
         break;
       }
       case Element::bf16: {
-        static constexpr Tiles<Path::bf16> tiles;
-        multiply_plain<Act>(tiles, w, x, row, rows, at, some, c, c_stride);
+        static constexpr Tiles<Path::bf16> table;
+        multiply_plain<Act>(table, w, x, row, rows, at, some, c, c_stride, nullptr);
         break;
       }
-      case Element::f16: multiply_coded<Element::f16>(w, x, row, rows, at, some, c, c_stride); break;
+      case Element::f16: multiply_coded<Element::f16>(w, x, row, rows, at, some, c, c_stride, amx); break;
 #endif
-      case Element::int4: multiply_coded<Element::int4>(w, x, row, rows, at, some, c, c_stride); break;
-      case Element::int4_zero: multiply_coded<Element::int4_zero>(w, x, row, rows, at, some, c, c_stride); break;
-      case Element::e2m1: multiply_coded<Element::e2m1>(w, x, row, rows, at, some, c, c_stride); break;
-      case Element::fp8: multiply_coded<Element::fp8>(w, x, row, rows, at, some, c, c_stride); break;
+      case Element::int4: multiply_coded<Element::int4>(w, x, row, rows, at, some, c, c_stride, amx); break;
+      case Element::int4_zero: multiply_coded<Element::int4_zero>(w, x, row, rows, at, some, c, c_stride, amx); break;
+      case Element::e2m1: multiply_coded<Element::e2m1>(w, x, row, rows, at, some, c, c_stride, amx); break;
+      case Element::fp8: multiply_coded<Element::fp8>(w, x, row, rows, at, some, c, c_stride, amx); break;
       case Element::int8: {
-        static constexpr Int8Tiles tiles;
-        multiply_plain<ActInt8>(tiles, w, x, row, rows, at, some, reinterpret_cast<int32_t*>(c), c_stride);
+        static constexpr Int8Tiles table;
+        auto* sums = reinterpret_cast<int32_t*>(c);
+        multiply_plain<ActInt8>(table, w, x, row, rows, at, some, sums, c_stride, amx ? amx->int8 : nullptr);
         for (int64_t r = 0; r < rows; ++r) scale_int8(w, x, row + r, at, c + r * c_stride, width);
         continue;
       }
@@ -228,7 +249,7 @@ static void linear_task(const void* opaque, int64_t index) {
   float* c = static_cast<float*>(scratch(kSlotTile, size_t(rows * c_stride) * sizeof(float)));
   for (int64_t p = 0; p < panels; p += step) {
     int64_t count = min1(step, panels - p);
-    multiply(args.w, t.x, row, rows, panel0 + p, count, c, c_stride);
+    multiply(args.w, t.x, row, rows, panel0 + p, count, c, c_stride, args.tiles);
     for (int64_t i = 0; i < count; ++i) {
       int64_t column = (panel0 + p + i) * kPanel;
       switch (args.out.dtype) {
@@ -254,7 +275,8 @@ INLINE bool reads_as_is(const Rows& x, const Weight& w, Quantize kind) {
 static void linear(const LinearArgs& args) {
   LinearTask t{};
   t.args = &args;
-  if (reads_as_is(args.x, args.w, args.quantize)) {
+  // AMX reads rows in steps of 32, and where x ends it finds what is next in memory.
+  if (reads_as_is(args.x, args.w, args.quantize) && !(args.tiles && args.w.k % 32)) {
     t.x = {args.x.data, args.x.stride, nullptr, nullptr, nullptr};
   } else {
     int64_t bytes = lay_out(args.w, args.quantize, args.m, nullptr, t.x);

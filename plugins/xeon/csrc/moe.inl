@@ -3,7 +3,8 @@
 // Rows are sorted by expert, and the work is cut into (expert, block of rows, block of columns): each expert that has rows is
 // read once, by whichever threads are free, and none that has not. moe.fused runs in sweeps: activations prepared, gate and up
 // and the activation function, its results prepared, down, and the weighted sum of each token's results in the order of its
-// choices. A token is prepared once and gathered by the tasks of its experts. A row's result depends on that row alone.
+// choices. A token is prepared once and gathered by the tasks of its experts. A row's result depends on that row
+// alone, but where AMX tiles are allowed: they sum in another order where an expert has rows enough.
 
 constexpr int64_t kExpertPanels = 8;  // most panels of a task, unless a step takes more: a long stream of weights
 
@@ -183,8 +184,8 @@ static void gate_up_task(const void* opaque, int64_t index) {
   for (int64_t p = t.panel; p < t.panel + t.panels; p += step) {
     int64_t count = min1(step, t.panel + t.panels - p), width = count * kPanel, first = p * kPanel;
     int64_t up = a.width + first, shift = up % kPanel, columns = min1(width, a.width - first);
-    multiply(w, x, row, t.rows, p, count, c, c_stride);
-    multiply(w, x, row, t.rows, up / kPanel, ceil_div(shift + columns, kPanel), c + width, c_stride);
+    multiply(w, x, row, t.rows, p, count, c, c_stride, a.tiles);
+    multiply(w, x, row, t.rows, up / kPanel, ceil_div(shift + columns, kPanel), c + width, c_stride, a.tiles);
     load_bias(a.w13, t.expert, first, width, gate_bias);
     load_bias(a.w13, t.expert, up, width, up_bias);
     for (int64_t r = 0; r < t.rows; ++r) {
@@ -206,7 +207,7 @@ static void down_task(const void* opaque, int64_t index) {
   int64_t first = t.panel * kPanel, c_stride = t.panels * kPanel, columns = min1(c_stride, a.hidden - first);
   float* c = static_cast<float*>(scratch(kSlotTile, size_t((t.rows + 1) * c_stride) * sizeof(float)));
   float* bias = c + t.rows * c_stride;
-  multiply(expert_of(a.w2, t.expert), s.prepared_h, t.row, t.rows, t.panel, t.panels, c, c_stride);
+  multiply(expert_of(a.w2, t.expert), s.prepared_h, t.row, t.rows, t.panel, t.panels, c, c_stride, a.tiles);
   load_bias(a.w2, t.expert, first, c_stride, bias);
   for (int64_t r = 0; r < t.rows; ++r)
     write_sums(c + r * c_stride, bias, columns, static_cast<T*>(s.y) + s.order[t.row + r] * s.y_stride + first);
@@ -300,7 +301,7 @@ static void grouped_task(const void* opaque, int64_t index) {
   int64_t first = t.panel * kPanel, c_stride = t.panels * kPanel, columns = min1(c_stride, w.n - first);
   float* c = static_cast<float*>(scratch(kSlotTile, size_t((t.rows + 1) * c_stride) * sizeof(float)));
   float* bias = c + t.rows * c_stride;
-  multiply(w, x, 0, t.rows, t.panel, t.panels, c, c_stride);
+  multiply(w, x, 0, t.rows, t.panel, t.panels, c, c_stride, a.tiles);
   load_bias(a.w, t.expert, first, c_stride, bias);
   for (int64_t r = 0; r < t.rows; ++r)
     write_sums(c + r * c_stride, bias, columns, static_cast<T*>(a.out.data) + (t.row + r) * a.out.stride + first);

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from torch import Tensor
 
 from sglang_core.api.ops import ExpertSpec, PackedWeight, RouteSpec
@@ -9,7 +11,7 @@ from sglang_xeon.activation import KINDS
 from sglang_xeon.library import ops
 from sglang_xeon.weights import LAYOUT, facts, pack, unpack
 
-__all__ = ["LAYOUT", "fused", "grouped", "pack", "route", "unpack"]
+__all__ = ["LAYOUT", "fused", "fused_amx", "grouped", "grouped_amx", "pack", "route", "unpack"]
 
 SCORINGS = {"softmax": 0, "sigmoid": 1, "softmax_after_top_k": 2}  # enum Scoring of csrc/isa.h
 
@@ -50,10 +52,11 @@ def fused(
     bias13: Tensor | None = None,
     bias2: Tensor | None = None,
     expert_map: Tensor | None = None,
+    tiles: bool = False,
 ) -> Tensor:
     """x: [T, M], w13: [X, 2F, M], w2: [X, M, F], weights: float32[T, K], ids: int32[T, K] -> [T, M].
 
-    Rounds where the op's body does; ids that are nobody's add nothing.
+    Rounds where the op's body does; ids that are nobody's add nothing. `tiles`: see `fused_amx`.
     """
     clamped = act.activation == "swiglu_clamped"
     y: Tensor = _fused(
@@ -72,13 +75,21 @@ def fused(
         act.alpha,
         act.limit,
         act.weight_on_input,
+        tiles,
     )
     return y
 
 
-def grouped(x: Tensor, w: PackedWeight, group_sizes: Tensor, bias: Tensor | None = None) -> Tensor:
+def grouped(
+    x: Tensor, w: PackedWeight, group_sizes: Tensor, bias: Tensor | None = None, *, tiles: bool = False
+) -> Tensor:
     """x: [S, in], w: [X, out, in], group_sizes: int32[X], bias: [X, out] -> [S, out]."""
-    return _grouped(x, *_operands(w), bias, facts(w), group_sizes)  # type: ignore[no-any-return]
+    return _grouped(x, *_operands(w), bias, facts(w), group_sizes, tiles)  # type: ignore[no-any-return]
+
+
+# With AMX tiles for experts that have rows enough: those sum in another order than with few rows.
+fused_amx = partial(fused, tiles=True)
+grouped_amx = partial(grouped, tiles=True)
 
 
 def _operands(w: PackedWeight) -> tuple[Tensor | None, ...]:

@@ -159,6 +159,21 @@ def test_grouped_in_every_format_is_the_body(level: str, fmt: str) -> None:
         assert_close(moe.grouped(x, moe.pack(w), sizes, bias), GROUPED(x, w, sizes, bias), scale=4)
 
 
+@pytest.mark.parametrize("fmt", ["dense", "int8.token_channel", "int4.awq.g32"])
+def test_tiles_give_the_body(level: str, fmt: str) -> None:
+    """At the level amx, experts with 16 rows and more run on tiles; at others nothing changes."""
+    w13, w2 = quantized(fmt, 3, 96, 64), quantized(fmt, 3, 64, 48)
+    x, weights, ids = torch.randn(70, 64).bfloat16(), torch.rand(70, 2), distinct(70, 3, 2)
+    if fmt == "dense":
+        w13, w2 = (stack(3, *shape, dtype=torch.bfloat16) for shape in ((96, 64), (64, 48)))
+    packed = moe.pack(w13), moe.pack(w2)
+    plain, got = (f(x, *packed, weights, ids, ExpertSpec()) for f in (moe.fused, moe.fused_amx))
+    assert_close(got, plain, scale=40)
+    assert torch.equal(got, plain) == (level != "amx")
+    sizes = torch.tensor([40, 3, 20], dtype=torch.int32)
+    assert_close(moe.grouped_amx(x, packed[0], sizes), moe.grouped(x, packed[0], sizes), scale=4)
+
+
 @pytest.mark.parametrize("fmt", ["int8.token_channel", "int4.awq.g32", "fp8.block128"])
 def test_a_tokens_result_is_its_own_in_codes(level: str, fmt: str) -> None:
     w13, w2 = moe.pack(quantized(fmt, 4, 64, 128)), moe.pack(quantized(fmt, 4, 128, 32))
