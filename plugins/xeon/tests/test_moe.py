@@ -161,7 +161,7 @@ def test_grouped_in_every_format_is_the_body(level: str, fmt: str) -> None:
 
 @pytest.mark.parametrize("fmt", ["dense", "int8.token_channel", "int4.awq.g32"])
 def test_tiles_give_the_body(level: str, fmt: str) -> None:
-    """At the level amx, experts with 16 rows and more run on tiles; at others nothing changes."""
+    """At the level amx, experts with 16 rows and more run on tiles; at others nothing changes, to the bit."""
     w13, w2 = quantized(fmt, 3, 96, 64), quantized(fmt, 3, 64, 48)
     x, weights, ids = torch.randn(70, 64).bfloat16(), torch.rand(70, 2), distinct(70, 3, 2)
     if fmt == "dense":
@@ -169,7 +169,7 @@ def test_tiles_give_the_body(level: str, fmt: str) -> None:
     packed = moe.pack(w13), moe.pack(w2)
     plain, got = (f(x, *packed, weights, ids, ExpertSpec()) for f in (moe.fused, moe.fused_amx))
     assert_close(got, plain, scale=40)
-    assert torch.equal(got, plain) == (level != "amx")
+    assert level == "amx" or torch.equal(got, plain)
     sizes = torch.tensor([40, 3, 20], dtype=torch.int32)
     assert_close(moe.grouped_amx(x, packed[0], sizes), moe.grouped(x, packed[0], sizes), scale=4)
 
