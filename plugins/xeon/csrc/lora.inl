@@ -126,19 +126,25 @@ static void transpose_rows(const T* b, int64_t rank, int64_t rows, float* out) {
     for (int64_t r = done; r < rank; ++r) out[r * kPanel + j] = load1(b + j * rank + r);
 }
 
-// out = y + the sum over r of h[r] * b[r], of `count` <= 16 outputs.
-template <typename Y>
-INLINE void expand_row(const float* b, const float* h, int64_t rank, const Y* y, Y* out, int64_t count) {
-  vf sums[kVecs] = {};
+// out = y + the sum over r of h[r] * b[r], of `count` <= 16 outputs of some tokens, which share the loads of b.
+template <int Tokens, typename Y>
+INLINE void expand_rows(const float* b, const float* const* h, int64_t rank, const Y* const* y, Y* const* out, int64_t count) {
+  vf sums[Tokens][kVecs] = {};
   for (int64_t r = 0; r < rank; ++r) {
-    UNROLL for (int v = 0; v < kVecs; ++v) accumulate(sums[v], load(b + r * kPanel + v * VL), splat(h[r]));
+    vf row[kVecs];
+    UNROLL for (int v = 0; v < kVecs; ++v) row[v] = load(b + r * kPanel + v * VL);
+    UNROLL for (int t = 0; t < Tokens; ++t) {
+      UNROLL for (int v = 0; v < kVecs; ++v) accumulate(sums[t][v], row[v], splat(h[t][r]));
+    }
   }
-  if (count == kPanel) {
-    UNROLL for (int v = 0; v < kVecs; ++v) store(out + v * VL, load(y + v * VL) + sums[v]);
-  } else {
-    float row[kPanel];
-    UNROLL for (int v = 0; v < kVecs; ++v) store(row + v * VL, sums[v]);
-    for (int64_t j = 0; j < count; ++j) store1(out + j, load1(y + j) + row[j]);
+  UNROLL for (int t = 0; t < Tokens; ++t) {
+    if (count == kPanel) {
+      UNROLL for (int v = 0; v < kVecs; ++v) store(out[t] + v * VL, load(y[t] + v * VL) + sums[t][v]);
+    } else {
+      float row[kPanel];
+      UNROLL for (int v = 0; v < kVecs; ++v) store(row + v * VL, sums[t][v]);
+      for (int64_t j = 0; j < count; ++j) store1(out[t] + j, load1(y[t] + j) + row[j]);
+    }
   }
 }
 
@@ -158,10 +164,22 @@ static void expand_task(const void* opaque, int64_t index) {
   for (int64_t first = t.first; first < t.first + t.count; first += kPanel) {
     int64_t count = min1(kPanel, t.first + t.count - first);
     transpose_rows(static_cast<const T*>(a.b) + (t.adapter * a.width + first) * a.rank, a.rank, count, b);
-    for (int64_t i = t.token; i < t.token + t.tokens; ++i) {
-      const float* h = s.h + (i * a.num_parts + t.part) * a.rank;
-      int64_t token = s.order[i];
-      expand_row(b, h, a.rank, y + token * a.y.stride + first, out + token * a.out.stride + first, count);
+    for (int64_t i = t.token; i < t.token + t.tokens; i += 4) {
+      int64_t some = min1(4, t.token + t.tokens - i);
+      const float* h[4];
+      const Y* from[4];
+      Y* to[4];
+      for (int64_t k = 0; k < some; ++k) {
+        int64_t token = s.order[i + k];
+        h[k] = s.h + ((i + k) * a.num_parts + t.part) * a.rank;
+        from[k] = y + token * a.y.stride + first, to[k] = out + token * a.out.stride + first;
+      }
+      if (some == 4) {
+        expand_rows<4>(b, h, a.rank, from, to, count);
+        continue;
+      }
+      if (some >= 2) expand_rows<2>(b, h, a.rank, from, to, count);
+      if (some % 2) expand_rows<1>(b, h + some - 1, a.rank, from + some - 1, to + some - 1, count);
     }
   }
 }
