@@ -2,8 +2,8 @@
 // With few rows a tile widens as it goes; with many, a block of panels is widened once for all of them. Both add up the same
 // numbers in the same order: a row's result does not depend on how many there are.
 
-constexpr int kCodedRows = 4;  // rows up to which a tile widens codes itself
-constexpr int coded_panels(int rows) { return VL == 16 ? (rows <= 1 ? 8 : 4) : (rows <= 1 ? 2 : 1); }
+constexpr int kCodedRows = VL == 16 ? 8 : 4;  // rows up to which a tile widens codes itself
+constexpr int coded_panels(int rows) { return VL == 16 ? (rows <= 1 ? 8 : rows <= 4 ? 4 : 2) : (rows <= 1 ? 2 : 1); }
 
 typedef uint16_t vw __attribute__((vector_size(VL * 4), may_alias, aligned(4)));  // 16-bit halves of the lanes
 typedef uint8_t vb __attribute__((vector_size(VL), may_alias, aligned(1)));
@@ -227,7 +227,7 @@ static void widen(const char* w, int64_t units, const uint8_t* zeros, char* out)
         *reinterpret_cast<vu*>(out + v * (VL * 4)) = pair_of<E>(w, v, i, zero[v]);
     }
 #else
-    _Pragma("GCC unroll 1") for (int i = 0; i < unit_of(E); ++i, out += 64) {
+    for (int i = 0; i < unit_of(E); ++i, out += 64) {
       UNROLL for (int v = 0; v < kVecs; ++v) store(reinterpret_cast<float*>(out) + v * VL, value_of<E>(w, v, i, zero[v]));
     }
 #endif

@@ -1,6 +1,6 @@
-// The register tiles of matrix products over panels of floats. One packed copy of the weights serves every M: a decode step streams each panel once, a prefill reuses a
-// panel block from L1 for up to kRowBlock rows. Every output is one float32 sum over k in ascending order, whatever M is
-// and however the work is cut, so a row's result does not depend on its neighbours.
+// The register tiles of matrix products over panels of floats. One packed copy of a weight serves every M: a decode step streams
+// each panel once, a prefill reuses a block of panels from L1 for a block of rows. Every output is one float32 sum over k in
+// ascending order, whatever M is and however the work is cut, so a row's result does not depend on its neighbours.
 
 constexpr int kVecs = 16 / VL;        // vectors across a panel
 constexpr int kMaxRows = VL == 16 ? 12 : 6;  // rows of a register tile; kMaxRows x panels x kVecs accumulators

@@ -9,7 +9,6 @@ namespace sglang_xeon {
 enum class DType : int32_t { f32 = 0, bf16 = 1, f16 = 2 };
 
 inline constexpr int64_t kPanel = 16;  // output columns a weight panel holds
-inline constexpr int64_t kGroupAlign = 8;  // k that a group of a permuted weight is filled up to
 
 // A matrix whose rows are contiguous.
 struct Rows {

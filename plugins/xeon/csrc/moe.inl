@@ -1,4 +1,4 @@
-// moe.fused and gemm.grouped: products with a stack of experts, by `multiply` of linear.inl, so in every weight format.
+// moe.fused and gemm.grouped: products with a stack of experts, by `multiply` of multiply.inl, so in every weight format.
 //
 // Rows are sorted by expert, and the work is cut into (expert, block of rows, block of columns): each expert that has rows is
 // read once, by whichever threads are free, and none that has not. moe.fused runs in sweeps: activations prepared, gate and up
@@ -20,8 +20,8 @@ struct ExpertCut {
 
 // starts: [experts + 1], the first sorted row of each.
 static ExpertCut cut(const Weight& w, const int32_t* starts, int64_t experts, int64_t panels) {
-  int64_t blocks = 0;
-  for (int64_t e = 0; e < experts; ++e) blocks += ceil_div(starts[e + 1] - starts[e], kRowBlock);
+  int64_t blocks = 0, height = row_block(w);
+  for (int64_t e = 0; e < experts; ++e) blocks += ceil_div(starts[e + 1] - starts[e], height);
   // Enough tasks that a slow thread holds the others up by little.
   int64_t wanted = max1(int64_t(1), min1(kExpertPanels, blocks * panels / (12 * num_threads())));
   ExpertTask* tasks =
@@ -30,11 +30,11 @@ static ExpertCut cut(const Weight& w, const int32_t* starts, int64_t experts, in
   for (int64_t e = 0; e < experts; ++e) {
     int64_t size = starts[e + 1] - starts[e];
     if (size == 0) continue;
-    int64_t step = panels_per_step(w, min1(size, kRowBlock)), width = ceil_div(wanted, step) * step;
+    int64_t step = panels_per_step(w, min1(size, height)), width = ceil_div(wanted, step) * step;
     // Row blocks of one group of panels follow each other: its weights come from cache for all but the first.
     for (int64_t panel = 0; panel < panels; panel += width)
-      for (int64_t row = 0; row < size; row += kRowBlock)
-        tasks[count++] = {e, starts[e] + row, min1(kRowBlock, size - row), panel, min1(width, panels - panel)};
+      for (int64_t row = 0; row < size; row += height)
+        tasks[count++] = {e, starts[e] + row, min1(height, size - row), panel, min1(width, panels - panel)};
   }
   return {tasks, count};
 }

@@ -11,6 +11,7 @@ import torch
 from sglang_core.api import PluginError
 from sglang_xeon import isa
 
+
 def _load() -> Any:
     folder = Path(__file__).parent
     found = [folder / f"_C{suffix}" for suffix in EXTENSION_SUFFIXES if (folder / f"_C{suffix}").exists()]

@@ -17,7 +17,7 @@ from sglang_xeon.library import ops
 
 LAYOUT = "xeon.panels"
 PANEL = 16
-GROUP_ALIGN = 8  # k that a group is filled up to where columns are reordered: kGroupAlign of csrc/isa.h
+GROUP_ALIGN = 8  # k that a group is filled up to where columns are reordered: a unit of 4-bit codes
 BLOCK_ROWS = 128  # of fp8.block128, that share a scale
 
 # As csrc/isa.h numbers them.
@@ -49,9 +49,8 @@ class Shape:
         if fmt.is_dense:
             dtype = w["packed" if w.layout == LAYOUT else "weight"].dtype
             return cls(_DENSE[dtype], w.out_features, w.in_features, 0, 0, 0)
-        element = {"fp8": _FP8, "int8": _INT8, "e2m1": _E2M1, "int4": _INT4_ZERO if fmt.has_zero else _INT4}[
-            fmt.element
-        ]
+        int4 = _INT4_ZERO if fmt.has_zero else _INT4
+        element = {"fp8": _FP8, "int8": _INT8, "e2m1": _E2M1, "int4": int4}[fmt.element]
         group = w.in_features if fmt.group == -1 else fmt.group or 0
         scales = w["scales" if w.layout == LAYOUT else "scale"].dtype if group else torch.float32
         return cls(element, w.out_features, w.in_features, group, _SCALES[scales], _QUANTIZE.index(fmt.activation))
@@ -70,9 +69,6 @@ class Shape:
         unit = _UNITS[self.element]
         units = -(-self.k // unit) if order is None else order.shape[-1] // unit
         return self.panels * units * _UNIT_BYTES.get(self.element, 64)
-
-
-Operands = tuple[Tensor, *tuple[Tensor | None, ...]]
 
 
 def operands(w: PackedWeight) -> tuple[Tensor | None, ...]:

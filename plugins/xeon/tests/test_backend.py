@@ -50,7 +50,7 @@ def test_probe_of_other_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
     fake_cpu(monkeypatch, "sse2 avx")
     assert XeonBackend().probe() == []
     assert "AVX2" in XeonBackend().absent_reason()
-    amx = "avx2 fma bmi2 avx512f avx512bw avx512dq avx512vl avx512_bf16 amx_tile amx_bf16"
+    amx = "avx2 fma bmi2 avx512f avx512bw avx512dq avx512vl avx512_vnni avx512_bf16 amx_tile amx_bf16 amx_int8"
     fake_cpu(monkeypatch, amx)
     assert XeonBackend().probe()[0].path == "xeon/amx"
     monkeypatch.setenv(isa.ENV, "avx512")
