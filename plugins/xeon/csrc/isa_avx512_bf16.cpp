@@ -28,6 +28,8 @@ namespace {
 //
 #include "linear.inl"
 //
+#include "grouped.inl"
+//
 #include "moe.inl"
 }  // namespace
 

@@ -19,6 +19,8 @@ namespace {
 //
 #include "pack.inl"
 //
+#include "grouped.inl"
+//
 #include "moe.inl"
 //
 #include "attention.inl"

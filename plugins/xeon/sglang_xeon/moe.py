@@ -1,4 +1,4 @@
-"""moe.route (csrc/route.inl); moe.fused and gemm.grouped in every format, on stacks packed once (weights.py, csrc/moe.inl)."""
+"""moe.route (csrc/route.inl); moe.fused (csrc/moe.inl) and gemm.grouped (csrc/grouped.inl) in every format, on stacks packed once."""
 
 from __future__ import annotations
 
