@@ -1,6 +1,7 @@
 """Peak memory of loading a bfloat16 checkpoint that is quantised on the way, over the size of its files.
 
-    python benchmarks/quant/load_peak.py [--layers 12] [--hidden 2048] [--experts 0] [--quantization none,fp8,int8,int4] [--json FILE]
+    python benchmarks/quant/load_peak.py [--layers 12] [--hidden 2048] [--experts 0] [--quantization none,fp8,int8,int4]
+                                          [--backend cpu|xeon] [--json FILE]
 
 Writes a random checkpoint, then loads it in a fresh process for each format and samples RssAnon of /proc/self/status: memory
 that belongs to the process and that only swap could take back. The pages of the mapped files (RssFile) are the kernel's
@@ -22,7 +23,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from sglang_core.backend.cpu import CpuBackend
+from sglang_core.backend.discovery import find_backend
 from sglang_core.backend.selection import OpTable
 from sglang_core.layers.build import BuildContext, bind_model
 from sglang_core.layers.quant_config import ONLINE, online_quant_config
@@ -42,11 +43,12 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=2048)
     parser.add_argument("--experts", type=int, default=0, help="of each layer; 0: a dense model")
     parser.add_argument("--quantization", default="none,fp8,int8,int4")
+    parser.add_argument("--backend", choices=("cpu", "xeon"), default="cpu", help="xeon packs every weight as it loads")
     parser.add_argument("--json", metavar="FILE")
     parser.add_argument("--measure", nargs=2, metavar=("FOLDER", "FORMAT"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:
-        print(json.dumps(measure(Path(args.measure[0]), args.measure[1])))
+        print(json.dumps(measure(Path(args.measure[0]), args.measure[1], args.backend)))
         return
     facts = {}
     with tempfile.TemporaryDirectory() as name:
@@ -56,7 +58,10 @@ def main() -> None:
         print(f"{'format':8} {'held':>8} {'peak':>8} {'peak / file':>12} {'mapped files, peak':>20} {'seconds':>8}")
         for fmt in args.quantization.split(","):
             done = subprocess.run(
-                [sys.executable, __file__, "--measure", name, fmt], capture_output=True, text=True, check=True
+                [sys.executable, __file__, "--measure", name, fmt, "--backend", args.backend],
+                capture_output=True,
+                text=True,
+                check=True,
             )
             row = json.loads(done.stdout) | {"file": size}
             facts[fmt] = row | {"ratio": row["peak"] / size}
@@ -112,9 +117,9 @@ def write_checkpoint(folder: Path, config: dict[str, object]) -> int:
     return total
 
 
-def context() -> BuildContext:
-    """Of the reference backend in bfloat16. Quantised weights stay packed: no kernel of it wants them otherwise."""
-    backend = CpuBackend()
+def context(name: str = "cpu") -> BuildContext:
+    """In bfloat16. Quantised weights stay packed: on the reference backend no kernel wants them otherwise, xeon takes them all."""
+    backend = find_backend(name)
     return BuildContext(
         table=OpTable(backend.probe()[0], backend, ops=OPS, page_size=16),
         dtype=torch.bfloat16,
@@ -124,7 +129,7 @@ def context() -> BuildContext:
     )
 
 
-def measure(folder: Path, fmt: str) -> dict[str, float]:
+def measure(folder: Path, fmt: str, backend: str) -> dict[str, float]:
     """Load in this process -> bytes held afterwards and at the peak, and those of mapped files, and the time."""
     hf_config = read_config(folder)
     cls = model_class(hf_config)
@@ -132,7 +137,7 @@ def measure(folder: Path, fmt: str) -> dict[str, float]:
     if fmt != "none":
         assert fmt in ONLINE, f"{fmt}: there are none, {', '.join(ONLINE)}"
         cfg = cfg.replace(quantization=online_quant_config(fmt, None))
-    model, ctx = cls(cfg), context()
+    model, ctx = cls(cfg), context(backend)
     bind_model(model, ctx)
     torch.ones(64, 64).bfloat16() @ torch.ones(64, 64).bfloat16()  # what libraries allocate once
     before, start = memory()["RssAnon"], time.monotonic()

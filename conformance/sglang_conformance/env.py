@@ -254,4 +254,9 @@ def _assert_same(a: PackedWeight, b: PackedWeight, why: str) -> None:
     for name, tensor in theirs.items():
         mine = ours[name]
         assert (mine.dtype, mine.shape) == (tensor.dtype, tensor.shape), f"{why}: {name}"
-        assert torch.equal(mine.contiguous().view(torch.uint8), tensor.contiguous().view(torch.uint8)), f"{why}: {name}"
+        assert torch.equal(_bytes(mine), _bytes(tensor)), f"{why}: {name}"
+
+
+def _bytes(x: Tensor) -> Tensor:
+    """Flat first: a last dim of one may have any stride."""
+    return x.contiguous().flatten().view(torch.uint8)

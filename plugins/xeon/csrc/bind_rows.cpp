@@ -1,7 +1,5 @@
 // Ops that treat every row alone, as torch ops: norms, activations, rope, argmax, embedding.
 
-#include <cstring>
-
 #include "bindings.h"
 
 namespace sglang_xeon {
@@ -46,6 +44,22 @@ std::tuple<Tensor, Tensor> add_rms_norm(const Tensor& x, const Tensor& residual,
   args.rows = x.size(0), args.inner = 1;
   if (x.numel()) kernels().norm(args);
   return {out, sum};
+}
+
+// x: [..., M], weight, bias: [M] -> [..., M]
+Tensor layer_norm(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, double eps) {
+  int64_t width = x.size(x.dim() - 1);
+  STD_TORCH_CHECK(
+      weight.numel() == width && weight.is_contiguous() && (!bias || (bias->numel() == width && bias->is_contiguous())),
+      "sglang_xeon: norm weight does not fit x");
+  Tensor from = torch::stable::contiguous(x), out = empty_as(x);
+  LayerNormArgs args{};
+  args.x = {from.data_ptr(), dtype_of(from, "x"), width};
+  args.weight = weight.data_ptr(), args.weight_dtype = dtype_of(weight, "weight");
+  if (bias) args.bias = bias->data_ptr(), args.bias_dtype = dtype_of(*bias, "bias");
+  args.out = out.data_ptr(), args.rows = width ? x.numel() / width : 0, args.width = width, args.eps = float(eps);
+  if (x.numel()) kernels().layer_norm(args);
+  return out;
 }
 
 // x: [T, 2F] -> [T, F]
@@ -100,17 +114,11 @@ Tensor argmax(const Tensor& x) {
 Tensor embed(const Tensor& ids, const Tensor& weight, int64_t start) {
   STD_TORCH_CHECK(weight.dim() == 2 && weight.is_contiguous(), "sglang_xeon: the embedding table must be contiguous");
   const int32_t* id = int32_of(ids, "ids");
-  int64_t tokens = ids.numel(), size = dtype_of(weight, "weight") == DType::bf16 ? 2 : 4, bytes = weight.size(1) * size;
-  Tensor out = empty({tokens, weight.size(1)}, weight.scalar_type());
-  const char* rows = static_cast<const char*>(weight.data_ptr());
-  char* to = static_cast<char*>(out.data_ptr());
-  for (int64_t t = 0; t < tokens; ++t, to += bytes) {
-    int64_t row = int64_t(id[t]) - start;
-    if (row >= 0 && row < weight.size(0))
-      std::memcpy(to, rows + row * bytes, size_t(bytes));
-    else
-      std::memset(to, 0, size_t(bytes));
-  }
+  int64_t bytes = weight.size(1) * (dtype_of(weight, "weight") == DType::bf16 ? 2 : 4);
+  Tensor out = empty({ids.numel(), weight.size(1)}, weight.scalar_type());
+  EmbedArgs args{id,    static_cast<const char*>(weight.data_ptr()), static_cast<char*>(out.data_ptr()), ids.numel(), start, weight.size(0),
+                 bytes};
+  if (out.numel()) kernels().embed(args);
   return out;
 }
 
@@ -119,6 +127,7 @@ Tensor embed(const Tensor& ids, const Tensor& weight, int64_t start) {
 STABLE_TORCH_LIBRARY_FRAGMENT(sglang_xeon, m) {
   m.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
   m.def("add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor, Tensor)");
+  m.def("layer_norm(Tensor x, Tensor weight, Tensor? bias, float eps) -> Tensor");
   m.def("gated(Tensor x, int gate) -> Tensor");
   m.def("rope(Tensor q, Tensor k, Tensor positions, Tensor table, bool interleaved) -> (Tensor, Tensor)");
   m.def("argmax(Tensor x) -> Tensor");
@@ -128,6 +137,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(sglang_xeon, m) {
 STABLE_TORCH_LIBRARY_IMPL(sglang_xeon, CPU, m) {
   m.impl("rms_norm", TORCH_BOX(&rms_norm));
   m.impl("add_rms_norm", TORCH_BOX(&add_rms_norm));
+  m.impl("layer_norm", TORCH_BOX(&layer_norm));
   m.impl("gated", TORCH_BOX(&gated));
   m.impl("rope", TORCH_BOX(&rope));
   m.impl("argmax", TORCH_BOX(&argmax));

@@ -5,12 +5,38 @@ namespace sglang_xeon {
 namespace {
 #include "simd.inl"
 //
+#include "gate.inl"
+//
 #include "gemm.inl"
+//
+#include "codes.inl"
+//
+#include "activations.inl"
+//
+#include "gemm_int8.inl"
+//
+#include "linear.inl"
+//
+#include "pack.inl"
+//
+#include "grouped.inl"
+//
+#include "moe.inl"
 //
 #include "attention.inl"
 //
 #include "rows.inl"
+//
+#include "lora.inl"
+//
+#include "route.inl"
+//
+#include "sampling.inl"
+//
+#include "logits.inl"
 }  // namespace
 
-extern const Kernels KERNELS = {KERNELS_NAME, linear, pack, attention, kv_write, norm, gated, rope, argmax};
+extern const Kernels KERNELS = {
+    KERNELS_NAME, linear, pack, attention, kv_write, norm, gated, rope, argmax, experts, grouped, route, lora, sample, mask, adjust,
+    soft_cap, layer_norm, embed};
 }  // namespace sglang_xeon

@@ -1,4 +1,4 @@
-// Ops that map rows to rows: norm, gated activation, rope, argmax. Each reads its input once.
+// Ops that map rows to rows: norms, gated activation, rope, argmax, embedding. Each reads its input once.
 
 constexpr int64_t kSerialElements = 16384;  // less work than this is done sooner than a second thread is woken
 
@@ -59,16 +59,6 @@ static void norm(const NormArgs& args) {
   else
     each_row<norm_row<float>>(&args, args.rows * args.inner, args.width);
 }
-
-INLINE vf silu(vf x) { return x / (1.0f + exp(-x)); }
-INLINE vf gelu_tanh(vf x) {
-  return 0.5f * x * (1.0f + tanh(0.7978845608028654f * (x + 0.044715f * x * x * x)));
-}
-INLINE vf gelu(vf x) {
-  UNROLL for (int i = 0; i < VL; ++i) x[i] = 0.5f * x[i] * (1.0f + __builtin_erff(x[i] * 0.7071067811865476f));
-  return x;
-}
-INLINE vf gate(vf x, Gate kind) { return kind == Gate::silu ? silu(x) : kind == Gate::gelu_tanh ? gelu_tanh(x) : gelu(x); }
 
 template <typename T>
 static void gated_row(const void* opaque, int64_t row) {
@@ -171,3 +161,48 @@ static void argmax(const ArgmaxArgs& args) {
   else
     each_row<argmax_row<float>>(&args, args.rows, args.width);
 }
+
+template <typename T>
+static void layer_norm_row(const void* opaque, int64_t row) {
+  const LayerNormArgs& a = *static_cast<const LayerNormArgs*>(opaque);
+  const T* x = static_cast<const T*>(a.x.data) + row * a.x.stride;
+  T* out = static_cast<T*>(a.out) + row * a.width;
+  int64_t whole = a.width / VL * VL;
+  vf sums{}, squares{};
+  for (int64_t i = 0; i < whole; i += VL) sums += load(x + i);
+  float total = sum(sums), square = 0;
+  for (int64_t i = whole; i < a.width; ++i) total += load1(x + i);
+  float mean = total / float(a.width);
+  for (int64_t i = 0; i < whole; i += VL) {
+    vf y = load(x + i) - mean;
+    squares += y * y;
+  }
+  for (int64_t i = whole; i < a.width; ++i) square += (load1(x + i) - mean) * (load1(x + i) - mean);
+  float scale = 1.0f / __builtin_sqrtf((sum(squares) + square) / float(a.width) + a.eps);
+  for (int64_t i = 0; i < whole; i += VL) {
+    vf y = (load(x + i) - mean) * scale * load_as(a.weight, a.weight_dtype, i);
+    store(out + i, a.bias ? y + load_as(a.bias, a.bias_dtype, i) : y);
+  }
+  for (int64_t i = whole; i < a.width; ++i) {
+    float y = (load1(x + i) - mean) * scale * load1(a.weight, a.weight_dtype, i);
+    store1(out + i, a.bias ? y + load1(a.bias, a.bias_dtype, i) : y);
+  }
+}
+
+static void layer_norm(const LayerNormArgs& args) {
+  if (args.x.dtype == DType::bf16)
+    each_row<layer_norm_row<uint16_t>>(&args, args.rows, args.width);
+  else
+    each_row<layer_norm_row<float>>(&args, args.rows, args.width);
+}
+
+static void embed_row(const void* opaque, int64_t token) {
+  const EmbedArgs& a = *static_cast<const EmbedArgs*>(opaque);
+  int64_t row = int64_t(a.ids[token]) - a.first_id;
+  if (row >= 0 && row < a.num_ids)
+    __builtin_memcpy(a.out + token * a.row_bytes, a.table + row * a.row_bytes, size_t(a.row_bytes));
+  else
+    __builtin_memset(a.out + token * a.row_bytes, 0, size_t(a.row_bytes));
+}
+
+static void embed(const EmbedArgs& args) { each_row<embed_row>(&args, args.tokens, args.row_bytes / 2); }

@@ -22,9 +22,12 @@ from sglang_core.api import (
 from sglang_xeon import isa
 
 DTYPES = ("bfloat16", "float32")
+LINEAR_DTYPES = (*DTYPES, "float16")  # and weights in every format
 # For --device auto: above the reference backend (0), below every accelerator (100 and up).
 SCORES = {"avx2": 30, "avx512": 40, "avx512_bf16": 50, "amx": 60}
 PROFILES = ("base", "serving", "window", "soft_cap", "sinks", "cross", "odd_sizes", "buckets")
+EXPERT_OPS = ("moe.fused", "gemm.grouped")
+ACT_ORDER = tuple(f"int4.gptq.g{group}.act_order" for group in (32, 64, 128, -1))
 INVARIANT = frozenset({"batch_invariant"})  # a row's result does not depend on its neighbours
 
 
@@ -32,9 +35,13 @@ def dtype_limits(ctx: SelectionContext) -> str | None:
     return None if ctx.site.dtype in DTYPES else f"takes {' and '.join(DTYPES)}, not {ctx.site.dtype}"
 
 
-def dense_only(ctx: SelectionContext) -> str | None:
-    if ctx.site.fmt != "dense":
-        return f"takes dense weights, not {ctx.site.fmt}"
+def linear_limits(ctx: SelectionContext) -> str | None:
+    return None if ctx.site.dtype in LINEAR_DTYPES else f"takes {', '.join(LINEAR_DTYPES)}, not {ctx.site.dtype}"
+
+
+def expert_limits(ctx: SelectionContext) -> str | None:
+    if ctx.site.fmt in ACT_ORDER:
+        return f"takes no experts that each have an order of columns of their own ({ctx.site.fmt})"
     return dtype_limits(ctx)
 
 
@@ -86,28 +93,41 @@ class XeonBackend(Backend):
         return XeonRuntime(ctx)
 
     def kernels(self, ctx: KernelContext) -> list[Kernel]:
-        packing = {"supports": dense_only, "pack": "sglang_xeon.gemm:pack", "unpack": "sglang_xeon.gemm:unpack"}
+        packing = {"supports": linear_limits, "pack": "sglang_xeon.gemm:pack", "unpack": "sglang_xeon.gemm:unpack"}
+        experts = {"supports": expert_limits, "pack": "sglang_xeon.moe:pack", "unpack": "sglang_xeon.moe:unpack"}
         return [
             _kernel("gemm.linear", "gemm:linear", **packing),
-            # Not invariant: oneDNN takes over from some number of rows on.
+            # Not invariant: AMX tiles, from some number of rows on, sum in another order.
             _kernel("gemm.linear", "gemm:linear_amx", device=("xeon/amx",), **(packing | {"features": frozenset()})),
             _kernel("attn.paged", "attention:paged", supports=attention_limits),
             _kernel("attn.plan", "attention:plan", supports=attention_limits),
             _kernel("kv.write", "attention:kv_write", supports=attention_limits),
             _kernel("norm.rms", "norm:rms_norm"),
             _kernel("norm.add_rms", "norm:add_rms_norm"),
+            _kernel("norm.layer", "norm:layer_norm"),
             _kernel("rope.apply", "rope:rope_apply"),
             _kernel("act.gated", "activation:gated"),
             _kernel("embed.lookup", "embedding:embed_lookup"),
             _kernel("sample.sample", "sampling:sample"),
+            _kernel("logits.mask", "logits:mask"),
+            _kernel("logits.adjust", "logits:adjust"),
+            _kernel("logits.soft_cap", "logits:soft_cap"),
+            _kernel("lora.apply", "lora:apply"),
+            _kernel("moe.route", "moe:route"),
+            _kernel("moe.fused", "moe:fused", **experts),
+            _kernel("gemm.grouped", "moe:grouped", **experts),
+            _kernel("moe.fused", "moe:fused_amx", device=("xeon/amx",), **(experts | {"features": frozenset()})),
+            _kernel("gemm.grouped", "moe:grouped_amx", device=("xeon/amx",), **(experts | {"features": frozenset()})),
         ]
 
     def claims(self, ctx: KernelContext) -> Claims:
-        """What `kernels` brings, in float32 and bfloat16. Float16 overflows in bodies never checked with it."""
+        """What `kernels` brings, in float32 and bfloat16; linear layers in float16 too, which overflows in other bodies."""
         unsupported = Claim(op="*", dtypes=("float16",), support=Support.UNSUPPORTED)
         ops = dict.fromkeys(kernel.op for kernel in self.kernels(ctx))
-        native = [Claim(op=op, dtypes=DTYPES, formats=("dense",) if op == "gemm.linear" else ("*",)) for op in ops]
-        return Claims((unsupported, *native), profiles=PROFILES)
+        bodies = [Claim(op=op, formats=ACT_ORDER, support=Support.REFERENCE) for op in EXPERT_OPS]
+        linear = Claim(op="gemm.linear", dtypes=LINEAR_DTYPES)
+        native = [Claim(op=op, dtypes=DTYPES) for op in ops if op != "gemm.linear"]
+        return Claims((linear, unsupported, *bodies, *native), profiles=PROFILES)
 
     def config_defaults(self, ctx: DefaultsContext) -> dict[str, Any]:
         """bfloat16 halves the bytes a decode step streams; pages of 16 keep prefix reuse fine-grained at no cost here.

@@ -1,4 +1,4 @@
-"""embed.lookup (csrc/library.cpp)."""
+"""embed.lookup (csrc/rows.inl)."""
 
 from __future__ import annotations
 

@@ -13,8 +13,8 @@ LEVELS = ("avx2", "avx512", "avx512_bf16", "amx")
 _FLAGS = {
     "avx2": {"avx2", "fma", "bmi2"},
     "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl"},
-    "avx512_bf16": {"avx512_bf16"},
-    "amx": {"amx_tile", "amx_bf16"},
+    "avx512_bf16": {"avx512_bf16", "avx512_vnni"},
+    "amx": {"amx_tile", "amx_bf16", "amx_int8"},
 }
 ENV = "SGLANG_XEON_ISA"  # debugging only: run as if the CPU had no more than this
 

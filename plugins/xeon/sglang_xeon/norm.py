@@ -1,4 +1,4 @@
-"""norm.rms and norm.add_rms (csrc/rows.inl)."""
+"""norm.rms, norm.add_rms and norm.layer (csrc/rows.inl)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from torch import Tensor
 
 from sglang_xeon.library import ops
 
-_rms, _add_rms = ops.rms_norm.default, ops.add_rms_norm.default
+_rms, _add_rms, _layer = ops.rms_norm.default, ops.add_rms_norm.default, ops.layer_norm.default
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -17,3 +17,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """x, residual: [T, M] -> y: [T, M], residual: [T, M]."""
     return _add_rms(x, residual, weight, eps)  # type: ignore[no-any-return]
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    """x: [..., M], weight, bias: [M] -> [..., M]."""
+    return _layer(x, weight, bias, eps)  # type: ignore[no-any-return]

@@ -50,7 +50,7 @@ def test_probe_of_other_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
     fake_cpu(monkeypatch, "sse2 avx")
     assert XeonBackend().probe() == []
     assert "AVX2" in XeonBackend().absent_reason()
-    amx = "avx2 fma bmi2 avx512f avx512bw avx512dq avx512vl avx512_bf16 amx_tile amx_bf16"
+    amx = "avx2 fma bmi2 avx512f avx512bw avx512dq avx512vl avx512_vnni avx512_bf16 amx_tile amx_bf16 amx_int8"
     fake_cpu(monkeypatch, amx)
     assert XeonBackend().probe()[0].path == "xeon/amx"
     monkeypatch.setenv(isa.ENV, "avx512")
@@ -76,7 +76,8 @@ def test_every_kernel_is_claimed_and_exists(name: str) -> None:
         module, _, function = kernel.fn.partition(":")
         __import__(module)
         assert callable(getattr(sys.modules[module], function))
-    assert claims.support("gemm.linear", fmt="dense", dtype="float16") is Support.UNSUPPORTED
+    assert claims.support("gemm.linear", fmt="int4.awq.g128", dtype="float16") is Support.NATIVE
+    assert claims.support("norm.rms", fmt="dense", dtype="float16") is Support.UNSUPPORTED
 
 
 def test_defaults_name_known_settings() -> None:

@@ -1,4 +1,4 @@
-"""The AVX-512 and BF16 kernels on a machine without them: the same source, compiled to pairs of AVX2 registers.
+"""The AVX-512, BF16 and AMX kernels on a machine without them: the same source, compiled to pairs of AVX2 registers.
 
 Checks all of their code but the instructions that only they have, and speed.
 """
@@ -13,7 +13,11 @@ from pathlib import Path
 import pytest
 from sglang_xeon import isa
 
-TESTS = [str(Path(__file__).with_name(name)) for name in ("test_gemm.py", "test_attention.py", "test_rows.py")]
+FILES = (
+    *("test_gemm.py", "test_gemm_formats.py", "test_amx.py", "test_attention.py", "test_rows.py"),
+    *("test_moe.py", "test_route.py", "test_lora.py", "test_sampling.py", "test_logits.py"),
+)
+TESTS = [str(Path(__file__).with_name(name)) for name in FILES]
 
 
 @pytest.mark.timeout(900)
