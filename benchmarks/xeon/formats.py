@@ -9,6 +9,7 @@ bytes / read bandwidth and FLOPs / rate of the dot products (`dots.cpp`: operand
 from __future__ import annotations
 
 import argparse
+import copy
 import ctypes
 import subprocess
 import tempfile
@@ -46,7 +47,7 @@ def copies(weight: torch.Tensor, fmt: str) -> list[PackedWeight]:
     """The same weight often enough that a ring of them is no cache's."""
     first = gemm.pack(QUANTIZE(weight, fmt))
     count = max(2, RING_BYTES // size(first))
-    return [first, *(gemm.pack(QUANTIZE(weight, fmt)) for _ in range(count - 1))]
+    return [first, *(copy.deepcopy(first) for _ in range(count - 1))]
 
 
 def size(w: PackedWeight) -> int:
