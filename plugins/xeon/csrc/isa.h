@@ -23,6 +23,12 @@ struct MutRows {
   int64_t stride;
 };
 
+}  // namespace sglang_xeon
+
+#include "attention.h"
+
+namespace sglang_xeon {
+
 // out[m, n] = sum_k x[m, k] * w[n, k] + bias[n].
 // w is packed: [ceil(N / 16)][ceil(K / 2)][16][2] for bf16 (pairs of k side by side, as VDPBF16PS and TDPBF16PS read them)
 // and [ceil(N / 16)][2 * ceil(K / 2)][16] for float32; the padding is zeros.
@@ -41,35 +47,6 @@ struct PackArgs {
   void* packed;
   int64_t n, k;
   bool unpack;  // the way back: from packed into w
-};
-
-// Attention of every new token over its req's pages; see ops/attention.py for what it means.
-struct AttentionArgs {
-  Rows q;  // [T, Hq * D]
-  const void* k_cache;
-  const void* v_cache;
-  DType kv_dtype;
-  MutRows out;     // [T, Hq * Dv]
-  float* lse;      // [T, Hq], may be null
-  const float* sinks;  // [Hq], may be null
-  const int32_t* cu_extend;  // [R + 1]
-  const int32_t* prefix_lens;
-  const int32_t* seq_lens;
-  const int32_t* page_table;  // [R, C]
-  int64_t num_reqs, num_columns, page_size;
-  int64_t num_heads, num_kv_heads, head_dim, v_head_dim;
-  float scale, soft_cap;  // soft_cap 0: none
-  int64_t window;         // 0: none
-  bool causal;
-};
-
-struct KvWriteArgs {
-  Rows k, v;  // [T, Hk * D], [T, Hk * Dv]
-  void* k_cache;
-  void* v_cache;
-  DType kv_dtype;
-  const int32_t* slots;
-  int64_t num_tokens, k_width, v_width;
 };
 
 struct NormArgs {
@@ -115,6 +92,7 @@ struct Kernels {
   void (*pack)(const PackArgs&);
   void (*attention)(const AttentionArgs&);
   void (*kv_write)(const KvWriteArgs&);
+  void (*merge)(const MergeArgs&);
   void (*norm)(const NormArgs&);
   void (*gated)(const GatedArgs&);
   void (*rope)(const RopeArgs&);
@@ -125,5 +103,6 @@ extern const Kernels kernels_avx2;
 extern const Kernels kernels_avx512;
 // For bf16 activations and weights only: all that VDPBF16PS changes.
 void linear_avx512_bf16(const LinearArgs& args);
+void attention_avx512_bf16(const AttentionArgs& args);
 
 }  // namespace sglang_xeon

@@ -16,7 +16,18 @@ namespace {
 #include "simd.inl"
 //
 #include "gemm.inl"
+//
+#include "kv_elements.inl"
+//
+#include "attention_softmax.inl"
+//
+#include "attention_direct.inl"
+//
+#include "attention_tiled.inl"
+//
+#include "attention.inl"
 }  // namespace
 
 void linear_avx512_bf16(const LinearArgs& args) { linear_path<Path::dot_bf16>(args); }
+void attention_avx512_bf16(const AttentionArgs& args) { attention(args); }
 }  // namespace sglang_xeon

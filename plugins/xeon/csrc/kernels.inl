@@ -7,10 +7,22 @@ namespace {
 //
 #include "gemm.inl"
 //
+#include "kv_elements.inl"
+//
+#include "kv_write.inl"
+//
+#include "attention_softmax.inl"
+//
+#include "attention_direct.inl"
+//
+#include "attention_tiled.inl"
+//
 #include "attention.inl"
+//
+#include "attention_merge.inl"
 //
 #include "rows.inl"
 }  // namespace
 
-extern const Kernels KERNELS = {KERNELS_NAME, linear, pack, attention, kv_write, norm, gated, rope, argmax};
+extern const Kernels KERNELS = {KERNELS_NAME, linear, pack, attention, kv_write, merge, norm, gated, rope, argmax};
 }  // namespace sglang_xeon

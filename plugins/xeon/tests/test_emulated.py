@@ -13,7 +13,13 @@ from pathlib import Path
 import pytest
 from sglang_xeon import isa
 
-TESTS = [str(Path(__file__).with_name(name)) for name in ("test_gemm.py", "test_attention.py", "test_rows.py")]
+TESTS = [str(Path(__file__).with_name(name)) for name in (
+    "test_gemm.py",
+    "test_attention.py",
+    "test_latent_attention.py",
+    "test_ragged_attention.py",
+    "test_rows.py",
+)]
 
 
 @pytest.mark.timeout(900)
