@@ -91,8 +91,10 @@ struct TaskState {
 template <typename T>
 INLINE TaskState begin_task(const AttentionArgs& a, const AttentionTask& t, bool direct) {
   int64_t group = a.group(), rows = t.queries * group, all_rows = t.heads * rows;
-  int64_t stride = ceil_div(a.v_head_dim(), kPanel) * kPanel, q_stride = ceil_div(even_up(a.k.dim) + (a.latent ? a.v.dim : 0), 32) * 32 + 32;
-  auto* acc = static_cast<float*>(scratch(kSlotState, size_t(all_rows) * (size_t(stride + 2) * 4 + size_t(q_stride) * sizeof(Operand))));
+  int64_t stride = ceil_div(a.v_head_dim(), kPanel) * kPanel;
+  int64_t q_stride = ceil_div(even_up(a.k.dim) + (a.latent ? a.v.dim : 0), 32) * 32 + 32;
+  size_t row_bytes = size_t(stride + 2) * sizeof(float) + size_t(q_stride) * sizeof(Operand);
+  auto* acc = static_cast<float*>(scratch(kSlotState, size_t(all_rows) * row_bytes));
   float *top = acc + all_rows * stride, *total = top + all_rows;
   TaskState state{reinterpret_cast<Operand*>(total + all_rows), q_stride, rows, {rows, stride, acc, top, total}};
   for (int64_t i = 0; i < all_rows * stride; i += VL) store(acc + i, vf{});
@@ -122,7 +124,8 @@ static void attention_task(const AttentionWork& work, const AttentionTask& t) {
     next_count = max1(int64_t(0), min1(kKeys, t.key_end - begin - kKeys));
     find_keys<T>(a, t, begin, count, block);
     find_keys<T>(a, t, begin + kKeys, next_count, following);
-    Ahead<T> next_first{following.first, next_count, t.heads * a.k.dim}, next_second{following.second, next_count, t.heads * a.v.dim};
+    Ahead<T> next_first{following.first, next_count, t.heads * a.k.dim};
+    Ahead<T> next_second{following.second, next_count, t.heads * a.v.dim};
     for (int64_t h = 0; h < t.heads; ++h) {
       Softmax s = state.of_head(h);
       const Operand* q = state.q + h * rows * state.q_stride;

@@ -95,7 +95,8 @@ INLINE void find_keys(const AttentionArgs& a, const AttentionTask& t, int64_t be
   } else {
     for (int64_t j = 0; j < count; ++j) block.tokens[j] = a.cu_keys[t.req] + begin + j;
   }
-  const T *first = static_cast<const T*>(a.k.data) + t.head * a.k.dim, *second = static_cast<const T*>(a.v.data) + t.head * a.v.dim;
+  const T* first = static_cast<const T*>(a.k.data) + t.head * a.k.dim;
+  const T* second = static_cast<const T*>(a.v.data) + t.head * a.v.dim;
   for (int64_t j = 0; j < count; ++j) {
     block.first[j] = first + block.tokens[j] * a.k.row;
     block.second[j] = second + block.tokens[j] * a.v.row;

@@ -92,7 +92,8 @@ INLINE void pair_up(vpairs a, vpairs b, vu& first, vu& second) {
 // A block of values as weight panels: 16 elements of the value head are the columns, the keys are k. Keys outside
 // [low, high), which no row sees, are zeros: their slots may hold NaN. `panel_bytes`: from one panel to the next.
 template <typename T>
-static void pack_values(const T* const* values, int64_t low, int64_t high, int64_t count, int64_t dim, int64_t panel_bytes, char* out) {
+static void pack_values(
+    const T* const* values, int64_t low, int64_t high, int64_t count, int64_t dim, int64_t panel_bytes, char* out) {
   constexpr int64_t step = kPath<T> == Path::f32 ? VL : 2 * VL;
   auto at = [=](int64_t column, int64_t line) __attribute__((always_inline)) {
     return out + column / kPanel * panel_bytes + line * 64 + column % kPanel * 4;
@@ -161,7 +162,8 @@ static void tiled_scores(
   if (!a.latent) return;
   packed += kKeys / kPanel * bytes;
   pack_keys<T>(block.second, count, a.v.dim, packed);
-  product<T>(q + depth, q_stride, rows, packed, rope_bytes, panels, even_up(a.v.dim) / 2, scales ? rotated : scores, stride, !scales, next, lines);
+  float* to = scales ? rotated : scores;
+  product<T>(q + depth, q_stride, rows, packed, rope_bytes, panels, even_up(a.v.dim) / 2, to, stride, !scales, next, lines);
 }
 
 template <typename T>
@@ -182,7 +184,8 @@ static void tiled_block(
   int64_t row0 = from * group, rows = (to - from) * group;
   // One vector more than the keys, so that rows do not share their L1 sets.
   int64_t stride = kKeys + 16, weight_stride = kKeys + 32;
-  float* scores = static_cast<float*>(scratch(kSlotScores, size_t(rows) * size_t(2 * stride * 4 + weight_stride * sizeof(Operand))));
+  size_t row_bytes = size_t(2 * stride) * sizeof(float) + size_t(weight_stride) * sizeof(Operand);
+  float* scores = static_cast<float*>(scratch(kSlotScores, size_t(rows) * row_bytes));
   float* rotated = scores + rows * stride;
   Operand* weights = reinterpret_cast<Operand*>(rotated + rows * stride);
   // So many lines a tile that the next block has been asked for when this one is done.
@@ -210,5 +213,7 @@ static void tiled_block(
   int64_t panel_bytes = kKeys / 2 * line_bytes<T>();
   char* packed = static_cast<char*>(scratch(kSlotValues, size_t(v_panels * panel_bytes)));
   pack_values<T>(a.latent ? block.first : block.second, low, high, count, v_dim, panel_bytes, packed);
-  product<T>(weights, weight_stride, rows, packed, panel_bytes, v_panels, ceil_div(count, 2), s.acc + row0 * s.stride, s.stride, true, next_values, value_lines);
+  float* acc = s.acc + row0 * s.stride;
+  product<T>(
+      weights, weight_stride, rows, packed, panel_bytes, v_panels, ceil_div(count, 2), acc, s.stride, true, next_values, value_lines);
 }

@@ -8,7 +8,6 @@ struct Fp8 {
 };
 
 typedef uint8_t vbytes __attribute__((vector_size(VL), may_alias, aligned(1)));
-typedef int8_t vsigned __attribute__((vector_size(VL), may_alias, aligned(1)));
 
 INLINE vf to_float(vi x) { return __builtin_convertvector(x, vf); }
 
@@ -20,15 +19,23 @@ INLINE vf load(const Half* p) {
   return (vf)((vu)x | (code & 0x8000) << 16);
 }
 
+// In two steps, an instruction each: in one, the compiler goes byte by byte.
+INLINE vu load_bytes_wide(const void* p) {
+  return __builtin_convertvector(__builtin_convertvector(*static_cast<const vbytes*>(p), vh), vu);
+}
+INLINE void store_bytes(void* p, vu x) {
+  *static_cast<vbytes*>(p) = __builtin_convertvector(__builtin_convertvector(x, vh), vbytes);
+}
+
 INLINE vf load(const Fp8* p) {
-  vu code = __builtin_convertvector(*reinterpret_cast<const vbytes*>(p), vu), size = code & 0x7f;
+  vu code = load_bytes_wide(p), size = code & 0x7f;
   vf subnormal = to_float((vi)size) * 0.001953125f;  // 2^-9
   vf x = size < 8 ? subnormal : (vf)((size << 20) + (120u << 23));
   x = size == 0x7f ? (vf)((vu){} + 0x7fc00000u) : x;
   return (vf)((vu)x | (code & 0x80) << 24);
 }
 
-INLINE vf load(const int8_t* p) { return to_float(__builtin_convertvector(*reinterpret_cast<const vsigned*>(p), vi)); }
+INLINE vf load(const int8_t* p) { return to_float((vi)(load_bytes_wide(p) ^ 0x80) - 0x80); }
 
 // Round to nearest even; too large becomes infinite.
 INLINE void store(Half* p, vf x) {
@@ -49,11 +56,11 @@ INLINE void store(Fp8* p, vf x) {
   vu code = bits < 0x3c800000u ? subnormal : normal;
   code = bits >= 0x43e00000u ? (vu){} + 0x7eu : code;
   code = bits > 0x7f800000u ? (vu){} + 0x7fu : code;
-  *reinterpret_cast<vbytes*>(p) = __builtin_convertvector(code | sign, vbytes);
+  store_bytes(p, code | sign);
 }
 
 INLINE void store(int8_t* p, vf x) {  // whole numbers in +-127
-  *reinterpret_cast<vsigned*>(p) = __builtin_convertvector(__builtin_convertvector(x, vi), vsigned);
+  store_bytes(p, (vu)__builtin_convertvector(x, vi));
 }
 
 template <typename T>
@@ -98,11 +105,15 @@ INLINE vpairs load_bf16s(const Fp8* p) {
 }
 
 INLINE vpairs load_bf16s(const int8_t* p) {
-  vh low = __builtin_convertvector((vu)load(p) >> 16, vh), high = __builtin_convertvector((vu)load(p + VL) >> 16, vh);
+  vf low = load(p), high = load(p + VL);
+#ifdef EMULATE_AVX512
+  vh halves[2] = {__builtin_convertvector((vu)low >> 16, vh), __builtin_convertvector((vu)high >> 16, vh)};
   vpairs both;
-  __builtin_memcpy(&both, &low, sizeof low);
-  __builtin_memcpy(reinterpret_cast<char*>(&both) + sizeof low, &high, sizeof high);
+  __builtin_memcpy(&both, halves, sizeof both);
   return both;
+#else
+  return (vpairs)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+#endif
 }
 
 template <typename T>

@@ -34,7 +34,7 @@ INLINE void write_int8(const KvStore& to, int64_t at, int64_t scale_at, float* x
 
 INLINE void write_store(const KvWriteArgs& a, const Rows& from, const KvStore& to, int64_t token) {
   int64_t slot = a.slots[token], at = slot * to.row, width = a.num_heads * to.dim;
-  bool same = (from.dtype == DType::bf16 && a.kv_dtype == KvDType::bf16) || (from.dtype == DType::f32 && a.kv_dtype == KvDType::f32);
+  bool same = a.kv_dtype == (from.dtype == DType::bf16 ? KvDType::bf16 : KvDType::f32);
   int64_t size = from.dtype == DType::bf16 ? 2 : 4;
   const char* row = static_cast<const char*>(from.data) + token * from.stride * size;
   if (same) {
