@@ -43,7 +43,11 @@ class Shape:
     @property
     def spec(self) -> AttnSpec:
         return AttnSpec(
-            num_heads=self.heads, num_kv_heads=self.kv_heads, head_dim=self.dim, v_head_dim=self.dim, scale=self.dim**-0.5
+            num_heads=self.heads,
+            num_kv_heads=self.kv_heads,
+            head_dim=self.dim,
+            v_head_dim=self.dim,
+            scale=self.dim**-0.5,
         )
 
 
@@ -101,11 +105,21 @@ class Bench:
         self.read, fma = limits(threads)
         dots = dot_rate(threads) if level in ("avx512_bf16", "amx") else 0.0
         self.fma, self.flops = fma, dots or fma
-        print(f"read bandwidth {self.read / 1e9:.1f} GB/s, float32 FMA {fma / 1e9:.0f}, VDPBF16PS {dots / 1e9:.0f} GFLOP/s")
-        print(f"\n{'case':44} {'floor ms':>9} {'predicted':>10} {'ours ms':>9} {'of floor':>9} {'reference':>10} {'SDPA':>7}")
+        print(
+            f"read bandwidth {self.read / 1e9:.1f} GB/s, float32 FMA {fma / 1e9:.0f}, VDPBF16PS {dots / 1e9:.0f} GFLOP/s"
+        )
+        print(
+            f"\n{'case':44} {'floor ms':>9} {'predicted':>10} {'ours ms':>9} {'of floor':>9} {'reference':>10} {'SDPA':>7}"
+        )
 
     def row(
-        self, name: str, nbytes: float, flops: float, share: float, rows: dict[str, Callable[[], object]], wide: bool = False
+        self,
+        name: str,
+        nbytes: float,
+        flops: float,
+        share: float,
+        rows: dict[str, Callable[[], object]],
+        wide: bool = False,
     ) -> None:
         """`wide`: its products are in float32 whatever the level."""
         got = medians(rows, self.rounds)

@@ -3,6 +3,8 @@
 
 namespace sglang_xeon {
 
+struct TileKernels;
+
 // What a pool stores. fp8 is e4m3fn with a scale a head; int8 has a scale for each token and head.
 enum class KvDType : int32_t { f32 = 0, bf16 = 1, f16 = 2, fp8 = 3, int8 = 4 };
 
@@ -39,6 +41,7 @@ struct AttentionArgs {
   float scale, soft_cap;  // soft_cap 0: none
   int64_t window;         // 0: none
   bool causal;
+  const TileKernels* tiles;  // AMX's, for products of bf16; null: none
 
   int64_t group() const { return num_heads / num_kv_heads; }
   int64_t head_dim() const { return latent ? k.dim + v.dim : k.dim; }

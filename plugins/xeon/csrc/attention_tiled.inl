@@ -1,5 +1,5 @@
 // Many rows (extend, latents): a block of keys and of values is laid out in panels, and both products run on the tiles of gemm.inl.
-// With VDPBF16PS queries, keys, weights and values are multiplied as bf16, else in float32.
+// With VDPBF16PS, and on AMX tiles, queries, keys, weights and values are multiplied as bf16, else in float32.
 
 template <bool Wide>
 struct PanelElement {
@@ -121,13 +121,27 @@ static void pack_values(
   }
 }
 
-// c (+)= a [rows, 2 * pairs] times `panels` weight panels. Memory is asked for `lines` of `next` with every tile.
+constexpr int64_t kAmxRows = 8;  // from so many rows on AMX tiles repay being set up
+
+// c (+)= a [rows, 2 * pairs] times `panels` weight panels. Memory is asked for `lines` of `next` with every tile. Past its last
+// pair, up to 32 elements, a row of a holds finite numbers.
 template <typename T>
 static void product(
-    const Operand* a, int64_t a_stride, int64_t rows, const char* w, int64_t panel_bytes, int64_t panels, int64_t pairs, float* c,
-    int64_t c_stride, bool add, Ahead<T>& next, int64_t lines) {
+    const TileKernels* amx, const Operand* a, int64_t a_stride, int64_t rows, const char* w, int64_t panel_bytes,
+    int64_t panels, int64_t pairs, float* c, int64_t c_stride, bool add, Ahead<T>& next, int64_t lines) {
   static constexpr Tiles<kPath<T>> tiles;
   int64_t groups = ceil_div(rows, kMaxRows);
+#ifdef HAS_DOT_BF16
+  if (amx && rows >= kAmxRows) {
+    int64_t step = 2 * panels_at_once(kMaxRows);
+    for (int64_t p = 0; p < panels; p += step) {
+      next.lines(2 * groups * lines);
+      amx->bf16({a, a_stride * 2, w + p * panel_bytes, panel_bytes, pairs, c + p * kPanel, c_stride, rows,
+                 min1(step, panels - p), add});
+    }
+    return;
+  }
+#endif
   for (int64_t g = 0; g < groups; ++g) {
     int64_t start = group_start(rows, groups, g), size = group_start(rows, groups, g + 1) - start;
     int64_t step = panels_at_once(int(size)), p = 0;
@@ -158,12 +172,13 @@ static void tiled_scores(
   int64_t rope_bytes = a.latent ? even_up(a.v.dim) / 2 * line_bytes<T>() : 0;
   char* packed = static_cast<char*>(scratch(kSlotKeys, size_t(kKeys / kPanel * (bytes + rope_bytes))));
   pack_keys<T>(block.first, count, a.k.dim, packed);
-  product<T>(q, q_stride, rows, packed, bytes, panels, depth / 2, scores, stride, false, next, lines);
+  product<T>(a.tiles, q, q_stride, rows, packed, bytes, panels, depth / 2, scores, stride, false, next, lines);
   if (!a.latent) return;
   packed += kKeys / kPanel * bytes;
   pack_keys<T>(block.second, count, a.v.dim, packed);
   float* to = scales ? rotated : scores;
-  product<T>(q + depth, q_stride, rows, packed, rope_bytes, panels, even_up(a.v.dim) / 2, to, stride, !scales, next, lines);
+  product<T>(
+      a.tiles, q + depth, q_stride, rows, packed, rope_bytes, panels, even_up(a.v.dim) / 2, to, stride, !scales, next, lines);
 }
 
 template <typename T>
@@ -215,5 +230,6 @@ static void tiled_block(
   pack_values<T>(a.latent ? block.first : block.second, low, high, count, v_dim, panel_bytes, packed);
   float* acc = s.acc + row0 * s.stride;
   product<T>(
-      weights, weight_stride, rows, packed, panel_bytes, v_panels, ceil_div(count, 2), acc, s.stride, true, next_values, value_lines);
+      a.tiles, weights, weight_stride, rows, packed, panel_bytes, v_panels, ceil_div(count, 2), acc, s.stride, true, next_values,
+      value_lines);
 }

@@ -69,6 +69,7 @@ std::tuple<Tensor, Tensor> attend(AttentionArgs& args, const Tensor& like, bool 
     std::memset(static_cast<char*>(out.data_ptr()) + size_t(covered) * width, 0, size_t(tokens - covered) * width);
     if (want_lse) std::fill(args.lse + covered * heads, args.lse + tokens * heads, -std::numeric_limits<float>::infinity());
   }
+  args.tiles = kernels().tiles;
   if (covered) kernels().attention(args);
   return {out, lse};
 }
@@ -122,8 +123,8 @@ Tensor attention(
     const Tensor& seq_lens, const Tensor& page_table, const MaybeTensor& tree, const MaybeTensor& sinks, double scale,
     double soft_cap, int64_t window, bool causal) {
   return std::get<0>(attention_lse(
-      q, k, v, k_cache, v_cache, k_scale, v_scale, slots, cu_extend, prefix_lens, seq_lens, page_table, tree, sinks, scale, soft_cap,
-      window, causal, false));
+      q, k, v, k_cache, v_cache, k_scale, v_scale, slots, cu_extend, prefix_lens, seq_lens, page_table, tree, sinks, scale,
+      soft_cap, window, causal, false));
 }
 
 // q_nope: [T, Hq, rank], q_pe: [T, Hq, rope dims] over leaves of latents [N, P, 1, rank] and rotated keys [N, P, 1, rope dims]
@@ -150,8 +151,8 @@ std::tuple<Tensor, Tensor> ragged_attention(
     const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_q, const Tensor& cu_k, double scale, double soft_cap,
     int64_t window, bool causal, bool want_lse) {
   STD_TORCH_CHECK(
-      q.dim() == 3 && k.dim() == 3 && v.dim() == 3 && q.size(2) == k.size(2) && k.size(1) == v.size(1) && q.size(1) % k.size(1) == 0 &&
-          k.size(0) == v.size(0) && k.scalar_type() == v.scalar_type(),
+      q.dim() == 3 && k.dim() == 3 && v.dim() == 3 && q.size(2) == k.size(2) && k.size(1) == v.size(1) &&
+          q.size(1) % k.size(1) == 0 && k.size(0) == v.size(0) && k.scalar_type() == v.scalar_type(),
       "sglang_xeon: q, k, v must be [T, Hq, D], [Tk, Hk, D], [Tk, Hk, Dv]");
   STD_TORCH_CHECK(cu_q.numel() == cu_k.numel(), "sglang_xeon: cu_q and cu_k disagree on the number of reqs");
   Tensor q_rows = with_contiguous_rows(q), k_rows = with_contiguous_rows(k), v_rows = with_contiguous_rows(v);
@@ -186,8 +187,8 @@ std::tuple<Tensor, Tensor> merge(const Tensor& o_a, const Tensor& lse_a, const T
 
 STABLE_TORCH_LIBRARY_FRAGMENT(sglang_xeon, m) {
   m.def(
-      "kv_write(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor(c!)? k_scale, Tensor(d!)? v_scale, Tensor slots) "
-      "-> ()");
+      "kv_write(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor(c!)? k_scale, Tensor(d!)? v_scale, "
+      "Tensor slots) -> ()");
   m.def(
       "attention(Tensor q, Tensor? k, Tensor? v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor(c!)? k_scale, Tensor(d!)? v_scale, "
       "Tensor slots, Tensor cu_extend, Tensor prefix_lens, Tensor seq_lens, Tensor page_table, Tensor? tree, Tensor? sinks, "

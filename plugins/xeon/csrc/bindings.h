@@ -26,6 +26,11 @@ inline DType dtype_of(const Tensor& t, const char* name) {
   return DType::bf16;
 }
 
+// As dtype_of, for ops that take float16 too.
+inline DType float_of(const Tensor& t, const char* name) {
+  return t.scalar_type() == ScalarType::Half ? DType::f16 : dtype_of(t, name);
+}
+
 // An uninitialised contiguous tensor on the host, without a trip through the dispatcher.
 template <size_t N>
 Tensor empty(const int64_t (&sizes)[N], ScalarType dtype) {
@@ -34,6 +39,7 @@ Tensor empty(const int64_t (&sizes)[N], ScalarType dtype) {
   for (size_t i = N; i-- > 0;) strides[i] = step, step *= sizes[i];
   int32_t type = dtype == ScalarType::Float      ? aoti_torch_dtype_float32()
                  : dtype == ScalarType::BFloat16 ? aoti_torch_dtype_bfloat16()
+                 : dtype == ScalarType::Half     ? aoti_torch_dtype_float16()
                                                  : aoti_torch_dtype_int32();
   AtenTensorHandle handle;
   STABLE_TORCH_ERROR_CODE_CHECK(

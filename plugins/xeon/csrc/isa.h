@@ -6,9 +6,10 @@
 
 namespace sglang_xeon {
 
-enum class DType : int32_t { f32 = 0, bf16 = 1 };
+enum class DType : int32_t { f32 = 0, bf16 = 1, f16 = 2 };
 
 inline constexpr int64_t kPanel = 16;  // output columns a weight panel holds
+inline constexpr int64_t kGroupAlign = 8;  // k that a group of a permuted weight is filled up to
 
 // A matrix whose rows are contiguous.
 struct Rows {
@@ -29,23 +30,81 @@ struct MutRows {
 
 namespace sglang_xeon {
 
-// out[m, n] = sum_k x[m, k] * w[n, k] + bias[n].
-// w is packed: [ceil(N / 16)][ceil(K / 2)][16][2] for bf16 (pairs of k side by side, as VDPBF16PS and TDPBF16PS read them)
-// and [ceil(N / 16)][2 * ceil(K / 2)][16] for float32; the padding is zeros.
-struct LinearArgs {
-  Rows x;
-  const void* w;
-  DType w_dtype;
-  const void* bias;  // may be null
-  DType bias_dtype;
-  MutRows out;
-  int64_t m, n, k;
+// What a weight is made of. sglang_core/ops/formats.py says what each code stands for.
+enum class Element : int32_t { f32 = 0, bf16 = 1, f16 = 2, int4 = 3, int4_zero = 4, e2m1 = 5, fp8 = 6, int8 = 7 };
+enum class ScaleType : int32_t { f32 = 0, e8m0 = 1, e4m3 = 2 };
+
+// k that lie side by side in a panel, and the bytes of all its 16 columns over so many k.
+inline constexpr int64_t unit_of(Element e) {
+  return e <= Element::f16 ? 2 : e <= Element::e2m1 ? 8 : 4;
+}
+inline constexpr int64_t unit_bytes(Element e) { return e == Element::f32 ? 128 : 64; }
+
+// A packed weight [n, k]: panels of 16 columns, [ceil(n / 16)][k_padded / unit][unit_bytes]; the padding is zeros.
+//   f32   [2][16]: one k after the other                  bf16  [16][2]: pairs, as VDPBF16PS and TDPBF16PS read them
+//   f16   [2][16]: one k after the other                  int8  [16][4]: quads, as VPDPBUSD and TDPBUSD read them
+//   fp8   [16][4], the bytes of a column in the order k0, k2, k1, k3: k0 and k1 are the low bytes of two 16-bit words
+//   4-bit [16] words of 32 bits: k = 2i in bits 4i.., k = 2i + 1 in bits 16 + 4i..: a shift gives a pair
+struct Weight {
+  Element element;
+  const void* codes;
+  const void* scales;         // scale_type[panels][groups][16], or null: no scale by group
+  ScaleType scale_type;
+  const uint8_t* zeros;       // [panels][groups][16], for int4_zero
+  const float* column_scale;  // [panels * 16], or null
+  const int32_t* column_sum;  // [panels * 16], for int8: the sum of a column's codes
+  const int32_t* order;       // [k_padded]: the column of x at each k, -1 for none; null: as they come
+  const int32_t* bounds;      // [groups + 1]: where groups begin in k, where they are of unequal length
+  int64_t n, k, k_padded;
+  int64_t group, groups;      // k that share scales and zeros, and how many such groups there are
 };
 
+// What becomes of activations before the product: `activation` of a Fmt.
+enum class Quantize : int32_t {
+  as_is = 0, fp8 = 1, fp8_static = 2, fp8_block = 3, int8 = 4, int8_asym = 5, nvfp4 = 6, nvfp4_static = 7
+};
+
+// A product on AMX tiles: c[r, panel * 16 + j] (+)= sum over k of a[r, k] * w[panel, k, j]. bf16 pairs into float32, or quads of
+// uint8 activations and int8 weights into int32. Past `units`, up to a multiple of 64 bytes, a's rows hold finite numbers.
+struct TileBlock {
+  const void* a;
+  int64_t a_stride;  // bytes
+  const void* w;
+  int64_t panel_bytes, units;  // 64 bytes each
+  void* c;
+  int64_t c_stride;  // elements
+  int64_t rows, panels;
+  bool add;
+};
+struct TileKernels {
+  void (*bf16)(const TileBlock&);
+  void (*int8)(const TileBlock&);
+};
+extern const TileKernels kTileKernels;
+// Asks the kernel for leave to use tiles, for every thread of this process. False where it refuses.
+bool allow_tiles();
+
+// out[m, n] = sum_k x[m, k] * w[n, k] + bias[n], x quantised first.
+struct LinearArgs {
+  Rows x;
+  Weight w;
+  Quantize quantize;
+  const float* x_scale;  // [1], where the checkpoint brings it
+  const void* bias;      // may be null
+  DType bias_dtype;
+  MutRows out;
+  int64_t m;
+  const TileKernels* tiles;  // AMX's, which sum in another order than the other kernels; null: not to be used
+};
+
+// Codes [n, k] in the order of a panel. 4-bit codes come two a byte, the even k in the low nibble.
 struct PackArgs {
-  Rows w;  // [n, k]
+  Element element;
+  void* w;         // [n, row_bytes]
+  int64_t row_bytes;
   void* packed;
-  int64_t n, k;
+  const int32_t* order;  // as in Weight
+  int64_t n, k, k_padded;
   bool unpack;  // the way back: from packed into w
 };
 
@@ -97,12 +156,19 @@ struct Kernels {
   void (*gated)(const GatedArgs&);
   void (*rope)(const RopeArgs&);
   void (*argmax)(const ArgmaxArgs&);
+  const TileKernels* tiles = nullptr;  // where this level has AMX
 };
 
 extern const Kernels kernels_avx2;
 extern const Kernels kernels_avx512;
-// For bf16 activations and weights only: all that VDPBF16PS changes.
+// For bf16 activations: all that VDPBF16PS and VPDPBUSD change.
 void linear_avx512_bf16(const LinearArgs& args);
 void attention_avx512_bf16(const AttentionArgs& args);
+// Whether it takes these.
+inline bool dots_pairs(const LinearArgs& args) {
+  // What activations are quantised to is exact in bf16.
+  bool halves = args.x.dtype == DType::bf16 || args.quantize != Quantize::as_is;
+  return halves && args.w.element != Element::f32 && args.w.element != Element::f16;
+}
 
 }  // namespace sglang_xeon

@@ -1,7 +1,9 @@
+#include <immintrin.h>
+
 #include "isa.h"
 #include "parallel.h"
 
-#pragma GCC target("avx2,fma")
+#pragma GCC target("avx2,fma,f16c")
 #define VL 8
 #define KERNELS kernels_avx2
 #define KERNELS_NAME "avx2"

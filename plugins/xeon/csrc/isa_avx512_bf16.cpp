@@ -4,9 +4,9 @@
 #include "parallel.h"
 
 #ifdef EMULATE_AVX512  // tests only: the same code on pairs of 256-bit registers
-#pragma GCC target("avx2,fma")
+#pragma GCC target("avx2,fma,f16c")
 #else
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma")
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16,avx2,fma,f16c")
 #endif
 #define VL 16
 #define HAS_DOT_BF16
@@ -16,6 +16,14 @@ namespace {
 #include "simd.inl"
 //
 #include "gemm.inl"
+//
+#include "codes.inl"
+//
+#include "activations.inl"
+//
+#include "gemm_int8.inl"
+//
+#include "linear.inl"
 //
 #include "kv_elements.inl"
 //
@@ -28,6 +36,6 @@ namespace {
 #include "attention.inl"
 }  // namespace
 
-void linear_avx512_bf16(const LinearArgs& args) { linear_path<Path::dot_bf16>(args); }
+void linear_avx512_bf16(const LinearArgs& args) { linear(args); }
 void attention_avx512_bf16(const AttentionArgs& args) { attention(args); }
 }  // namespace sglang_xeon

@@ -7,6 +7,16 @@ namespace {
 //
 #include "gemm.inl"
 //
+#include "codes.inl"
+//
+#include "activations.inl"
+//
+#include "gemm_int8.inl"
+//
+#include "linear.inl"
+//
+#include "pack.inl"
+//
 #include "kv_elements.inl"
 //
 #include "kv_write.inl"

@@ -18,7 +18,7 @@ Kernels make_avx512_bf16() {
   Kernels kernels = kernels_avx512;
   kernels.name = "avx512_bf16";
   kernels.linear = [](const LinearArgs& args) {
-    if (args.x.dtype == DType::bf16 && args.w_dtype == DType::bf16)
+    if (dots_pairs(args))
       linear_avx512_bf16(args);
     else
       kernels_avx512.linear(args);
@@ -33,12 +33,20 @@ Kernels make_avx512_bf16() {
   return kernels;
 }
 
+Kernels make_amx(Kernels kernels) {
+  kernels.name = "amx";
+  kernels.tiles = &kTileKernels;
+  return kernels;
+}
+
 const Kernels* active = nullptr;
 
-// `isa`: avx2, avx512 or avx512_bf16. The caller has seen that this CPU has it.
+// `isa`: avx2, avx512, avx512_bf16 or amx. The caller has seen that this CPU has it.
 void set_isa(std::string isa) {
-  static const Kernels avx512_bf16 = make_avx512_bf16();
-  const Kernels* all[] = {&kernels_avx2, &kernels_avx512, &avx512_bf16};
+  static const Kernels avx512_bf16 = make_avx512_bf16(), amx = make_amx(avx512_bf16);
+  const Kernels* all[] = {&kernels_avx2, &kernels_avx512, &avx512_bf16, &amx};
+  STD_TORCH_CHECK(
+      isa != amx.name || allow_tiles(), "sglang_xeon: the operating system refuses AMX tiles; set SGLANG_XEON_ISA=avx512_bf16");
   for (const Kernels* kernels : all)
     if (isa == kernels->name) {
       active = kernels;

@@ -22,7 +22,7 @@ void pin_team(const int64_t* cpus, int64_t count);
 
 // This thread's buffer `slot`: 64-byte aligned, at least `bytes` long, contents undefined, valid until the next call with
 // the same slot on the same thread.
-enum Slot { kSlotActivations, kSlotTile, kSlotScores, kSlotKeys, kSlotValues, kSlotState, kSlotPartials, kNumSlots };
+enum Slot { kSlotActivations, kSlotWideRow, kSlotWidened, kSlotTile, kSlotScores, kSlotKeys, kSlotValues, kSlotState, kSlotPartials, kNumSlots };
 void* scratch(Slot slot, size_t bytes);
 
 }  // namespace sglang_xeon

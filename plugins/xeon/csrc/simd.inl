@@ -89,6 +89,7 @@ INLINE float load1(const uint16_t* p) { return to_float(*p); }
 INLINE void store1(float* p, float x) { *p = x; }
 INLINE void store1(uint16_t* p, float x) { *p = to_bf16(x); }
 INLINE float load1(const void* p, DType dtype, int64_t i) {
+  if (dtype == DType::f16) return float(static_cast<const _Float16*>(p)[i]);
   return dtype == DType::f32 ? static_cast<const float*>(p)[i] : to_float(static_cast<const uint16_t*>(p)[i]);
 }
 

@@ -22,6 +22,7 @@ from sglang_core.api import (
 from sglang_xeon import isa
 
 DTYPES = ("bfloat16", "float32")
+LINEAR_DTYPES = (*DTYPES, "float16")  # and weights in every format
 # For --device auto: above the reference backend (0), below every accelerator (100 and up).
 SCORES = {"avx2": 30, "avx512": 40, "avx512_bf16": 50, "amx": 60}
 PROFILES = (
@@ -35,10 +36,8 @@ def dtype_limits(ctx: SelectionContext) -> str | None:
     return None if ctx.site.dtype in DTYPES else f"takes {' and '.join(DTYPES)}, not {ctx.site.dtype}"
 
 
-def dense_only(ctx: SelectionContext) -> str | None:
-    if ctx.site.fmt != "dense":
-        return f"takes dense weights, not {ctx.site.fmt}"
-    return dtype_limits(ctx)
+def linear_limits(ctx: SelectionContext) -> str | None:
+    return None if ctx.site.dtype in LINEAR_DTYPES else f"takes {', '.join(LINEAR_DTYPES)}, not {ctx.site.dtype}"
 
 
 def latent_limits(ctx: SelectionContext) -> str | None:
@@ -85,10 +84,10 @@ class XeonBackend(Backend):
         return XeonRuntime(ctx)
 
     def kernels(self, ctx: KernelContext) -> list[Kernel]:
-        packing = {"supports": dense_only, "pack": "sglang_xeon.gemm:pack", "unpack": "sglang_xeon.gemm:unpack"}
+        packing = {"supports": linear_limits, "pack": "sglang_xeon.gemm:pack", "unpack": "sglang_xeon.gemm:unpack"}
         return [
             _kernel("gemm.linear", "gemm:linear", **packing),
-            # Not invariant: oneDNN takes over from some number of rows on.
+            # Not invariant: AMX tiles, from some number of rows on, sum in another order.
             _kernel("gemm.linear", "gemm:linear_amx", device=("xeon/amx",), **(packing | {"features": frozenset()})),
             _kernel("attn.paged", "attention:paged"),
             _kernel("attn.plan", "attention:plan"),
@@ -107,11 +106,12 @@ class XeonBackend(Backend):
         ]
 
     def claims(self, ctx: KernelContext) -> Claims:
-        """What `kernels` brings, in float32 and bfloat16. Float16 overflows in bodies never checked with it."""
+        """What `kernels` brings, in float32 and bfloat16; linear layers in float16 too, which overflows in other bodies."""
         unsupported = Claim(op="*", dtypes=("float16",), support=Support.UNSUPPORTED)
         ops = dict.fromkeys(kernel.op for kernel in self.kernels(ctx))
-        native = [Claim(op=op, dtypes=DTYPES, formats=("dense",) if op == "gemm.linear" else ("*",)) for op in ops]
-        return Claims((unsupported, *native), profiles=PROFILES)
+        linear = Claim(op="gemm.linear", dtypes=LINEAR_DTYPES)
+        native = [Claim(op=op, dtypes=DTYPES) for op in ops if op != "gemm.linear"]
+        return Claims((linear, unsupported, *native), profiles=PROFILES)
 
     def config_defaults(self, ctx: DefaultsContext) -> dict[str, Any]:
         """bfloat16 halves the bytes a decode step streams; pages of 16 keep prefix reuse fine-grained at no cost here.

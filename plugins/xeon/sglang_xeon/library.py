@@ -11,10 +11,6 @@ import torch
 from sglang_core.api import PluginError
 from sglang_xeon import isa
 
-# Levels of C++ kernels. AMX adds nothing in C++ yet: oneDNN has its tiles (gemm.py), the rest runs as on avx512_bf16.
-_KERNELS = {"avx2": "avx2", "avx512": "avx512", "avx512_bf16": "avx512_bf16", "amx": "avx512_bf16"}
-
-
 def _load() -> Any:
     folder = Path(__file__).parent
     found = [folder / f"_C{suffix}" for suffix in EXTENSION_SUFFIXES if (folder / f"_C{suffix}").exists()]
@@ -32,7 +28,7 @@ def set_isa(level: str) -> None:
     host = isa.host()
     if host is None:
         raise PluginError("sglang-xeon needs an x86-64 CPU with AVX2 and FMA; choose another --device")
-    ops.set_isa(_KERNELS[isa.capped(host, level)])
+    ops.set_isa(isa.capped(host, level))
 
 
 ops = _load()

@@ -30,7 +30,14 @@ class Case:
     body, body_plan = staticmethod(OPS["attn.paged"].body), staticmethod(OPS["attn.plan"].body)
 
     def __init__(
-        self, spec: Any, reqs: list[tuple[int, int]], dtype: torch.dtype, *, page_size: int = 4, kv_dtype=None, trees=None
+        self,
+        spec: Any,
+        reqs: list[tuple[int, int]],
+        dtype: torch.dtype,
+        *,
+        page_size: int = 4,
+        kv_dtype=None,
+        trees=None,
     ) -> None:
         """trees: of each req, the parents of its new tokens."""
         self.spec, self.dtype = spec, dtype
@@ -62,7 +69,9 @@ class Case:
             at = torch.tensor([int(table[r, i // page_size]) * page_size + i % page_size for i in range(prefix)])
             k, v = torch.randn(prefix, *self.k_dims), torch.randn(prefix, *self.v_dims)
             self.pool.scatter(1, at.int(), k, v)
-            if getattr(spec, "window", None) is not None:  # the core has let go of pages before it: the table names scratch there
+            if (
+                getattr(spec, "window", None) is not None
+            ):  # the core has let go of pages before it: the table names scratch there
                 table[r, : max(0, prefix - spec.window) // page_size] = 0
         extends = [e for _, e in reqs]
         tokens = sum(extends)

@@ -19,7 +19,7 @@ EMULATE = bool(os.environ.get("SGLANG_XEON_TEST_EMULATE"))  # set by test_emulat
 HOST = isa.LEVELS[-1] if EMULATE else isa.host()
 HERE: tuple[str, ...] = isa.LEVELS[: isa.LEVELS.index(HOST) + 1] if HOST else ()
 if EMULATE:
-    HERE = ("avx512", "avx512_bf16")  # amx has no kernels of its own, avx2 needs no emulation
+    HERE = ("avx512", "avx512_bf16", "amx")  # avx2 needs no emulation
 
 
 def pytest_configure() -> None:

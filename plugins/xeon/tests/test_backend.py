@@ -76,7 +76,8 @@ def test_every_kernel_is_claimed_and_exists(name: str) -> None:
         module, _, function = kernel.fn.partition(":")
         __import__(module)
         assert callable(getattr(sys.modules[module], function))
-    assert claims.support("gemm.linear", fmt="dense", dtype="float16") is Support.UNSUPPORTED
+    assert claims.support("gemm.linear", fmt="int4.awq.g128", dtype="float16") is Support.NATIVE
+    assert claims.support("norm.rms", fmt="dense", dtype="float16") is Support.UNSUPPORTED
 
 
 def test_defaults_name_known_settings() -> None:

@@ -1,4 +1,4 @@
-"""The AVX-512 and BF16 kernels on a machine without them: the same source, compiled to pairs of AVX2 registers.
+"""The AVX-512, BF16 and AMX kernels on a machine without them: the same source, compiled to pairs of AVX2 registers.
 
 Checks all of their code but the instructions that only they have, and speed.
 """
@@ -13,13 +13,8 @@ from pathlib import Path
 import pytest
 from sglang_xeon import isa
 
-TESTS = [str(Path(__file__).with_name(name)) for name in (
-    "test_gemm.py",
-    "test_attention.py",
-    "test_latent_attention.py",
-    "test_ragged_attention.py",
-    "test_rows.py",
-)]
+NAMES = ("gemm", "gemm_formats", "amx", "attention", "latent_attention", "ragged_attention", "rows")
+TESTS = [str(Path(__file__).with_name(f"test_{name}.py")) for name in NAMES]
 
 
 @pytest.mark.timeout(900)

@@ -34,7 +34,9 @@ def check(spec: AttnSpec, lengths: list[tuple[int, int]], dtype: torch.dtype) ->
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("heads, kv_heads, dim, v_dim", [(4, 2, 64, 64), (3, 3, 80, 80), (4, 4, 192, 128), (2, 1, 72, 40)])
+@pytest.mark.parametrize(
+    "heads, kv_heads, dim, v_dim", [(4, 2, 64, 64), (3, 3, 80, 80), (4, 4, 192, 128), (2, 1, 72, 40)]
+)
 def test_ragged_is_the_body(
     level: str, dtype: torch.dtype, lengths: list, causal: bool, heads: int, kv_heads: int, dim: int, v_dim: int
 ) -> None:

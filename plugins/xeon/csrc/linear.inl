@@ -1,0 +1,298 @@
+// gemm.linear: activations prepared, then tiles over row blocks and panels. `multiply` is what other ops build on.
+
+INLINE int64_t panel_bytes(const Weight& w) { return w.k_padded / unit_of(w.element) * unit_bytes(w.element); }
+
+// Panels that `multiply` takes side by side.
+INLINE int64_t panels_per_step(const Weight& w, int64_t rows) {
+  bool coded = w.element != Element::f32 && w.element != Element::bf16 && w.element != Element::int8;
+  if (coded && rows <= kCodedRows) return coded_panels(int(rows));
+  return panels_at_once(int(ceil_div(rows, ceil_div(rows, kMaxRows))));
+}
+
+constexpr int64_t kWidenDepth = 256;  // k of a panel that are widened at a time, where no group is shorter
+
+// One block of k: [k0, k1) of group `group`.
+struct Block_k {
+  int64_t k0, k1, group;
+};
+
+INLINE int64_t num_blocks(const Weight& w, int64_t depth) { return w.groups > 1 ? w.groups : ceil_div(w.k_padded, depth); }
+
+INLINE Block_k block_at(const Weight& w, int64_t depth, int64_t i) {
+  if (w.bounds) return {w.bounds[i], w.bounds[i + 1], i};
+  int64_t length = w.groups > 1 ? w.group : depth;
+  return {i * length, min1((i + 1) * length, w.k_padded), w.groups > 1 ? i : 0};
+}
+
+// c (+)= sums * scale * row_scale, for the panels of one group.
+static void add_scaled(
+    const CodedTile& t, const float* sums, int64_t sums_stride, int64_t rows, int64_t panels) {
+  for (int64_t p = 0; p < panels; ++p) {
+    vf scale[kVecs];
+    UNROLL for (int v = 0; v < kVecs; ++v) scale[v] = load_scales(t.scales + p * t.scale_step, t.scale_type, v * VL);
+    for (int64_t r = 0; r < rows; ++r) {
+      vf row_scale = splat(t.row_scales ? t.row_scales[r * t.row_scale_step] : 1.0f);
+      UNROLL for (int v = 0; v < kVecs; ++v) {
+        float* c = t.c + r * t.c_stride + p * kPanel + v * VL;
+        vf x = load(sums + r * sums_stride + p * kPanel + v * VL) * row_scale;
+        store(c, t.add ? load(c) + x * scale[v] : x * scale[v]);
+      }
+    }
+  }
+}
+
+// A block that tiles widen themselves.
+template <Element E>
+static void multiply_codes(const CodedTile& block, int64_t rows, int64_t count) {
+  static constexpr CodedTiles<E> tiles;
+  CodedTile t = block;
+  if (count == coded_panels(int(rows))) return tiles.many[rows](t);
+  for (int64_t p = 0; p < count; ++p) {
+    for (int64_t r = 0; r < rows; ++r) {
+      t.a = static_cast<const Act*>(block.a) + r * block.a_stride;
+      t.c = block.c + r * block.c_stride + p * kPanel;
+      t.row_scales = block.row_scales ? block.row_scales + r * block.row_scale_step : nullptr;
+      tiles.one(t);
+    }
+    t.w += t.panel_bytes, t.zeros += t.zero_step, t.scales += t.scales ? t.scale_step : 0;
+  }
+}
+
+constexpr int64_t kLeastTileRows = 16;  // rows from which AMX tiles, which have as many, are worth their set-up
+
+// Whether blocks of k end where tiles do: a tile takes 64 bytes of a row, and may read on only where the row has ended.
+INLINE bool fits_tiles(const Weight& w, int64_t rows) {
+  return sizeof(Act) == 2 && rows >= kLeastTileRows && !w.bounds && (w.groups == 1 || w.group % 32 == 0);
+}
+
+// A block that is widened first, for all its rows.
+template <Element E>
+static void multiply_widened(CodedTile t, int64_t length, int64_t rows, int64_t count, const TileKernels* amx) {
+  static constexpr Tiles<kWidePath> tiles;
+  constexpr int64_t per_k = unit_bytes(kWide) / unit_of(kWide);
+  char* wide = static_cast<char*>(scratch(kSlotWidened, size_t(count * (length * per_k + kRowBlock * kPanel * 4))));
+  float* sums = reinterpret_cast<float*>(wide + count * length * per_k);
+  for (int64_t p = 0; p < count; ++p) widen<E>(t.w + p * t.panel_bytes, t.units, t.zeros + p * t.zero_step, wide + p * length * per_k);
+  float* c = t.scales ? sums : t.c;
+  int64_t c_stride = t.scales ? count * kPanel : t.c_stride, groups = ceil_div(rows, kMaxRows);
+  if (amx) {
+    amx->bf16({t.a, t.a_stride * 2, wide, length * per_k, length / 2, c, c_stride, rows, count, t.add && !t.scales});
+    groups = 0;
+  }
+  for (int64_t g = 0; g < groups; ++g) {
+    int64_t start = group_start(rows, groups, g), size = group_start(rows, groups, g + 1) - start;
+    const Act* a = static_cast<const Act*>(t.a) + start * t.a_stride;
+    float* cp = c + start * c_stride;
+    bool add = t.add && !t.scales;
+    if (count == panels_at_once(int(size))) {
+      tiles.many[size](a, t.a_stride, wide, length * per_k, length / 2, cp, c_stride, add);
+    } else {
+      for (int64_t p = 0; p < count; ++p)
+        tiles.one[size](a, t.a_stride, wide + p * length * per_k, length * per_k, length / 2, cp + p * kPanel, c_stride, add);
+    }
+  }
+  if (t.scales) add_scaled(t, sums, c_stride, rows, count);
+}
+
+// Sums over panels [panel, panel + count) of one step, not yet scaled by row and column.
+template <Element E>
+static void multiply_coded(
+    const Weight& w, const Activations& x, int64_t row, int64_t rows, int64_t panel, int64_t count, float* c, int64_t c_stride,
+    const TileKernels* amx) {
+  constexpr int64_t unit = unit_of(E);
+  int64_t bytes = panel_bytes(w), one_scale = kPanel * scale_bytes(w.scale_type);
+  const char* codes = static_cast<const char*>(w.codes) + panel * bytes;
+  CodedTile t{};
+  t.a_stride = x.stride, t.c = c, t.c_stride = c_stride, t.panel_bytes = bytes;
+  t.zero_step = w.groups * kPanel, t.scale_step = w.groups * one_scale;
+  t.scale_type = w.scale_type, t.row_scale_step = w.groups;
+  for (int64_t b = 0, blocks = num_blocks(w, kWidenDepth); b < blocks; ++b) {
+    Block_k block = block_at(w, kWidenDepth, b);
+    int64_t length = block.k1 - block.k0, at = panel * w.groups + block.group;
+    if (length == 0 && b > 0) continue;
+    t.a = static_cast<const Act*>(x.data) + row * x.stride + block.k0;
+    t.w = codes + block.k0 / unit * unit_bytes(E), t.units = length / unit;
+    t.zeros = w.zeros ? w.zeros + at * kPanel : nullptr;
+    t.scales = w.scales ? static_cast<const char*>(w.scales) + at * one_scale : nullptr;
+    t.row_scales = x.group_scale ? x.group_scale + row * w.groups + block.group : nullptr;
+    t.add = b > 0;
+    if (rows <= kCodedRows)
+      multiply_codes<E>(t, rows, count);
+    else
+      multiply_widened<E>(t, length, rows, count, amx);
+  }
+}
+
+// The same where the weight is what the tiles of gemm.inl or gemm_int8.inl multiply. A, C: types of activations and sums; `amx`
+// multiplies in their place where it is given.
+template <typename A, typename C, typename TileTable>
+static void multiply_plain(
+    const TileTable& tiles, const Weight& w, const Activations& x, int64_t row, int64_t rows, int64_t panel, int64_t count, C* c,
+    int64_t c_stride, void (*amx)(const TileBlock&)) {
+  int64_t unit = unit_of(w.element), step_bytes = unit_bytes(w.element), bytes = panel_bytes(w), groups = ceil_div(rows, kMaxRows);
+  const char* codes = static_cast<const char*>(w.codes) + panel * bytes;
+  int64_t depth = w.element == Element::int8 ? 2 * kDepth : kDepth;
+  for (int64_t k = 0; k < w.k_padded; k += depth) {
+    int64_t units = min1(depth, w.k_padded - k) / unit;
+    if (amx) {
+      const A* a = static_cast<const A*>(x.data) + row * x.stride + k;
+      amx({a, x.stride * int64_t(sizeof(A)), codes + k / unit * step_bytes, bytes, units, c, c_stride, rows, count, k > 0});
+      continue;
+    }
+    for (int64_t g = 0; g < groups; ++g) {
+      int64_t start = group_start(rows, groups, g), size = group_start(rows, groups, g + 1) - start;
+      const A* a = static_cast<const A*>(x.data) + (row + start) * x.stride + k;
+      const char* wp = codes + k / unit * step_bytes;
+      C* cp = c + start * c_stride;
+      if (count == panels_at_once(int(size))) {
+        tiles.many[size](a, x.stride, wp, bytes, units, cp, c_stride, k > 0);
+      } else {
+        for (int64_t i = 0; i < count; ++i)
+          tiles.one[size](a, x.stride, wp + i * bytes, bytes, units, cp + i * kPanel, c_stride, k > 0);
+      }
+    }
+  }
+}
+
+// c[r, j] = sum over k of x[row + r, k] * w[panel * 16 + j, k], all scales applied, for `rows` <= kRowBlock prepared rows and
+// panels [panel, panel + count). Rows of c are c_stride >= count * 16 floats apart. Fastest with count a multiple of
+// panels_per_step(w, rows). With `tiles` AMX may do it, and then sums in another order where there are rows enough.
+static void multiply(
+    const Weight& w, const Activations& x, int64_t row, int64_t rows, int64_t panel, int64_t count, float* c, int64_t c_stride,
+    const TileKernels* tiles = nullptr) {
+  int64_t step = panels_per_step(w, rows);
+  const TileKernels* amx = tiles && fits_tiles(w, rows) ? tiles : nullptr;
+  for (int64_t p = 0; p < count; p += step, c += step * kPanel) {
+    int64_t at = panel + p, some = min1(step, count - p), width = some * kPanel;
+    switch (w.element) {
+#ifdef HAS_DOT_BF16
+      case Element::f32:
+      case Element::f16: __builtin_trap();  // dots_pairs keeps them out
+      case Element::bf16: {
+        static constexpr Tiles<Path::dot_bf16> table;
+        multiply_plain<Act>(table, w, x, row, rows, at, some, c, c_stride, amx ? amx->bf16 : nullptr);
+        break;
+      }
+#else
+      case Element::f32: {
+        static constexpr Tiles<Path::f32> table;
+        multiply_plain<Act>(table, w, x, row, rows, at, some, c, c_stride, nullptr);
+        break;
+      }
+      case Element::bf16: {
+        static constexpr Tiles<Path::bf16> table;
+        multiply_plain<Act>(table, w, x, row, rows, at, some, c, c_stride, nullptr);
+        break;
+      }
+      case Element::f16: multiply_coded<Element::f16>(w, x, row, rows, at, some, c, c_stride, amx); break;
+#endif
+      case Element::int4: multiply_coded<Element::int4>(w, x, row, rows, at, some, c, c_stride, amx); break;
+      case Element::int4_zero: multiply_coded<Element::int4_zero>(w, x, row, rows, at, some, c, c_stride, amx); break;
+      case Element::e2m1: multiply_coded<Element::e2m1>(w, x, row, rows, at, some, c, c_stride, amx); break;
+      case Element::fp8: multiply_coded<Element::fp8>(w, x, row, rows, at, some, c, c_stride, amx); break;
+      case Element::int8: {
+        static constexpr Int8Tiles table;
+        auto* sums = reinterpret_cast<int32_t*>(c);
+        multiply_plain<ActInt8>(table, w, x, row, rows, at, some, sums, c_stride, amx ? amx->int8 : nullptr);
+        for (int64_t r = 0; r < rows; ++r) scale_int8(w, x, row + r, at, c + r * c_stride, width);
+        continue;
+      }
+    }
+    if (!w.column_scale && !x.row_scale) continue;
+    for (int64_t r = 0; r < rows; ++r) {
+      vf row_scale = splat(x.row_scale ? x.row_scale[row + r] : 1.0f);
+      for (int64_t j = 0; j < width; j += VL) {
+        vf y = load(c + r * c_stride + j) * row_scale;
+        store(c + r * c_stride + j, w.column_scale ? y * load(w.column_scale + at * kPanel + j) : y);
+      }
+    }
+  }
+}
+
+struct LinearTask {
+  const LinearArgs* args;
+  Activations x;
+  int64_t row_blocks, panels, panels_per_task;
+};
+
+INLINE void store(_Float16* p, vf x) {
+  UNROLL for (int i = 0; i < VL; ++i) p[i] = _Float16(x[i]);
+}
+INLINE void store1(_Float16* p, float x) { *p = _Float16(x); }
+
+// Sums of one panel, with the bias added, rounded into the output.
+template <typename T>
+static void write_panel(const LinearArgs& args, const float* c, int64_t c_stride, int64_t row, int64_t rows, int64_t column) {
+  int64_t width = min1(kPanel, args.w.n - column);
+  float bias[kPanel] = {};
+  if (args.bias)
+    for (int64_t j = 0; j < width; ++j) bias[j] = load1(args.bias, args.bias_dtype, column + j);
+  for (int64_t r = 0; r < rows; ++r) {
+    T* out = static_cast<T*>(args.out.data) + (row + r) * args.out.stride + column;
+    const float* sums = c + r * c_stride;
+    if (width == kPanel) {
+      UNROLL for (int v = 0; v < kVecs; ++v) store(out + v * VL, load(sums + v * VL) + load(bias + v * VL));
+    } else {
+      for (int64_t j = 0; j < width; ++j) store1(out + j, sums[j] + bias[j]);
+    }
+  }
+}
+
+static void linear_task(const void* opaque, int64_t index) {
+  const LinearTask& t = *static_cast<const LinearTask*>(opaque);
+  const LinearArgs& args = *t.args;
+  // Row blocks of one group of panels follow each other, so that its weights come from L3 for all but the first.
+  int64_t row = index % t.row_blocks * kRowBlock, rows = min1(kRowBlock, args.m - row);
+  int64_t panel0 = index / t.row_blocks * t.panels_per_task;
+  int64_t panels = min1(t.panels_per_task, t.panels - panel0);
+  int64_t step = panels_per_step(args.w, rows), c_stride = step * kPanel;
+  float* c = static_cast<float*>(scratch(kSlotTile, size_t(rows * c_stride) * sizeof(float)));
+  for (int64_t p = 0; p < panels; p += step) {
+    int64_t count = min1(step, panels - p);
+    multiply(args.w, t.x, row, rows, panel0 + p, count, c, c_stride, args.tiles);
+    for (int64_t i = 0; i < count; ++i) {
+      int64_t column = (panel0 + p + i) * kPanel;
+      switch (args.out.dtype) {
+        case DType::bf16: write_panel<uint16_t>(args, c + i * kPanel, c_stride, row, rows, column); break;
+        case DType::f32: write_panel<float>(args, c + i * kPanel, c_stride, row, rows, column); break;
+        case DType::f16: write_panel<_Float16>(args, c + i * kPanel, c_stride, row, rows, column); break;
+      }
+    }
+  }
+}
+
+static void prepare_task(const void* opaque, int64_t row) {
+  const LinearTask& t = *static_cast<const LinearTask*>(opaque);
+  prepare_row(t.args->x, row, t.args->w, t.args->quantize, t.args->x_scale, t.x, row);
+}
+
+// Whether the tiles can read x where it is.
+INLINE bool reads_as_is(const Rows& x, const Weight& w, Quantize kind) {
+  constexpr DType wanted = sizeof(Act) == 2 ? DType::bf16 : DType::f32;
+  return kind == Quantize::as_is && !w.order && w.k == w.k_padded && x.dtype == wanted;
+}
+
+static void linear(const LinearArgs& args) {
+  LinearTask t{};
+  t.args = &args;
+  // AMX reads rows in steps of 32, and where x ends it finds what is next in memory.
+  if (reads_as_is(args.x, args.w, args.quantize) && !(args.tiles && args.w.k % 32)) {
+    t.x = {args.x.data, args.x.stride, nullptr, nullptr, nullptr};
+  } else {
+    int64_t bytes = lay_out(args.w, args.quantize, args.m, nullptr, t.x);
+    lay_out(args.w, args.quantize, args.m, scratch(kSlotActivations, size_t(bytes)), t.x);
+    if (args.m <= 4) {
+      for (int64_t m = 0; m < args.m; ++m) prepare_task(&t, m);
+    } else {
+      run_tasks(args.m, prepare_task, &t);
+    }
+  }
+  t.row_blocks = ceil_div(args.m, kRowBlock);
+  t.panels = ceil_div(args.w.n, kPanel);
+  // Enough tasks that a slow thread holds the others up by little; enough panels in one that a stream stays long.
+  int64_t wanted = 12 * num_threads();
+  int64_t per_task = max1(int64_t(1), min1(int64_t(8), t.panels * t.row_blocks / wanted));
+  int64_t step = panels_per_step(args.w, min1(args.m, kRowBlock));
+  t.panels_per_task = ceil_div(per_task, step) * step;
+  run_tasks(t.row_blocks * ceil_div(t.panels, t.panels_per_task), linear_task, &t);
+}

@@ -1,0 +1,246 @@
+"""Weights in every format as the kernels read them: panels of 16 output columns (`Weight` in csrc/isa.h), packed once at load.
+
+One copy serves every batch size and every ISA level, AMX tiles included: with few rows a kernel widens codes in registers, with many it
+widens a block of panels once for all of them. Codes keep the bits that the checkpoint has. A stack of experts has one leading
+dim more in every tensor.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sglang_core.api.ops import Fmt, PackedWeight
+from sglang_xeon.library import ops
+
+LAYOUT = "xeon.panels"
+PANEL = 16
+GROUP_ALIGN = 8  # k that a group is filled up to where columns are reordered: kGroupAlign of csrc/isa.h
+BLOCK_ROWS = 128  # of fp8.block128, that share a scale
+
+# As csrc/isa.h numbers them.
+_DENSE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_INT4, _INT4_ZERO, _E2M1, _FP8, _INT8 = 3, 4, 5, 6, 7
+_UNITS = {0: 2, 1: 2, 2: 2, _INT4: 8, _INT4_ZERO: 8, _E2M1: 8, _FP8: 4, _INT8: 4}
+_UNIT_BYTES = {0: 128}  # others: 64
+_SCALES = {torch.float32: 0, torch.uint8: 1, torch.float8_e4m3fn: 2}
+_QUANTIZE = ("as_is", "fp8", "fp8_static", "fp8_block", "int8", "int8_asym", "nvfp4", "nvfp4_static")
+_TENSORS = ("packed", "scales", "zeros", "column_scale", "column_sum", "order", "bounds", "x_scale")
+
+_pack, _unpack = ops.pack.default, ops.unpack.default
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """How a format lies in panels."""
+
+    element: int
+    n: int
+    k: int
+    group: int  # k that share a scale; 0: a column has one, or none
+    scale_type: int
+    quantize: int
+
+    @classmethod
+    def of(cls, w: PackedWeight) -> Shape:
+        fmt = Fmt.parse(w.fmt)
+        if fmt.is_dense:
+            dtype = w["packed" if w.layout == LAYOUT else "weight"].dtype
+            return cls(_DENSE[dtype], w.out_features, w.in_features, 0, 0, 0)
+        element = {"fp8": _FP8, "int8": _INT8, "e2m1": _E2M1, "int4": _INT4_ZERO if fmt.has_zero else _INT4}[fmt.element]
+        group = w.in_features if fmt.group == -1 else fmt.group or 0
+        scales = w["scales" if w.layout == LAYOUT else "scale"].dtype if group else torch.float32
+        return cls(element, w.out_features, w.in_features, group, _SCALES[scales], _QUANTIZE.index(fmt.activation))
+
+    @property
+    def facts(self) -> list[int]:
+        """As `Facts` of csrc/weight_args.h."""
+        return [self.element, self.scale_type, self.quantize, self.n, self.k, self.group]
+
+    @property
+    def panels(self) -> int:
+        return -(-self.n // PANEL)
+
+    def num_bytes(self, order: Tensor | None) -> int:
+        """Of the codes."""
+        unit = _UNITS[self.element]
+        units = -(-self.k // unit) if order is None else order.shape[-1] // unit
+        return self.panels * units * _UNIT_BYTES.get(self.element, 64)
+
+
+Operands = tuple[Tensor, *tuple[Tensor | None, ...]]
+
+
+def operands(w: PackedWeight) -> tuple[Tensor | None, ...]:
+    """The tensors of a packed weight in the order of the C++ ops, None for those that its format lacks."""
+    return tuple(w._buffers.get(name) for name in _TENSORS)
+
+
+def facts(w: PackedWeight) -> list[int]:
+    """The numbers that the C++ ops want beside `operands`."""
+    known: list[int] | None = getattr(w, "_xeon_facts", None)
+    if known is None:
+        known = Shape.of(w).facts
+        w._xeon_facts = known  # type: ignore[assignment]
+    return known
+
+
+def pack(w: PackedWeight, out: PackedWeight | None = None) -> PackedWeight:
+    """Canonical -> panels. With `out`, an earlier result, its bytes are rewritten.
+
+    Raises ValueError where `out` was packed for another order of columns (act_order) that does not fit it.
+    """
+    if w.num_experts is None:
+        made = _packed(w, None if out is None else _tensors(out))
+    else:
+        made = _packed_stack(w, None if out is None else _tensors(out))
+    if out is not None:
+        return out
+    return PackedWeight(
+        w.fmt,
+        made,
+        out_features=w.out_features,
+        in_features=w.in_features,
+        num_experts=w.num_experts,
+        layout=LAYOUT,
+    )
+
+
+def unpack(w: PackedWeight, out: PackedWeight | None = None) -> PackedWeight:
+    """The inverse of `pack`, bit for bit."""
+    if w.num_experts is None:
+        made = _canonical(w, _tensors(w))
+    else:
+        tensors = _tensors(w)
+        each = [_canonical(w, {name: t[i] for name, t in tensors.items()}) for i in range(w.num_experts)]
+        made = {name: torch.stack([one[name] for one in each]) for name in each[0]}
+    if out is not None:
+        for name, tensor in made.items():
+            out[name].copy_(tensor)
+        return out
+    return PackedWeight(
+        w.fmt, made, out_features=w.out_features, in_features=w.in_features, num_experts=w.num_experts
+    )
+
+
+def _tensors(w: PackedWeight) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in w._buffers.items() if tensor is not None}
+
+
+def _packed_stack(w: PackedWeight, into: dict[str, Tensor] | None) -> dict[str, Tensor]:
+    """Expert by expert into stacks that the first one's sizes tell."""
+    assert w.num_experts is not None
+    stacks = into or {}
+    for i in range(w.num_experts):
+        if stacks:
+            _packed(w.expert(i), {name: stack[i] for name, stack in stacks.items()})
+            continue
+        first = _packed(w.expert(i), None)
+        stacks = {name: t.new_empty(w.num_experts, *t.shape) for name, t in first.items()}
+        for name, t in first.items():
+            stacks[name][i] = t
+    return stacks
+
+
+def _packed(w: PackedWeight, into: dict[str, Tensor] | None) -> dict[str, Tensor]:
+    """One matrix -> its packed tensors, by name."""
+    shape, fmt = Shape.of(w), Fmt.parse(w.fmt)
+    made: dict[str, Tensor] = {}
+    if fmt.act_order:
+        made["order"], made["bounds"] = _order(w["group"], w["scale"].shape[-1])
+    order = made.get("order")
+    if fmt.is_dense:
+        pass
+    elif shape.group:
+        scale = w["scale"]
+        if fmt.element == "fp8":  # a block of rows shares one
+            scale = scale.repeat_interleave(BLOCK_ROWS, dim=0)[: shape.n]
+        made["scales"] = _by_panel(scale)
+    else:
+        made["column_scale"] = _by_column(w["scale"])
+    if fmt.has_zero:
+        made["zeros"] = _by_panel(w["zero"])
+    if "global_scale" in w._buffers:
+        made["column_scale"] = _by_column(w["global_scale"])
+    if fmt.element == "int8":
+        made["column_sum"] = _by_column(w["weight"].sum(1, dtype=torch.int32))
+    if fmt.static:
+        made["x_scale"] = w["x_scale"]
+    for name, tensor in made.items() if into is not None else ():
+        if into[name].shape != tensor.shape:
+            raise ValueError(
+                f"a weight of {w.fmt} cannot be rewritten in place: its {name} is {list(tensor.shape)}, and was "
+                f"{list(into[name].shape)} (another g_idx); load the model anew"
+            )
+        into[name].copy_(tensor)
+    packed = torch.empty(shape.num_bytes(order), dtype=torch.uint8) if into is None else into["packed"]
+    codes = w["weight"] if w["weight"].stride(-1) == 1 else w["weight"].contiguous()
+    _pack(codes, packed, order, shape.element, shape.k)
+    if into is None:
+        made = {"packed": packed.view(w["weight"].dtype) if fmt.is_dense else packed} | made
+    return made
+
+
+def _canonical(w: PackedWeight, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """One matrix's packed tensors -> canonical ones."""
+    shape, fmt, packed = Shape.of(w), Fmt.parse(w.fmt), tensors["packed"]
+    dtype = packed.dtype if fmt.is_dense else fmt.containers(shape.k)["weight"].dtype
+    columns = shape.k // 2 if _UNITS[shape.element] == 8 else shape.k
+    weight = torch.zeros(shape.n, columns, dtype=dtype)
+    _unpack(packed, weight, tensors.get("order"), shape.element, shape.k)
+    made = {"weight": weight}
+    if shape.group:
+        scale = _from_panel(tensors["scales"], shape.n)
+        made["scale"] = scale[::BLOCK_ROWS].contiguous() if fmt.element == "fp8" else scale
+    elif not fmt.is_dense:
+        made["scale"] = tensors["column_scale"][: shape.n].clone()
+    if fmt.has_zero:
+        made["zero"] = _from_panel(tensors["zeros"], shape.n)
+    if fmt.act_order:
+        made["group"] = _groups(tensors["order"], tensors["bounds"], shape.k)
+    if fmt.element == "e2m1" and shape.group == 16:
+        made["global_scale"] = tensors["column_scale"][: shape.n].clone()
+    if fmt.static:
+        made["x_scale"] = tensors["x_scale"].clone()
+    return made
+
+
+def _by_panel(x: Tensor) -> Tensor:
+    """x: [n, G] -> [panels, G, 16], the rows that are missing as zeros."""
+    n, groups = x.shape
+    made = torch.zeros(-(-n // PANEL) * PANEL, groups, dtype=x.dtype)
+    made[:n] = x
+    return made.view(-1, PANEL, groups).transpose(1, 2).contiguous()
+
+
+def _from_panel(x: Tensor, n: int) -> Tensor:
+    return x.transpose(1, 2).reshape(-1, x.shape[1])[:n].contiguous()
+
+
+def _by_column(x: Tensor) -> Tensor:
+    """x: [n] -> [panels * 16]."""
+    made = torch.zeros(-(-x.shape[0] // PANEL) * PANEL, dtype=x.dtype)
+    made[: x.shape[0]] = x
+    return made
+
+
+def _order(group: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
+    """group: int32[k], the group of each column -> order: int32[k_padded], -1 where nothing is; bounds: int32[G + 1]."""
+    counts = torch.bincount(group.long(), minlength=num_groups)
+    padded = (counts + GROUP_ALIGN - 1) // GROUP_ALIGN * GROUP_ALIGN
+    ends, starts = padded.cumsum(0), padded.cumsum(0) - padded
+    columns = torch.argsort(group, stable=True)
+    within = torch.arange(group.shape[0]) - (counts.cumsum(0) - counts)[group[columns].long()]
+    order = torch.full((int(ends[-1]),), -1, dtype=torch.int32)
+    order[starts[group[columns].long()] + within] = columns.int()
+    return order, torch.cat([torch.zeros(1, dtype=torch.int64), ends]).int()
+
+
+def _groups(order: Tensor, bounds: Tensor, k: int) -> Tensor:
+    """The inverse of `_order`."""
+    owner = torch.repeat_interleave(torch.arange(bounds.shape[0] - 1, dtype=torch.int32), bounds.diff().long())
+    group = torch.empty(k, dtype=torch.int32)
+    group[order[order >= 0].long()] = owner[order >= 0]
+    return group
