@@ -23,6 +23,12 @@ struct MutRows {
   int64_t stride;
 };
 
+}  // namespace sglang_xeon
+
+#include "attention.h"
+
+namespace sglang_xeon {
+
 // What a weight is made of. sglang_core/ops/formats.py says what each code stands for.
 enum class Element : int32_t { f32 = 0, bf16 = 1, f16 = 2, int4 = 3, int4_zero = 4, e2m1 = 5, fp8 = 6, int8 = 7 };
 enum class ScaleType : int32_t { f32 = 0, e8m0 = 1, e4m3 = 2 };
@@ -99,35 +105,6 @@ struct PackArgs {
   const int32_t* order;  // as in Weight
   int64_t n, k, k_padded;
   bool unpack;  // the way back: from packed into w
-};
-
-// Attention of every new token over its req's pages; see ops/attention.py for what it means.
-struct AttentionArgs {
-  Rows q;  // [T, Hq * D]
-  const void* k_cache;
-  const void* v_cache;
-  DType kv_dtype;
-  MutRows out;     // [T, Hq * Dv]
-  float* lse;      // [T, Hq], may be null
-  const float* sinks;  // [Hq], may be null
-  const int32_t* cu_extend;  // [R + 1]
-  const int32_t* prefix_lens;
-  const int32_t* seq_lens;
-  const int32_t* page_table;  // [R, C]
-  int64_t num_reqs, num_columns, page_size;
-  int64_t num_heads, num_kv_heads, head_dim, v_head_dim;
-  float scale, soft_cap;  // soft_cap 0: none
-  int64_t window;         // 0: none
-  bool causal;
-};
-
-struct KvWriteArgs {
-  Rows k, v;  // [T, Hk * D], [T, Hk * Dv]
-  void* k_cache;
-  void* v_cache;
-  DType kv_dtype;
-  const int32_t* slots;
-  int64_t num_tokens, k_width, v_width;
 };
 
 struct NormArgs {
@@ -286,6 +263,7 @@ struct Kernels {
   void (*pack)(const PackArgs&);
   void (*attention)(const AttentionArgs&);
   void (*kv_write)(const KvWriteArgs&);
+  void (*merge)(const MergeArgs&);
   void (*norm)(const NormArgs&);
   void (*gated)(const GatedArgs&);
   void (*rope)(const RopeArgs&);
@@ -309,6 +287,7 @@ extern const Kernels kernels_avx512;
 void linear_avx512_bf16(const LinearArgs& args);
 void experts_avx512_bf16(const ExpertsArgs& args);
 void grouped_avx512_bf16(const GroupedArgs& args);
+void attention_avx512_bf16(const AttentionArgs& args);
 // Whether they take these.
 inline bool dots_pairs(DType x, const Weight& w, Quantize quantize) {
   // What activations are quantised to is exact in bf16.

@@ -31,9 +31,20 @@ namespace {
 #include "grouped.inl"
 //
 #include "moe.inl"
+//
+#include "kv_elements.inl"
+//
+#include "attention_softmax.inl"
+//
+#include "attention_direct.inl"
+//
+#include "attention_tiled.inl"
+//
+#include "attention.inl"
 }  // namespace
 
 void linear_avx512_bf16(const LinearArgs& args) { linear(args); }
 void experts_avx512_bf16(const ExpertsArgs& args) { experts(args); }
 void grouped_avx512_bf16(const GroupedArgs& args) { grouped(args); }
+void attention_avx512_bf16(const AttentionArgs& args) { attention(args); }
 }  // namespace sglang_xeon

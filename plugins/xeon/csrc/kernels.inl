@@ -23,7 +23,19 @@ namespace {
 //
 #include "moe.inl"
 //
+#include "kv_elements.inl"
+//
+#include "kv_write.inl"
+//
+#include "attention_softmax.inl"
+//
+#include "attention_direct.inl"
+//
+#include "attention_tiled.inl"
+//
 #include "attention.inl"
+//
+#include "attention_merge.inl"
 //
 #include "rows.inl"
 //
@@ -37,6 +49,6 @@ namespace {
 }  // namespace
 
 extern const Kernels KERNELS = {
-    KERNELS_NAME, linear, pack, attention, kv_write, norm, gated, rope, argmax, experts, grouped, route, lora, sample, mask, adjust,
+    KERNELS_NAME, linear, pack, attention, kv_write, merge, norm, gated, rope, argmax, experts, grouped, route, lora, sample, mask, adjust,
     soft_cap, layer_norm, embed};
 }  // namespace sglang_xeon

@@ -30,6 +30,13 @@ Kernels make_avx512_bf16() {
   kernels.grouped = [](const GroupedArgs& args) {
     (dots_pairs(args.x.dtype, args.w.first, args.w.quantize) ? grouped_avx512_bf16 : kernels_avx512.grouped)(args);
   };
+  // Products of bfloat16 are exact, and so are fp8 and int8 codes in it; float16 keys are not.
+  kernels.attention = [](const AttentionArgs& args) {
+    if (args.q.dtype == DType::bf16 && args.kv_dtype != KvDType::f32 && args.kv_dtype != KvDType::f16)
+      attention_avx512_bf16(args);
+    else
+      kernels_avx512.attention(args);
+  };
   return kernels;
 }
 

@@ -1,4 +1,4 @@
-"""attn.paged, attn.plan and kv.write (csrc/attention.inl)."""
+"""Attention over pools, latents and packed rows, and what belongs to it (csrc/attention.inl)."""
 
 from __future__ import annotations
 
@@ -6,15 +6,23 @@ import torch
 from torch import Tensor
 
 from sglang_core.api import Pool
-from sglang_core.api.ops import AttnBatch, AttnSpec, Plan, PlanStatic
+from sglang_core.api.ops import AttnBatch, AttnSpec, MLASpec, Plan, PlanStatic
 from sglang_xeon.library import ops
 
 _attention, _attention_lse, _kv_write = ops.attention.default, ops.attention_lse.default, ops.kv_write.default
+_latent, _ragged, _merge = ops.latent_attention.default, ops.ragged_attention.default, ops.merge.default
+
+
+def _stores(pool: Pool, layer: int) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """The layer's two leaves, and the scales of their codes if any."""
+    if pool.spec.scaling == "none":
+        return pool.k(layer), pool.v(layer), None, None
+    return pool.k(layer), pool.v(layer), pool.k_scale(layer), pool.v_scale(layer)
 
 
 def kv_write(k: Tensor, v: Tensor, pool: Pool, layer: int, slot_mapping: Tensor) -> None:
-    """k: [T, Hk, D], v: [T, Hk, Dv], slot_mapping: int32[T]."""
-    _kv_write(k, v, pool.k(layer), pool.v(layer), slot_mapping)
+    """k: [T, Hk, D], v: [T, Hk, Dv], slot_mapping: int32[T]. Latents: c_kv: [T, rank], k_pe: [T, rope_dim]."""
+    _kv_write(k, v, *_stores(pool, layer), slot_mapping)
 
 
 def paged(
@@ -34,13 +42,13 @@ def paged(
         q,
         k,
         v,
-        pool.k(layer),
-        pool.v(layer),
+        *_stores(pool, layer),
         plan.slot_mapping,
         plan.cu_extend,
         plan.prefix_lens,
         plan.seq_lens,
         plan.page_table,
+        plan.tree_mask,
         sinks,
         spec.scale,
         spec.soft_cap or 0.0,
@@ -52,7 +60,65 @@ def paged(
     return _attention(*args)  # type: ignore[no-any-return]
 
 
-def plan(spec: AttnSpec, batch: AttnBatch, device: torch.device, out: Plan | None = None) -> Plan:
+def mla_paged(
+    q_nope: Tensor,
+    q_pe: Tensor,
+    c_kv: Tensor | None,
+    k_pe: Tensor | None,
+    pool: Pool,
+    layer: int,
+    spec: MLASpec,
+    plan: Plan,
+    *,
+    lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """q_nope: [T, Hq, rank], q_pe: [T, Hq, rope_dim] -> o: [T, Hq, rank] (, lse: float32[T, Hq]). Writes c_kv, k_pe first."""
+    result: tuple[Tensor, Tensor] = _latent(
+        q_nope,
+        q_pe,
+        c_kv,
+        k_pe,
+        *_stores(pool, layer),
+        plan.slot_mapping,
+        plan.cu_extend,
+        plan.prefix_lens,
+        plan.seq_lens,
+        plan.page_table,
+        plan.tree_mask,
+        spec.scale,
+        lse,
+    )
+    return result if lse else result[0]
+
+
+def ragged(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    spec: AttnSpec,
+    *,
+    max_q: int,
+    max_k: int,
+    lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """q: [T, Hq, D], k: [Tk, Hk, D], v: [Tk, Hk, Dv], cu_q, cu_k: int32[R + 1] -> o: [T, Hq, Dv] (, lse: float32[T, Hq]).
+
+    max_q and max_k are not needed: the kernel looks at the lengths themselves.
+    """
+    result: tuple[Tensor, Tensor] = _ragged(
+        q, k, v, cu_q, cu_k, spec.scale, spec.soft_cap or 0.0, spec.window or 0, spec.causal, lse
+    )
+    return result if lse else result[0]
+
+
+def merge(o_a: Tensor, lse_a: Tensor, o_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
+    """o: [T, Hq, Dv], lse: float32[T, Hq] of both sides -> the same of all their keys."""
+    return _merge(o_a, lse_a, o_b, lse_b)  # type: ignore[no-any-return]
+
+
+def plan(spec: AttnSpec | MLASpec, batch: AttnBatch, device: torch.device, out: Plan | None = None) -> Plan:
     """The batch as it is: the kernel cuts its own work, so the reference's tiles are left out."""
     made = Plan(
         static=PlanStatic(
@@ -62,6 +128,7 @@ def plan(spec: AttnSpec, batch: AttnBatch, device: torch.device, out: Plan | Non
             num_pages=batch.num_pages,
             page_size=batch.page_size,
             num_chunks=(),
+            tree_words=0 if batch.tree_mask_cpu is None else batch.tree_mask_cpu.shape[1],
         ),
         cu_extend=batch.cu_extend_cpu,
         prefix_lens=batch.prefix_lens_cpu,
@@ -70,6 +137,7 @@ def plan(spec: AttnSpec, batch: AttnBatch, device: torch.device, out: Plan | Non
         slot_mapping=batch.slot_mapping_cpu,
         tiles=(),
         tile_row=batch.slot_mapping_cpu[:0],
+        tree_mask=None if batch.tree_mask_cpu is None else batch.tree_mask_cpu.contiguous(),
     )
     if out is None:
         return made

@@ -25,9 +25,12 @@ DTYPES = ("bfloat16", "float32")
 LINEAR_DTYPES = (*DTYPES, "float16")  # and weights in every format
 # For --device auto: above the reference backend (0), below every accelerator (100 and up).
 SCORES = {"avx2": 30, "avx512": 40, "avx512_bf16": 50, "amx": 60}
-PROFILES = ("base", "serving", "window", "soft_cap", "sinks", "cross", "odd_sizes", "buckets")
 EXPERT_OPS = ("moe.fused", "gemm.grouped")
 ACT_ORDER = tuple(f"int4.gptq.g{group}.act_order" for group in (32, 64, 128, -1))
+PROFILES = (
+    *("base", "serving", "mla", "window", "soft_cap", "sinks", "tree", "cross"),
+    *("kv_half", "kv_fp8", "kv_int8", "odd_sizes", "buckets"),
+)
 INVARIANT = frozenset({"batch_invariant"})  # a row's result does not depend on its neighbours
 
 
@@ -45,13 +48,9 @@ def expert_limits(ctx: SelectionContext) -> str | None:
     return dtype_limits(ctx)
 
 
-def attention_limits(ctx: SelectionContext) -> str | None:
-    kv_dtype = getattr(ctx.site.spec, "kv_dtype", "auto")
-    if kv_dtype not in ("auto", *DTYPES):
-        return f"reads {' and '.join(DTYPES)} pools, not {kv_dtype} (--kv-cache-dtype)"
-    if getattr(ctx.site.spec, "tree", False):
-        return "takes no tree masks"
-    return dtype_limits(ctx)
+def latent_limits(ctx: SelectionContext) -> str | None:
+    rank = getattr(ctx.site.spec, "rank", 0)
+    return f"takes latents of an even rank, not {rank}" if rank % 2 else dtype_limits(ctx)
 
 
 def _kernel(op: str, fn: str, **facts: Any) -> Kernel:
@@ -99,9 +98,14 @@ class XeonBackend(Backend):
             _kernel("gemm.linear", "gemm:linear", **packing),
             # Not invariant: AMX tiles, from some number of rows on, sum in another order.
             _kernel("gemm.linear", "gemm:linear_amx", device=("xeon/amx",), **(packing | {"features": frozenset()})),
-            _kernel("attn.paged", "attention:paged", supports=attention_limits),
-            _kernel("attn.plan", "attention:plan", supports=attention_limits),
-            _kernel("kv.write", "attention:kv_write", supports=attention_limits),
+            _kernel("attn.paged", "attention:paged"),
+            _kernel("attn.plan", "attention:plan"),
+            _kernel("kv.write", "attention:kv_write"),
+            _kernel("attn.mla_paged", "attention:mla_paged", supports=latent_limits),
+            _kernel("attn.mla_plan", "attention:plan", supports=latent_limits),
+            _kernel("kv.write_mla", "attention:kv_write", supports=latent_limits),
+            _kernel("attn.ragged", "attention:ragged"),
+            _kernel("attn.merge", "attention:merge"),
             _kernel("norm.rms", "norm:rms_norm"),
             _kernel("norm.add_rms", "norm:add_rms_norm"),
             _kernel("norm.layer", "norm:layer_norm"),

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 from sglang_xeon import backend, isa, library
-from sglang_xeon.backend import XeonBackend, attention_limits
+from sglang_xeon.backend import XeonBackend, latent_limits
 from sglang_xeon.runtime import XeonRuntime
 
 from sglang_core.api import (
@@ -20,7 +20,7 @@ from sglang_core.api import (
     SelectionContext,
     Support,
 )
-from sglang_core.api.ops import OPS, AttnSpec
+from sglang_core.api.ops import OPS, AttnSpec, MLASpec
 
 
 def info(level: str) -> DeviceInfo:
@@ -118,18 +118,26 @@ def test_kernels_cannot_run_above_the_cpu(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.parametrize(
-    ("facts", "reason"),
+    "facts",
     [
-        ({}, None),
-        ({"window": 9, "soft_cap": 2.0, "has_sinks": True}, None),
-        ({"causal": False, "cross": True}, None),
-        ({"kv_dtype": "float32"}, None),
-        ({"kv_dtype": "fp8_e4m3"}, "reads bfloat16 and float32 pools, not fp8_e4m3 (--kv-cache-dtype)"),
-        ({"kv_dtype": "int8"}, "reads bfloat16 and float32 pools, not int8 (--kv-cache-dtype)"),
-        ({"tree": True}, "takes no tree masks"),
+        {},
+        {"window": 9, "soft_cap": 2.0, "has_sinks": True},
+        {"causal": False, "cross": True},
+        {"tree": True},
+        *({"kv_dtype": name} for name in ("float32", "float16", "fp8_e4m3", "int8")),
     ],
 )
-def test_attention_says_what_it_does_not_do(facts: dict[str, object], reason: str | None) -> None:
+def test_attention_takes_every_kind(facts: dict[str, object]) -> None:
     spec = AttnSpec(num_heads=4, num_kv_heads=2, head_dim=64, v_head_dim=64, scale=0.125, **facts)
     site = OpSite(op="attn.paged", layer="Attention", dtype="bfloat16", spec=spec)
-    assert attention_limits(SelectionContext(device=info("amx"), site=site)) == reason
+    ops = {"attn.paged", "attn.plan", "kv.write"}
+    mine = [k for k in XeonBackend().kernels(KernelContext(device=info("amx"))) if k.op in ops]
+    assert {k.op for k in mine} == ops
+    assert [k.supports(SelectionContext(device=info("amx"), site=site)) for k in mine] == [None] * len(mine)
+
+
+@pytest.mark.parametrize(("rank", "reason"), [(512, None), (33, "takes latents of an even rank, not 33")])
+def test_latents_have_an_even_rank(rank: int, reason: str | None) -> None:
+    spec = MLASpec(num_heads=4, rank=rank, nope_dim=32, rope_dim=8, v_head_dim=32, scale=0.1)
+    site = OpSite(op="attn.mla_paged", layer="LatentAttention", dtype="bfloat16", spec=spec)
+    assert latent_limits(SelectionContext(device=info("amx"), site=site)) == reason

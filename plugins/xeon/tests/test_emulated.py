@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 from sglang_xeon import isa
 
-FILES = (
-    *("test_gemm.py", "test_gemm_formats.py", "test_amx.py", "test_attention.py", "test_rows.py"),
-    *("test_moe.py", "test_route.py", "test_lora.py", "test_sampling.py", "test_logits.py"),
+NAMES = (
+    *("gemm", "gemm_formats", "amx", "attention", "latent_attention", "ragged_attention", "rows"),
+    *("moe", "route", "lora", "sampling", "logits"),
 )
-TESTS = [str(Path(__file__).with_name(name)) for name in FILES]
+TESTS = [str(Path(__file__).with_name(f"test_{name}.py")) for name in NAMES]
 
 
 @pytest.mark.timeout(900)
