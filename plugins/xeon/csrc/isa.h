@@ -109,6 +109,15 @@ struct ArgmaxArgs {
   int64_t rows, width;
 };
 
+// out[i] = sum of parts[p][i] over p, in that order. `out` may be one of the parts.
+struct SumArgs {
+  const void* const* parts;
+  int64_t num_parts;
+  DType dtype;
+  void* out;
+  int64_t count;
+};
+
 struct Kernels {
   const char* name;
   void (*linear)(const LinearArgs&);
@@ -119,6 +128,7 @@ struct Kernels {
   void (*gated)(const GatedArgs&);
   void (*rope)(const RopeArgs&);
   void (*argmax)(const ArgmaxArgs&);
+  void (*sum_parts)(const SumArgs&);
 };
 
 extern const Kernels kernels_avx2;

@@ -10,7 +10,9 @@ namespace {
 #include "attention.inl"
 //
 #include "rows.inl"
+//
+#include "collectives.inl"
 }  // namespace
 
-extern const Kernels KERNELS = {KERNELS_NAME, linear, pack, attention, kv_write, norm, gated, rope, argmax};
+extern const Kernels KERNELS = {KERNELS_NAME, linear, pack, attention, kv_write, norm, gated, rope, argmax, sum_parts};
 }  // namespace sglang_xeon

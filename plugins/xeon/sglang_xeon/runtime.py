@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
-from sglang_core.api import HostStream, RuntimeContext, TorchRuntime
+from sglang_core.api import Communicator, HostStream, LocalCommunicator, RuntimeContext, TorchRuntime
+from sglang_xeon.collectives import meet
 from sglang_xeon.library import ops
 from sglang_xeon.topology import compact, place, read_topology
 
@@ -30,6 +32,12 @@ class XeonRuntime(TorchRuntime):
 
     def stream(self) -> HostStream:
         return HostStream(self._start_thread(self.num_threads, self.cpus))
+
+    def communicator(self, ranks: Sequence[int], rank: int, store: Any) -> Communicator:
+        """Shared memory where all ranks are on this host, else gloo."""
+        if len(ranks) == 1:
+            return LocalCommunicator()
+        return meet(ranks, rank, store, self.ctx.dist_timeout) or super().communicator(ranks, rank, store)
 
     @staticmethod
     def _start_thread(num_threads: int, cpus: list[int]) -> Callable[[], None]:

@@ -1,0 +1,45 @@
+"""Two ranks on this host, through the engine: their collectives are shared memory, and a rank that dies ends the engine."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from sglang_core import Engine
+from sglang_core.api import SglangError
+
+SETTINGS = {
+    "model_path": "demo",
+    "device": "xeon",
+    "dtype": "float32",
+    "max_total_tokens": 2048,
+    "context_length": 256,
+    "num_threads": 1,
+    "random_seed": 0,
+}
+PROMPTS = ["The capital of France is", "One, two, three,"]
+GREEDY = {"temperature": 0, "max_new_tokens": 12}
+
+
+def answers(engine: Engine) -> list[list[int]]:
+    return [answer["output_ids"] for answer in engine.generate(PROMPTS, GREEDY)]
+
+
+def test_two_ranks_in_shared_memory_answer_what_one_does_and_end_together() -> None:
+    with Engine(**SETTINGS) as one:
+        wanted = answers(one)
+    with Engine(**SETTINGS, tp_size=2) as two:
+        assert answers(two) == wanted
+        pids = two.client.pids
+        maps = [Path(f"/proc/{pid}/maps").read_text() for pid in pids]
+        assert all("memfd:sglang-ranks" in text for text in maps), "the ranks met in shared memory, not over gloo"
+        os.kill(pids[1], signal.SIGKILL)
+        with pytest.raises(SglangError):
+            for _ in range(100):
+                answers(two)
+                time.sleep(0.1)
