@@ -19,7 +19,7 @@ from sglang_core.api import (
     SelectionContext,
     Support,
 )
-from sglang_xeon import isa
+from sglang_xeon import ipex, isa
 
 DTYPES = ("bfloat16", "float32")
 # For --device auto: above the reference backend (0), below every accelerator (100 and up).
@@ -100,6 +100,7 @@ class XeonBackend(Backend):
             _kernel("act.gated", "activation:gated"),
             _kernel("embed.lookup", "embedding:embed_lookup"),
             _kernel("sample.sample", "sampling:sample"),
+            *ipex.kernels(dtype_limits),
         ]
 
     def claims(self, ctx: KernelContext) -> Claims:

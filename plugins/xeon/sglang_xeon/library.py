@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,9 @@ from sglang_xeon import isa
 
 # Levels of C++ kernels. AMX adds nothing in C++ yet: oneDNN has its tiles (gemm.py), the rest runs as on avx512_bf16.
 _KERNELS = {"avx2": "avx2", "avx512": "avx512", "avx512_bf16": "avx512_bf16", "amx": "avx512_bf16"}
+
+# What oneDNN, which torch's own matrix products call, may use where a level is forced. It reads this at its first call.
+_ONEDNN = {"avx2": "AVX2", "avx512": "AVX512_CORE", "avx512_bf16": "AVX512_CORE_BF16"}
 
 
 def _load() -> Any:
@@ -35,5 +39,12 @@ def set_isa(level: str) -> None:
     ops.set_isa(_KERNELS[isa.capped(host, level)])
 
 
+def _start() -> None:
+    level = isa.active(isa.host() or "avx2")
+    if os.environ.get(isa.ENV) and level in _ONEDNN:
+        os.environ.setdefault("ONEDNN_MAX_CPU_ISA", _ONEDNN[level])
+    set_isa(level)
+
+
 ops = _load()
-set_isa(isa.active(isa.host() or "avx2"))
+_start()
