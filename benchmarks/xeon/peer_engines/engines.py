@@ -17,7 +17,7 @@ OURS, VLLM, LLAMA_CPP, TRANSFORMERS = "sglang-core", "vllm", "llama.cpp", "trans
 OWN_VARIANTS = {"sglang-core int8": {"quantization": "int8"}, "sglang-core int4": {"quantization": "int4"}}
 KV_GIB, KV_TOKENS = 4, 36 * 1024  # Qwen3-0.6B's tokens in as much; engines that are told bytes and tokens get the same
 CONTEXT, MAX_REQS = 4096, 64
-START = 900.0  # seconds that an engine may take to be ready
+START = 1800.0  # seconds that an engine may take to be ready: vLLM compiles its model, which a busy machine makes long
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,6 +71,9 @@ def environment(engine: str, place: Place) -> dict[str, str]:
         "VLLM_CPU_KVCACHE_SPACE": str(KV_GIB),
         "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",  # by default it leaves a core of every node to its front
         "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cpus)),
+        "VLLM_CACHE_ROOT": str(
+            place.work / "vllm-cache"
+        ),  # compiled once: a first start takes longer than the later ones
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
     }
