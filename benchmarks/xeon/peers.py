@@ -3,6 +3,7 @@
     python benchmarks/xeon/install_peers.py                  # once
     python benchmarks/xeon/peers.py [--rounds 5] [--json FILE]
     python benchmarks/xeon/peers.py --quick                  # one shape, few rows and rounds: under 10 minutes
+    python benchmarks/xeon/peers.py --quick --layers 2       # do all engines run, and agree?
 
 Every engine is a process in its own environment, with a bound on each answer. Engines of a row are alive together and asked one after the
 other, in another order each round; a ratio is the median over rounds of ours to the best peer's in the same round. Before a row is timed, what
@@ -43,12 +44,12 @@ def main() -> None:
     able = [engine for engine in wanted if report_missing(place, engine)]
     facts: dict[str, Any] = {"machine": machine(place), "rounds": args.rounds, "rows": [], "servers": {}}
     for shape in args.shapes.split(","):
-        folder = checkpoint.checkpoint(shape, place.work)
+        folder = checkpoint.checkpoint(shape, place.work, args.layers)
         for row in measure_shape(shape, folder, place, able, args):
             facts["rows"].append(row.facts() | bandwidth(row, folder, facts["machine"]))
             save(args.json, facts)
     if not args.no_servers:
-        facts["servers"] = measure_servers(place, able, servers.Load(num_requests=args.requests))
+        facts["servers"] = measure_servers(place, able, servers.Load(num_requests=args.requests), args.layers)
     save(args.json, facts)
     print("\n" + table(facts))
 
@@ -65,12 +66,15 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--requests", type=int, default=servers.Load.num_requests, help="of the served load")
+    parser.add_argument("--layers", type=int, help="cut every shape to so many: shows that engines run, not how fast")
     parser.add_argument("--no-servers", action="store_true", help="leave out the served load")
     parser.add_argument("--quick", action="store_true", help="one shape, three rows, two rounds, no servers")
     parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args()
     if args.quick:
-        args.shapes, args.rounds, args.no_servers = SHAPES[0], min(args.rounds, 2), True
+        args.rounds, args.no_servers = min(args.rounds, 2), True
+        if args.shapes == ",".join(SHAPES):
+            args.shapes = SHAPES[0]
     if unknown := set(args.engines.split(",")) - set(ENGINES):
         parser.error(f"--engines {','.join(sorted(unknown))}: there are {', '.join(ENGINES)}")
     return args
@@ -117,8 +121,8 @@ def measure_part(
         return found
 
 
-def measure_servers(place: Place, able: list[str], load: servers.Load) -> dict[str, Any]:
-    folder = checkpoint.checkpoint(SERVED_SHAPE, place.work)
+def measure_servers(place: Place, able: list[str], load: servers.Load, layers: int | None) -> dict[str, Any]:
+    folder = checkpoint.checkpoint(SERVED_SHAPE, place.work, layers)
     vocab_size = json.loads((folder / "config.json").read_text())["vocab_size"]
     found: dict[str, Any] = {}
     for engine in (engine for engine in SERVERS if engine in able):

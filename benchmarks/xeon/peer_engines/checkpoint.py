@@ -6,7 +6,6 @@ The tokenizer that goes with it has a word an id ("w17"), so that servers, which
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,14 +21,18 @@ DONE = ".complete"
 Shapes = Iterator[tuple[str, tuple[int, ...]]]
 
 
-def checkpoint(shape: str, work: Path) -> Path:
-    """The folder of `benchmarks/configs/SHAPE.json` with weights; written once, complete or not at all."""
-    folder = work / shape
+def checkpoint(shape: str, work: Path, num_layers: int | None = None) -> Path:
+    """The folder of `benchmarks/configs/SHAPE.json` with weights; written once, complete or not at all.
+
+    `num_layers` cuts the model to so many.
+    """
+    folder = work / (shape if num_layers is None else f"{shape}-{num_layers}-layers")
     if (folder / DONE).exists():
         return folder
     folder.mkdir(parents=True, exist_ok=True)
     config = json.loads((CONFIGS / f"{shape}.json").read_text())
-    shutil.copy(CONFIGS / f"{shape}.json", folder / "config.json")
+    config["num_hidden_layers"] = num_layers or config["num_hidden_layers"]
+    (folder / "config.json").write_text(json.dumps(config))
     generator = torch.Generator().manual_seed(0)
     save_file(
         {name: _weight(name, dims, generator) for name, dims in tensors(config)},

@@ -89,6 +89,7 @@ def meet(ranks: Sequence[int], rank: int, store: Any, timeout: float) -> SharedM
     me, size = list(ranks).index(rank), len(ranks)
     key = f"shared_memory/{'-'.join(map(str, ranks))}"
     store.set_timeout(timedelta(seconds=timeout))
+    key += f"/{store.add(f'{key}/{me}/meetings', 1)}"  # these ranks may meet again, as another group
     fd = _create(size) if me == 0 else -1
     store.set(f"{key}/{me}", f"{_host()} {os.getpid()} {fd}")
     cards = [store.get(f"{key}/{other}").decode().split() for other in range(size)]

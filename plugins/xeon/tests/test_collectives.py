@@ -223,13 +223,27 @@ def test_a_rank_that_dies_is_an_error_for_the_others_and_leaves_nothing(tmp_path
     )
 
 
+def test_the_same_ranks_may_meet_again() -> None:
+    store = dist.HashStore()
+
+    def both(rank: int) -> list[float]:
+        groups = [meet(range(2), rank, store, 60.0) for _ in range(2)]
+        return [float(g.all_reduce(torch.full((1,), float(rank + i)))) for i, g in enumerate(groups) if g is not None]
+
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(both, range(2))) == [[1.0, 3.0]] * 2
+
+
 class OtherHost:
     """A store in which the other rank says that it runs elsewhere."""
 
     def __init__(self) -> None:
-        self._values = {"shared_memory/0-1/1": b"elsewhere 1 -1", "shared_memory/0-1/1/joined": b"on several hosts"}
+        self._values = {"shared_memory/0-1/1/1": b"elsewhere 1 -1", "shared_memory/0-1/1/1/joined": b"on several hosts"}
 
     def set_timeout(self, timeout: object) -> None: ...
+
+    def add(self, key: str, amount: int) -> int:
+        return amount
 
     def set(self, key: str, value: str) -> None:
         self._values[key] = value.encode()
@@ -241,7 +255,7 @@ class OtherHost:
 def test_ranks_of_several_hosts_share_no_memory() -> None:
     store = OtherHost()
     assert meet(range(2), 0, store, 1.0) is None
-    assert b"several hosts" in store.get("shared_memory/0-1/0/joined")
+    assert b"several hosts" in store.get("shared_memory/0-1/1/0/joined")
 
 
 def test_the_runtime_gives_one_rank_no_group() -> None:
