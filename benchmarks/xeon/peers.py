@@ -18,7 +18,7 @@ import json
 import os
 import platform
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from sglang_xeon import isa
 SHAPES = ("qwen3-0.6b", "llama-3.2-1b", "qwen3-moe-1.5b")
 ENGINES = (OURS, *OWN_VARIANTS, VLLM, LLAMA_CPP, TRANSFORMERS)
 SERVED_SHAPE = "qwen3-0.6b"
+OWN_TARGETS = {"sglang-core int8": 1.8, "sglang-core int4": 3.0}
 
 
 def main() -> None:
@@ -171,9 +172,53 @@ def table(facts: Mapping[str, Any]) -> str:
         lines.append(
             f"| {row['shape']} | {row['workload']}, {row['unit']} | {figures} | {shown} | {row['target']:g}x | {met} |"
         )
-    lines += [line(row) for row in facts["rows"] if row["failed"] or "of_read_bandwidth" in row]
-    lines += [f"served: {engine}: {served}" for engine, served in facts["servers"].items()]
-    return "\n".join(lines)
+    lines += own_formats(facts["rows"]) + served_rows(facts["servers"])
+    noted = [
+        row
+        for row in facts["rows"]
+        if row["failed"] or "of_read_bandwidth" in row or any(row["cached_tokens"].values())
+    ]
+    return "\n".join(lines + ["", *map(line, noted)])
+
+
+def own_formats(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Weights of fewer bits against our own bfloat16, where a row has them."""
+    lines = []
+    for row in rows:
+        for engine, target in OWN_TARGETS.items():
+            ours, fewer = row["medians"].get(OURS), row["medians"].get(engine)
+            if ours and fewer:
+                met = "yes" if fewer / ours >= target else "**no**"
+                what = f"{row['workload']}, {engine.removeprefix(OURS).strip()}, {row['unit']}"
+                lines.append(
+                    f"| {row['shape']} | {what} | {fewer:.4g} | - | - | - | {fewer / ours:.2f}x of bf16 | {target:g}x | {met} |"
+                )
+    return lines
+
+
+def served_rows(served: Mapping[str, Any]) -> list[str]:
+    """Lower is better in all of them."""
+    measures = {
+        "ready_s": "server ready, s",
+        "itl_p99_ms": "served, p99 inter-token ms",
+        "ttft_p99_ms": "served, p99 TTFT ms",
+    }
+    lines = [
+        f"| {SERVED_SHAPE} | served | {engine} failed: {facts['error']} |"
+        for engine, facts in served.items()
+        if "error" in facts
+    ]
+    if any(engine not in served or "error" in served[engine] for engine in (OURS, VLLM)):
+        return lines
+    for key, name in measures.items():
+        ours, theirs = served[OURS][key], served[VLLM][key]
+        met = ours < 15 if key == "ready_s" else ours < theirs
+        target = "< 15 s" if key == "ready_s" else "< vllm" if key == "itl_p99_ms" else ""
+        mark = ("yes" if met else "**no**") if target else ""
+        lines.append(
+            f"| {SERVED_SHAPE} | {name} | {ours:.4g} | {theirs:.4g} | - | - | {ours / theirs:.2f}x | {target} | {mark} |"
+        )
+    return lines
 
 
 def figure(row: Mapping[str, Any], engine: str) -> str:
