@@ -39,7 +39,7 @@ OWN_TARGETS = {"sglang-core int8": 1.8, "sglang-core int4": 3.0}
 
 def main() -> None:
     args = arguments()
-    place = Place(peers=args.peers.resolve(), work=args.work.resolve(), threads=args.threads)
+    place = Place(peers=args.peers.resolve(), work=args.work.resolve(), threads=args.threads, eager=bool(args.layers))
     place.work.mkdir(parents=True, exist_ok=True)
     wanted = [engine for engine in ENGINES if engine in args.engines.split(",")]
     able = [engine for engine in wanted if report_missing(place, engine)]
@@ -67,7 +67,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--requests", type=int, default=servers.Load.num_requests, help="of the served load")
-    parser.add_argument("--layers", type=int, help="cut every shape to so many: shows that engines run, not how fast")
+    parser.add_argument(
+        "--layers",
+        type=int,
+        help="cut every shape to so many: vLLM is not compiled then; shows that engines run, not how fast",
+    )
     parser.add_argument("--no-servers", action="store_true", help="leave out the served load")
     parser.add_argument("--quick", action="store_true", help="one shape, three rows, two rounds, no servers")
     parser.add_argument("--json", type=Path, metavar="FILE")

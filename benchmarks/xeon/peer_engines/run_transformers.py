@@ -36,7 +36,8 @@ class Transformers:
         """By how much each row's worst answered token falls short of the best logit at its place; one forward a row, no cache."""
         worst = []
         for row in rows:
-            logits = self._model(torch.tensor([row])).logits[0, num_prompt_tokens - 1 : -1].float()
+            places = len(row) - num_prompt_tokens + 1  # the last one comes after the last token
+            logits = self._model(torch.tensor([row]), logits_to_keep=places).logits[0, :-1].float()
             answered = torch.tensor(row[num_prompt_tokens:])[:, None]
             worst.append(float((logits.amax(-1) - logits.gather(1, answered)[:, 0]).max()))
         return worst

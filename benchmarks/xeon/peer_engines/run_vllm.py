@@ -18,6 +18,7 @@ class Vllm:
             max_model_len=job["context"],
             max_num_seqs=job["max_reqs"],
             enable_prefix_caching=job["cache"],
+            enforce_eager=job["eager"],
             skip_tokenizer_init=True,
             seed=0,
         )
