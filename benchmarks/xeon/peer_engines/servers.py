@@ -105,6 +105,7 @@ def _command(engine: str, folder: Path, place: Place, port: int) -> list[str]:
         return [sys.executable, "-m", "sglang_core", "serve", *ours, *room, *common]
     assert engine == VLLM, f"{engine} has no server here"
     theirs = ["--model", str(folder), "--max-model-len", str(CONTEXT), "--max-num-seqs", str(MAX_REQS)]
+    theirs += ["--enforce-eager"] if place.eager else []
     return [str(place.python(engine)), "-m", "vllm.entrypoints.openai.api_server", *theirs, *common]
 
 
