@@ -6,6 +6,7 @@ The tokenizer that goes with it has a word an id ("w17"), so that servers, which
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,11 +28,12 @@ def checkpoint(shape: str, work: Path, num_layers: int | None = None) -> Path:
     `num_layers` cuts the model to so many.
     """
     folder = work / (shape if num_layers is None else f"{shape}-{num_layers}-layers")
-    if (folder / DONE).exists():
-        return folder
-    folder.mkdir(parents=True, exist_ok=True)
     config = json.loads((CONFIGS / f"{shape}.json").read_text())
     config["num_hidden_layers"] = num_layers or config["num_hidden_layers"]
+    if (folder / DONE).exists() and json.loads((folder / "config.json").read_text()) == config:
+        return folder
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config))
     generator = torch.Generator().manual_seed(0)
     save_file(
