@@ -8,7 +8,7 @@ MODEL  ?= demo
 DEVICE ?= auto
 ARGS   ?=
 
-.PHONY: install serve test lint types test-core test-slow test-conformance test-xeon reports format clean
+.PHONY: install serve test lint types test-core test-slow test-conformance test-xeon test-isa reports format clean
 
 install: $(VENV)/.installed
 
@@ -47,6 +47,12 @@ test-xeon: install
 test-conformance: install
 	$(VENV)/bin/sglang-conformance run cpu --strict --jobs 2 --num-threads 1
 	$(VENV)/bin/sglang-conformance run xeon --strict
+
+# Every kernel at every instruction set that this CPU has: SGLANG_XEON_ISA=avx2, avx512, ...
+test-isa: install
+	for level in $$($(PY) -m sglang_xeon.isa); do \
+	  echo "SGLANG_XEON_ISA=$$level"; \
+	  SGLANG_XEON_ISA=$$level $(VENV)/bin/sglang-conformance run xeon --strict || exit 1; done
 
 # After a change of the suite or of a kernel: the committed reports, and the page made of them.
 reports: install

@@ -15,6 +15,7 @@ from sglang_core.backend.pool import PoolSpec
 from sglang_core.backend.selection import OpTable
 from sglang_core.backend.state_pool import StatePoolSpec
 from sglang_core.layers.lora import LoraSpec
+from sglang_core.layers.module import Module
 from sglang_core.layers.packing import Packing
 from sglang_core.layers.quant_config import QuantConfig
 from sglang_core.ops.rope import RopeSpec
@@ -83,7 +84,7 @@ class WeightSpec:
         return torch.Size(self.part_shape).numel() * self.dtype.itemsize
 
 
-class Layer(nn.Module):
+class Layer(Module):
     """A module with ops or weights of its own. Its constructor knows shapes only and makes no tensor.
 
     `bind` picks its ops, once; `weights` then says what it wants from the checkpoint, and `load` takes exactly that. Before

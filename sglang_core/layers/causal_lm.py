@@ -14,10 +14,11 @@ from sglang_core.layers.embedding import LMHead
 from sglang_core.layers.forward_batch import AnyPlan, AnyPoolSpec, AnySpec, ForwardBatch
 from sglang_core.layers.lora import AdapterRows
 from sglang_core.layers.model_config import ModelConfig
+from sglang_core.layers.module import Module
 from sglang_core.types import PoolGroup
 
 
-class CausalLM(nn.Module):
+class CausalLM(Module):
     """A decoder `model` of layers of one class, `layer`, and its `lm_head`. Build it with a ModelConfig;
     `weights.loader.load_model` makes it run.
 

@@ -7,10 +7,11 @@ from torch import Tensor, nn
 from sglang_core.layers.embedding import Embedding
 from sglang_core.layers.forward_batch import ForwardBatch
 from sglang_core.layers.model_config import ModelConfig
+from sglang_core.layers.module import Module
 from sglang_core.layers.norm import RMSNorm
 
 
-class Decoder(nn.Module):
+class Decoder(Module):
     """Layers of one class after another, named as in most checkpoints: `embed_tokens`, `layers`, `norm`.
 
     A layer is made as layer(cfg, layer_id). Its forward takes and gives (h, residual), [T, M] each; their sum is what flows on.

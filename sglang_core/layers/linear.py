@@ -232,8 +232,8 @@ class QKVLinear(Linear):
     def forward_split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x: [T, M] -> q: [T, Hq, D], k, v: [T, Hk, D], views of one tensor."""
         hq, hk = self.heads.num_heads, self.heads.num_kv_heads
-        qkv = self.forward(x).view(-1, hq + 2 * hk, self.head_dim)
-        return qkv[:, :hq], qkv[:, hq : hq + hk], qkv[:, hq + hk :]
+        q, k, v = self.forward(x).view(-1, hq + 2 * hk, self.head_dim).split((hq, hk, hk), dim=1)
+        return q, k, v
 
 
 class GateUpLinear(Linear):

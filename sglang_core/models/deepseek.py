@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from sglang_core.errors import ConfigError
 from sglang_core.layers.causal_lm import CausalLM
@@ -15,6 +15,7 @@ from sglang_core.layers.forward_batch import ForwardBatch
 from sglang_core.layers.mla import LatentAttention, MLAConfig
 from sglang_core.layers.mlp import GatedMLP
 from sglang_core.layers.model_config import ModelConfig
+from sglang_core.layers.module import Module
 from sglang_core.layers.moe import MoE
 from sglang_core.layers.moe_config import MoEConfig
 from sglang_core.layers.norm import RMSNorm
@@ -29,7 +30,7 @@ class DeepseekConfig(ModelConfig):
     mla: MLAConfig
 
 
-class DeepseekLayer(nn.Module):
+class DeepseekLayer(Module):
     def __init__(self, cfg: DeepseekConfig, layer_id: int) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)

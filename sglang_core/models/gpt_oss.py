@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from sglang_core.layers.attention import Attention
 from sglang_core.layers.build import BuildContext, Layer
@@ -10,6 +10,7 @@ from sglang_core.layers.causal_lm import CausalLM
 from sglang_core.layers.experts import StackedExperts
 from sglang_core.layers.forward_batch import ForwardBatch
 from sglang_core.layers.model_config import ModelConfig
+from sglang_core.layers.module import Module
 from sglang_core.layers.moe import Router
 from sglang_core.layers.norm import RMSNorm
 
@@ -31,7 +32,7 @@ class GptOssMLP(Layer):
         return self._tp.all_reduce(self.experts(h, *self.router.route(h)))
 
 
-class GptOssLayer(nn.Module):
+class GptOssLayer(Module):
     def __init__(self, cfg: ModelConfig, layer_id: int) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)

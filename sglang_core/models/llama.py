@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from sglang_core.layers.attention import Attention
 from sglang_core.layers.causal_lm import CausalLM
 from sglang_core.layers.forward_batch import ForwardBatch
 from sglang_core.layers.mlp import GatedMLP
 from sglang_core.layers.model_config import ModelConfig
+from sglang_core.layers.module import Module
 from sglang_core.layers.norm import RMSNorm
 
 
-class LlamaLayer(nn.Module):
+class LlamaLayer(Module):
     def __init__(self, cfg: ModelConfig, layer_id: int) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from sglang_core.errors import ConfigError
 from sglang_core.layers.attention import Attention
@@ -15,6 +15,7 @@ from sglang_core.layers.forward_batch import ForwardBatch
 from sglang_core.layers.gated_delta_net import GatedDeltaConfig, GatedDeltaNet
 from sglang_core.layers.mlp import GatedMLP
 from sglang_core.layers.model_config import ModelConfig
+from sglang_core.layers.module import Module
 from sglang_core.layers.moe import MoE
 from sglang_core.layers.norm import RMSNorm
 
@@ -29,7 +30,7 @@ class Qwen3NextConfig(ModelConfig):
     linear: tuple[bool, ...]
 
 
-class Qwen3NextLayer(nn.Module):
+class Qwen3NextLayer(Module):
     def __init__(self, cfg: Qwen3NextConfig, layer_id: int) -> None:
         super().__init__()
         self.is_linear = cfg.linear[layer_id]

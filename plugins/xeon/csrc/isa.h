@@ -257,6 +257,15 @@ struct RouteArgs {
   float scale;
 };
 
+// out[i] = sum of parts[p][i] over p, in that order. `out` may be one of the parts.
+struct SumArgs {
+  const void* const* parts;
+  int64_t num_parts;
+  DType dtype;
+  void* out;
+  int64_t count;
+};
+
 struct Kernels {
   const char* name;
   void (*linear)(const LinearArgs&);
@@ -278,6 +287,7 @@ struct Kernels {
   void (*soft_cap)(const SoftCapArgs&);
   void (*layer_norm)(const LayerNormArgs&);
   void (*embed)(const EmbedArgs&);
+  void (*sum_parts)(const SumArgs&);
   const TileKernels* tiles = nullptr;  // where this level has AMX
 };
 

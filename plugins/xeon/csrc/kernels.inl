@@ -46,9 +46,11 @@ namespace {
 #include "sampling.inl"
 //
 #include "logits.inl"
+//
+#include "collectives.inl"
 }  // namespace
 
 extern const Kernels KERNELS = {
     KERNELS_NAME, linear, pack, attention, kv_write, merge, norm, gated, rope, argmax, experts, grouped, route, lora, sample, mask, adjust,
-    soft_cap, layer_norm, embed};
+    soft_cap, layer_norm, embed, sum_parts};
 }  // namespace sglang_xeon

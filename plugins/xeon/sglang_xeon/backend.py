@@ -19,7 +19,7 @@ from sglang_core.api import (
     SelectionContext,
     Support,
 )
-from sglang_xeon import isa
+from sglang_xeon import ipex, isa
 
 DTYPES = ("bfloat16", "float32")
 LINEAR_DTYPES = (*DTYPES, "float16")  # and weights in every format
@@ -122,6 +122,7 @@ class XeonBackend(Backend):
             _kernel("gemm.grouped", "moe:grouped", **experts),
             _kernel("moe.fused", "moe:fused_amx", device=("xeon/amx",), **(experts | {"features": frozenset()})),
             _kernel("gemm.grouped", "moe:grouped_amx", device=("xeon/amx",), **(experts | {"features": frozenset()})),
+            *ipex.kernels(dtype_limits),
         ]
 
     def claims(self, ctx: KernelContext) -> Claims:

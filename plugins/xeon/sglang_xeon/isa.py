@@ -65,9 +65,19 @@ def active(found: str) -> str:
     return capped(found, os.environ.get(ENV) or None)
 
 
+def levels_here() -> tuple[str, ...]:
+    """Every level that this CPU can run at, lowest first."""
+    found = host()
+    return () if found is None else LEVELS[: LEVELS.index(found) + 1]
+
+
 def _field(cpuinfo: str, key: str) -> str:
     for line in cpuinfo.splitlines():
         name, _, value = line.partition(":")
         if name.strip() == key:
             return value.strip()
     return ""
+
+
+if __name__ == "__main__":  # for `make test-isa`
+    print(*levels_here())

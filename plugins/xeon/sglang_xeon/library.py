@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,9 @@ import torch
 
 from sglang_core.api import PluginError
 from sglang_xeon import isa
+
+# What oneDNN, which torch's own matrix products call, may use where a level is forced. It reads this at its first call.
+_ONEDNN = {"avx2": "AVX2", "avx512": "AVX512_CORE", "avx512_bf16": "AVX512_CORE_BF16"}
 
 
 def _load() -> Any:
@@ -32,5 +36,12 @@ def set_isa(level: str) -> None:
     ops.set_isa(isa.capped(host, level))
 
 
+def _start() -> None:
+    level = isa.active(isa.host() or "avx2")
+    if os.environ.get(isa.ENV) and level in _ONEDNN:
+        os.environ.setdefault("ONEDNN_MAX_CPU_ISA", _ONEDNN[level])
+    set_isa(level)
+
+
 ops = _load()
-set_isa(isa.active(isa.host() or "avx2"))
+_start()

@@ -51,6 +51,13 @@ def place(topology: Topology, *, rank: int = 0, world_size: int = 1, num_threads
     return (cpus + rest + siblings)[:num_threads]
 
 
+def home_node(topology: Topology, cpus: Sequence[int]) -> frozenset[int] | None:
+    """The CPUs of the one NUMA node, of several, that `cpus` are all on; None where there is nothing to choose."""
+    if len(topology.node_cores()) < 2:
+        return None
+    return next((node for node in topology.nodes if node.issuperset(cpus)), None)
+
+
 def read_topology(root: str = "/") -> Topology:
     """This process's topology from /sys; one core a CPU and one node where /sys says nothing."""
     allowed = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))

@@ -3,7 +3,16 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from sglang_xeon.topology import Topology, compact, group_cores, parse_cpulist, parse_quota, place, read_topology
+from sglang_xeon.topology import (
+    Topology,
+    compact,
+    group_cores,
+    home_node,
+    parse_cpulist,
+    parse_quota,
+    place,
+    read_topology,
+)
 
 # Two sockets of four cores with two hardware threads: 0-7 first threads, 8-15 their siblings.
 CORES = group_cores({cpu: cpu % 8 for cpu in range(16)})
@@ -61,3 +70,10 @@ def test_a_machine_that_says_nothing_is_one_node_of_single_cores(tmp_path: Path)
     assert len(topology.nodes) == 1
     assert all(len(core) == 1 for core in topology.cores)
     assert place(topology)
+
+
+def test_a_rank_is_at_home_on_its_node_where_there_are_several() -> None:
+    assert home_node(TWO_SOCKETS, [4, 5]) == NODES[1]
+    assert home_node(TWO_SOCKETS, [3, 4]) is None  # spans both
+    one = Topology(cores=CORES, nodes=(NODES[0] | NODES[1],))
+    assert home_node(one, [0, 1]) is None

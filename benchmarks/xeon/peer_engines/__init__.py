@@ -1,0 +1,1 @@
+"""Engines that benchmarks/xeon/peers.py compares: children, workloads, checkpoints."""
