@@ -24,7 +24,7 @@ from sglang_xeon import isa
 DTYPES = ("bfloat16", "float32")
 # For --device auto: above the reference backend (0), below every accelerator (100 and up).
 SCORES = {"avx2": 30, "avx512": 40, "avx512_bf16": 50, "amx": 60}
-PROFILES = ("base", "serving", "window", "soft_cap", "sinks", "cross", "odd_sizes", "buckets")
+PROFILES = ("base", "serving", "graph", "comm", "e2e", "window", "soft_cap", "sinks", "cross", "odd_sizes", "buckets")
 INVARIANT = frozenset({"batch_invariant"})  # a row's result does not depend on its neighbours
 
 
@@ -73,6 +73,7 @@ class XeonBackend(Backend):
             score=SCORES[level],
             total_memory=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
             facts={"isa": level, "isa_of_cpu": found},
+            versions={platform.system(): platform.release()},
         )
         return [info]
 
