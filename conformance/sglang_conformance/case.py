@@ -6,12 +6,10 @@ import importlib
 import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
-
-from sglang_conformance.env import Env
 
 Outputs = Mapping[str, Tensor]
 Profile = Literal[
@@ -19,6 +17,7 @@ Profile = Literal[
 ]
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+HALVES = (torch.bfloat16, torch.float16)  # where 2^31 elements fit a small machine
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +29,7 @@ class Case:
 
     op: str
     name: str
-    run: Callable[[Env], Outputs]
+    run: Callable[[Any], Outputs]  # of an Env; of an EngineEnv where it is an EngineCase
     dtypes: tuple[torch.dtype, ...] = FLOATS
     profile: Profile = "core"
     fmt: str = "*"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
 from collections import Counter
@@ -16,11 +17,16 @@ from rich.table import Table
 
 from sglang_conformance import __version__, mustpass, report, scaffold
 from sglang_conformance.compare import compare
+from sglang_conformance.e2e.case import level_of_case
 from sglang_conformance.isolation import CASE_LIMIT, run_isolated
 from sglang_conformance.matrix import markdown, overview
 from sglang_conformance.page import html
+from sglang_conformance.perf import apart
+from sglang_conformance.perf.figures import Row, Skipped
+from sglang_conformance.perf.measure import LIMIT, measure
+from sglang_conformance.perf.table import table as perf_table
 from sglang_conformance.result import Result, Verdict
-from sglang_conformance.runner import Suite
+from sglang_conformance.runner import Suite, Work
 from sglang_conformance.verify import verify
 from sglang_core.backend.devices import open_device
 from sglang_core.errors import SglangError
@@ -30,7 +36,7 @@ STYLES = {Verdict.PASS: "green", Verdict.FAIL: "bold red", Verdict.NOT_CLAIMED: 
 
 def main(argv: list[str] | None = None) -> int:
     """0: nothing failed. 1: something did. 2: it cannot be done: no such device, case, or report."""
-    args = _parser().parse_args(argv)
+    args = make_parser().parse_args(argv)
     try:
         return int(args.do(args))
     except SglangError as e:
@@ -48,18 +54,21 @@ def _run(args: argparse.Namespace) -> int:
         strict=args.strict,
         full=args.full or bool(args.k),
     )
-    work = suite.select(args.k)
+    work = [(case, dtype) for case, dtype in suite.select(args.k) if args.level in (None, level_of_case(case))]
     if not work:
-        raise SglangError(f"no case's title contains {' or '.join(map(repr, args.k))}; -v without -k lists all of them")
+        texts = f"'s title contains {' or '.join(map(repr, args.k))}" if args.k else ""
+        raise SglangError(f"no case of level {args.level or 'ops or e2e'}{texts}; -v without -k lists all of them")
     console = Console()
     results, start = [], time.perf_counter()
-    for result in _results(suite, args):
+    for result in _results(suite, work, args):
         results.append(result)
         if args.verbose or result.verdict is Verdict.FAIL:
             console.print(_line(result), highlight=False, soft_wrap=True)
     order = {case.title(dtype): i for i, (case, dtype) in enumerate(work)}
     results.sort(key=lambda r: order[r.title])
-    made = report.make(suite, results, partial=bool(args.k), seconds=time.perf_counter() - start)
+    seconds = time.perf_counter() - start
+    perf = apart.measured(chosen.info.label, num_threads=args.num_threads) if args.perf else None
+    made = report.make(suite, results, partial=bool(args.k or args.level), seconds=seconds, perf=perf)
     _print(console, made, results, chosen.info.label)
     for path, text in ((args.json, made.text), (args.html, html(made)), (args.markdown, markdown(made))):
         if path is not None:
@@ -67,11 +76,12 @@ def _run(args: argparse.Namespace) -> int:
     return 0 if made.conformant else 1
 
 
-def _results(suite: Suite, args: argparse.Namespace) -> Iterator[Result]:
+def _results(suite: Suite, work: list[Work], args: argparse.Namespace) -> Iterator[Result]:
     if not args.in_process:
-        yield from run_isolated(suite, suite.select(args.k), limit=args.case_timeout, jobs=args.jobs)
+        yield from run_isolated(suite, work, limit=args.case_timeout, jobs=args.jobs)
         return
-    yield from suite.run(args.k)
+    for case, dtype in work:
+        yield suite.judge(case, dtype)
     suite.close()
 
 
@@ -84,6 +94,10 @@ def _print(console: Console, made: report.Report, results: list[Result], device:
     for name, held in made.data["levels"].items():
         if held != "no" and name not in made.data["profiles"]:
             console.print(f"profile {name} holds, and is not stated")
+    if made.perf is not None:
+        console.print(perf_table(made.perf, device, width=console.width))
+    elif made.data["perf"]:
+        console.print(f"no figures: {made.data['perf']['error']}", highlight=False, soft_wrap=True)
     for problem in made.data["problems"]:
         console.print(f"[bold red]FAIL[/] {escape(problem)}", highlight=False, soft_wrap=True)
     found = ", ".join(f"{n} {verdict}" for verdict, n in made.data["counts"].items() if n)
@@ -113,6 +127,27 @@ def _table(results: list[Result], device: str) -> Table:
     return table
 
 
+def _perf(args: argparse.Namespace) -> int:
+    """Figures are no verdict: 0 whatever they are."""
+    chosen = open_device(args.device)
+    suite = Suite(chosen.backend, chosen.info, seed=args.seed, num_threads=args.num_threads)
+    console = Console()
+
+    def seen(found: Row | Skipped) -> None:
+        if isinstance(found, Skipped) and args.verbose:
+            console.print(f"not measured: {found.op} [{found.name}]: {found.reason}", highlight=False, soft_wrap=True)
+
+    perf = measure(suite, args.k, limit=args.limit, seen=seen)
+    suite.close()
+    console.print(perf_table(perf, chosen.info.label, width=console.width))
+    reasons = Counter(found.reason for found in perf.skipped)
+    for reason, count in reasons.items():
+        console.print(f"{count} not measured: {reason}", highlight=False, soft_wrap=True)
+    if args.json is not None:
+        args.json.write_text(json.dumps(perf.to_json(), indent=1) + "\n")
+    return 0
+
+
 def _verify(args: argparse.Namespace) -> int:
     found = report.load(args.report)
     problems = verify(found, today=date.today())
@@ -124,7 +159,7 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _compare(args: argparse.Namespace) -> int:
-    found = compare(report.load(args.before), report.load(args.after))
+    found = compare(report.intact(args.before), report.intact(args.after))
     for title, lines in (("regression", found.regressions), ("improvement", found.improvements)):
         for line in lines:
             print(f"{title}: {line}")
@@ -133,7 +168,7 @@ def _compare(args: argparse.Namespace) -> int:
 
 
 def _matrix(args: argparse.Namespace) -> int:
-    text = overview([report.load(path) for path in args.reports])
+    text = overview([report.intact(path) for path in args.reports])
     if args.output is None:
         print(text, end="")
     else:
@@ -156,7 +191,7 @@ def _new(args: argparse.Namespace) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="sglang-conformance", description="The conformance suite of sglang-core backends."
     )
@@ -168,6 +203,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument(
         "-k", action="append", default=[], metavar="TEXT", help="only cases whose title contains TEXT; repeatable"
     )
+    run.add_argument("--level", choices=("ops", "e2e"), help="only cases of ops and the device, or of engines")
     run.add_argument("--full", action="store_true", help="long cases too; what a report to publish needs")
     run.add_argument("--strict", action="store_true", help="what works and is not claimed fails")
     run.add_argument("--seed", type=int, default=0, help="seed of every case's numbers (default 0)")
@@ -185,6 +221,24 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--html", type=Path, metavar="FILE", help="write it there as one HTML page")
     run.add_argument("--markdown", type=Path, metavar="FILE", help="write its matrix there")
     run.add_argument("-v", "--verbose", action="store_true", help="a line for every case")
+    run.add_argument("--perf", action="store_true", help="measure ops, too, for the report: no figure is a verdict")
+    perf = commands.add_parser("perf", help="measure each op against the device's own bandwidth and matmul rate")
+    perf.set_defaults(do=_perf)
+    perf.add_argument("device", metavar="DEVICE", help="backend name, or name:index")
+    perf.add_argument(
+        "-k", action="append", default=[], metavar="TEXT", help="only what has TEXT in its title; repeatable"
+    )
+    perf.add_argument("--seed", type=int, default=0, help="seed of the numbers (default 0)")
+    perf.add_argument("--num-threads", type=int, metavar="N", help="threads of a device that is the host itself")
+    perf.add_argument(
+        "--limit",
+        type=float,
+        default=LIMIT,
+        metavar="S",
+        help=f"seconds after which nothing more is begun (default {LIMIT:g})",
+    )
+    perf.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
+    perf.add_argument("-v", "--verbose", action="store_true", help="say of each op why it was not measured")
     check = commands.add_parser("verify", help="check a report offline: is it whole, and does its device conform?")
     check.set_defaults(do=_verify)
     check.add_argument("report", type=Path, metavar="REPORT")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sglang_conformance.report import Report
+from sglang_conformance.report import Report, ReportError
 from sglang_conformance.result import Result, Verdict
 
 # Best first. To fall from one to a later one is a regression.
@@ -21,12 +21,18 @@ class Comparison:
 
 
 def compare(before: Report, after: Report) -> Comparison:
-    """`new` are cases that only `after` has; a case that it lacks, and a profile that it no longer states, are regressions."""
+    """`new` are cases that only `after` has; a case that it lacks, and a profile that it no longer states, are regressions.
+
+    Raises ReportError for reports of two devices.
+    """
+    if before.label != after.label:
+        raise ReportError(f"the reports are of {before.label!r} and {after.label!r}; compare two of one device")
     old, new = ({r.title: r for r in report.results} for report in (before, after))
     worse = [f"{title}: {r.verdict.value} -> no result" for title, r in old.items() if title not in new]
     worse += [
         f"profile {name}: no longer stated" for name in before.data["profiles"] if name not in after.data["profiles"]
     ]
+    worse += [f"problem: {problem}" for problem in after.data["problems"] if problem not in before.data["problems"]]
     better: list[str] = []
     for title in (title for title in old if title in new):
         a, b = old[title], new[title]

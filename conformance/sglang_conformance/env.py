@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from sglang_conformance.guard import guarded
+from sglang_conformance.packing import check_packing
+from sglang_conformance.rank import Program, run_reference
+from sglang_conformance.rank_host import COLLECTIVE_LIMIT, RankHost
 from sglang_core.backend.interface import DeviceRuntime, RuntimeContext
 from sglang_core.backend.kernel import OpSite
 from sglang_core.backend.pool import Pool, PoolSpec
@@ -26,6 +30,7 @@ from sglang_core.ops.weight import PackedWeight
 from sglang_core.types import STATE
 
 CPU = torch.device("cpu")
+VAST = 1 << 24  # elements from which on memory is fresh from the operating system
 X_SCALE = 0.02  # of formats that bring the scale of their activations
 Op = Callable[..., Any]
 PAGED_OPS = ("attn.paged", "attn.plan", "kv.write")
@@ -40,7 +45,7 @@ class Env(ABC):
     runtime: DeviceRuntime
 
     def __init__(self, dtype: torch.dtype, seed: int) -> None:
-        self.dtype = dtype
+        self.dtype, self.seed = dtype, seed
         self._generator = torch.Generator().manual_seed(seed)
 
     def normal(self, *shape: int, scale: float = 1.0, mean: float = 0.0) -> Tensor:
@@ -60,17 +65,33 @@ class Env(ABC):
         """x, rounded to the case's dtype."""
         return self.place(x.to(self.dtype))
 
+    def sliced(self, x: Tensor, offset: int = 16) -> Tensor:
+        """x as a slice of a wider tensor of NaN: rows lie apart, and begin `offset` elements in. The last dim stays dense."""
+        wide = x.new_full((x.shape[0] + 2, *x.shape[1:-1], x.shape[-1] + 2 * offset), float("nan"))
+        view = wide[1:-1, ..., offset : offset + x.shape[-1]]
+        return view.copy_(x)
+
+    def vast(self, *shape: int) -> Tensor:
+        """Zeros in the case's dtype. Of a large tensor on the host nothing is touched: memory is mapped when it is."""
+        x = torch.empty(shape, dtype=self.floats(torch.zeros(0)).dtype, device=self.device)
+        fresh = self.device.type == "cpu" and x.numel() >= VAST
+        return x if fresh else x.zero_()
+
+    def weight(self, rows: int, columns: int, site: OpSite) -> PackedWeight:
+        """A random matrix in `site.fmt`, as the kernel at `site` wants it."""
+        return self.packed(self.canonical(site.fmt, rows, columns), site)
+
+    def experts(self, num: int, rows: int, columns: int, site: OpSite) -> PackedWeight:
+        """A stack of random matrices in `site.fmt`, as the kernel at `site` wants it."""
+        return self.packed(self.canonical(site.fmt, num, rows, columns), site)
+
     @abstractmethod
     def place(self, x: Tensor) -> Tensor:
         """A host tensor, where and as this env computes."""
 
     @abstractmethod
-    def weight(self, rows: int, columns: int, site: OpSite) -> PackedWeight:
-        """A random matrix in `site.fmt`, as the kernel at `site` wants it."""
-
-    @abstractmethod
-    def experts(self, num: int, rows: int, columns: int, site: OpSite) -> PackedWeight:
-        """A stack of random matrices in `site.fmt`, as the kernel at `site` wants it."""
+    def packed(self, weight: PackedWeight, site: OpSite, *, checked: bool = True) -> PackedWeight:
+        """A canonical weight as the kernel at `site` wants it; with `checked`, what packs it is tried on it."""
 
     def canonical(self, fmt: str, *shape: int) -> PackedWeight:
         """Random weights, canonical: the same codes and scales wherever the case runs."""
@@ -102,16 +123,32 @@ class Env(ABC):
         """A pool full of NaN, or of anything."""
 
     @abstractmethod
-    def far_pages(self, count: int) -> int:
-        """`count` on the device; a few on the host, where bodies need no large pool to be right."""
+    def far(self, count: int) -> int:
+        """`count` on the device; a few on the host, where bodies need no large memory to be right."""
 
     @abstractmethod
     def batch_invariant(self, op: str) -> bool:
         """Whether the kernel that was bound says that a row's result does not depend on its neighbours."""
 
     @abstractmethod
-    def state_pool(self, spec: StatePoolSpec, num_slots: int) -> StatePool:
-        """A pool of states full of NaN."""
+    def state_pool(self, spec: StatePoolSpec, num_slots: int, *, poisoned: bool = True) -> StatePool:
+        """A pool of states full of NaN, or of anything."""
+
+    @abstractmethod
+    def ranks(
+        self,
+        program: Program,
+        size: int,
+        args: Mapping[str, Any],
+        *,
+        dead: tuple[int, ...] = (),
+        timeout: float = COLLECTIVE_LIMIT,
+    ) -> dict[int, Mapping[str, Tensor]]:
+        """What each of `size` ranks makes of a program, by rank. Those in `dead` end on the way, and make nothing."""
+
+    @abstractmethod
+    def engine_tokens(self, prompts: Sequence[str], **settings: Any) -> list[list[int]]:
+        """Greedy tokens of the demo model in float32, by an engine of this device; none where there is no device."""
 
 
 class BodyEnv(Env):
@@ -127,11 +164,8 @@ class BodyEnv(Env):
     def place(self, x: Tensor) -> Tensor:
         return x.double() if self._oracle and x.is_floating_point() else x
 
-    def weight(self, rows: int, columns: int, site: OpSite) -> PackedWeight:
-        return self.canonical(site.fmt, rows, columns)
-
-    def experts(self, num: int, rows: int, columns: int, site: OpSite) -> PackedWeight:
-        return self.canonical(site.fmt, num, rows, columns)
+    def packed(self, weight: PackedWeight, site: OpSite, *, checked: bool = True) -> PackedWeight:
+        return weight
 
     def op(self, name: str, **facts: Any) -> Op:
         return OPS[name].body
@@ -146,7 +180,7 @@ class BodyEnv(Env):
             pool.poison(range(num_pages))
         return pool
 
-    def far_pages(self, count: int) -> int:
+    def far(self, count: int) -> int:
         return min(count, 8)
 
     def batch_invariant(self, op: str) -> bool:
@@ -155,15 +189,32 @@ class BodyEnv(Env):
     def state_ops(self, spec: GatedDeltaSpec) -> dict[str, Op]:
         return {name: OPS[name].body for name in STATE_OPS}
 
-    def state_pool(self, spec: StatePoolSpec, num_slots: int) -> StatePool:
+    def state_pool(self, spec: StatePoolSpec, num_slots: int, *, poisoned: bool = True) -> StatePool:
         wide = replace(spec, conv_dtype=torch.float64, state_dtype=torch.float64)
         pool = StatePool(wide if self._oracle else spec, num_slots, CPU)
-        pool.poison(range(num_slots))
+        if poisoned:
+            pool.poison(range(num_slots))
         return pool
+
+    def ranks(
+        self,
+        program: Program,
+        size: int,
+        args: Mapping[str, Any],
+        *,
+        dead: tuple[int, ...] = (),
+        timeout: float = COLLECTIVE_LIMIT,
+    ) -> dict[int, Mapping[str, Tensor]]:
+        return run_reference(program, args, size=size, dtype=self.dtype, seed=self.seed, oracle=self._oracle)
+
+    def engine_tokens(self, prompts: Sequence[str], **settings: Any) -> list[list[int]]:
+        return []
 
 
 class DeviceEnv(Env):
     """The kernels that selection gives, on the device. `bound` is what it gave."""
+
+    rank_host: RankHost  # the suite's, for cases over several ranks
 
     def __init__(
         self, dtype: torch.dtype, seed: int, runtime: DeviceRuntime, make_table: Callable[[int], OpTable]
@@ -176,17 +227,12 @@ class DeviceEnv(Env):
     def place(self, x: Tensor) -> Tensor:
         return x.to(self.device)
 
-    def weight(self, rows: int, columns: int, site: OpSite) -> PackedWeight:
-        return self._packed(self.canonical(site.fmt, rows, columns), site)
-
-    def experts(self, num: int, rows: int, columns: int, site: OpSite) -> PackedWeight:
-        return self._packed(self.canonical(site.fmt, num, rows, columns), site)
-
-    def _packed(self, weight: PackedWeight, site: OpSite) -> PackedWeight:
+    def packed(self, weight: PackedWeight, site: OpSite, *, checked: bool = True) -> PackedWeight:
         bound = self._table.bind(site)
         if bound.pack is None:
             return weight
-        check_packing(weight, bound.pack, bound.unpack)
+        if checked:
+            check_packing(weight, bound.pack, bound.unpack)
         return bound.pack(weight)  # type: ignore[no-any-return]
 
     def op(self, name: str, **facts: Any) -> Op:
@@ -205,7 +251,7 @@ class DeviceEnv(Env):
             pool.poison(range(num_pages))
         return pool
 
-    def far_pages(self, count: int) -> int:
+    def far(self, count: int) -> int:
         return count
 
     def batch_invariant(self, op: str) -> bool:
@@ -217,11 +263,34 @@ class DeviceEnv(Env):
         group = self._table.bind_group([self.site(name, spec=spec, dims=dims) for name in STATE_OPS], pool=STATE)
         return self._remember(group.values())
 
-    def state_pool(self, spec: StatePoolSpec, num_slots: int) -> StatePool:
+    def state_pool(self, spec: StatePoolSpec, num_slots: int, *, poisoned: bool = True) -> StatePool:
         layout = self._table.pool_layout(STATE)
         pool = self.runtime.alloc_state_pool(replace(spec, layout=layout), num_slots)
-        pool.poison(range(num_slots))
+        if poisoned:
+            pool.poison(range(num_slots))
         return pool
+
+    def ranks(
+        self,
+        program: Program,
+        size: int,
+        args: Mapping[str, Any],
+        *,
+        dead: tuple[int, ...] = (),
+        timeout: float = COLLECTIVE_LIMIT,
+    ) -> dict[int, Mapping[str, Tensor]]:
+        return self.rank_host.run(
+            program, args, size=size, dtype=self.dtype, seed=self.seed, dead=dead, timeout=timeout
+        )
+
+    def engine_tokens(self, prompts: Sequence[str], **settings: Any) -> list[list[int]]:
+        from sglang_core import Engine  # all of the engine: for this only
+
+        label = self.runtime.infos[0].label
+        common: dict[str, Any] = {"model_path": "demo", "device": label, "dtype": "float32", "max_total_tokens": 2048}
+        greedy = {"temperature": 0, "max_new_tokens": 16, "ignore_eos": True}
+        with torch.inference_mode(False), Engine(**common, **settings) as engine:
+            return [answer["output_ids"] for answer in engine.generate(list(prompts), greedy)]
 
     def site(self, name: str, **facts: Any) -> OpSite:
         return OpSite(op=name, layer="Conformance", dtype=str(self.dtype).removeprefix("torch."), **facts)
@@ -229,34 +298,4 @@ class DeviceEnv(Env):
     def _remember(self, bound: Sequence[BoundOp] | Any) -> dict[str, Op]:
         found = {b.site.op: b for b in bound}
         self.bound |= found
-        return {name: b.fn for name, b in found.items()}
-
-
-def check_packing(w: PackedWeight, pack: Op, unpack: Op | None) -> None:
-    """unpack(pack(w)) is w bit for bit, and pack(other, out=...) rewrites what is packed where it lies."""
-    assert unpack is not None, "the kernel packs weights, and gives no unpack"
-    packed = pack(w)
-    assert packed.layout != "canonical", "packed weights must name a layout of their own"
-    _assert_same(unpack(packed), w, "unpack(pack(w)) is not w")
-    flipped = {name: tensor.flip(0).contiguous() for name, tensor in w.named_buffers()}
-    other = PackedWeight(
-        w.fmt, flipped, out_features=w.out_features, in_features=w.in_features, num_experts=w.num_experts
-    )
-    places = {name: tensor.data_ptr() for name, tensor in packed.named_buffers()}
-    again = pack(other, out=packed)
-    assert {name: tensor.data_ptr() for name, tensor in again.named_buffers()} == places, "pack(w, out=...) moved it"
-    _assert_same(unpack(packed), other, "pack(w, out=packed) did not rewrite packed")
-
-
-def _assert_same(a: PackedWeight, b: PackedWeight, why: str) -> None:
-    ours, theirs = dict(a.named_buffers()), dict(b.named_buffers())
-    assert ours.keys() == theirs.keys() and (a.fmt, a.layout) == (b.fmt, b.layout), why
-    for name, tensor in theirs.items():
-        mine = ours[name]
-        assert (mine.dtype, mine.shape) == (tensor.dtype, tensor.shape), f"{why}: {name}"
-        assert torch.equal(_bytes(mine), _bytes(tensor)), f"{why}: {name}"
-
-
-def _bytes(x: Tensor) -> Tensor:
-    """Flat first: a last dim of one may have any stride."""
-    return x.contiguous().flatten().view(torch.uint8)
+        return {name: guarded(name, b.fn) for name, b in found.items()}

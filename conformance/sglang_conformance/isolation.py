@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from sglang_conformance.profiles import COMM
 from sglang_conformance.result import Result
 from sglang_conformance.runner import Suite, Work
 
@@ -22,10 +23,10 @@ CASE_LIMIT = 300.0  # seconds; the slowest case takes a few on an idle core
 
 
 def groups(work: Iterable[Work]) -> list[list[Work]]:
-    """The cases of an op are a group."""
+    """The cases of an op are a group; so are all collectives, which share the process that starts their ranks."""
     by_op: dict[str, list[Work]] = {}
     for case, dtype in work:
-        by_op.setdefault(case.op, []).append((case, dtype))
+        by_op.setdefault(COMM if case.op.startswith(COMM) else case.op, []).append((case, dtype))
     return list(by_op.values())
 
 

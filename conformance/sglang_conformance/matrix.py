@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
+from sglang_conformance.perf.table import duration, roofs
 from sglang_conformance.profiles import LEVELS, level_of
 from sglang_conformance.report import Report
 from sglang_conformance.result import Result, Verdict
@@ -44,7 +45,7 @@ def markdown(report: Report) -> str:
     data = report.data
     lines = [f"# Conformance of {data['device']['backend']}", "", *_facts(report), ""]
     lines += [f"- {problem}" for problem in data["problems"]]
-    lines += ["", *_matrix(report.results), ""]
+    lines += ["", *_matrix(report.results), "", *_perf(report)]
     return "\n".join(lines)
 
 
@@ -71,10 +72,25 @@ def overview(reports: Sequence[Report]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _perf(report: Report) -> list[str]:
+    """The figures, if there are any: how much of the roofline each op reaches."""
+    perf = report.perf
+    if perf is None:
+        found = report.data["perf"]
+        return [f"Speed was not measured: {found['error']}.", ""] if found else []
+    lines = [f"{perf.dtype}, {roofs(perf)}{', emulated' if perf.emulated else ''}. No figure is a verdict.", ""]
+    lines += ["| op | step | runs | time | of the roofline |", "|---|---|---|---|---|"]
+    for row in perf.rows:
+        runs = row.provider.upper() if row.provider == "reference" else row.provider
+        share = f"{row.share:.0%} of {row.bound}"
+        lines.append(f"| `{row.label}` | {row.name} | {runs} | {duration(row.seconds)} | {share} |")
+    return [*lines, ""]
+
+
 def _level(report: Report, name: str) -> str:
     held = report.data["levels"].get(name, "no")
     stated = name in report.data["profiles"]
-    return {"no": "no", "native": "yes", "emulated": "emulated"}[held] + (
+    return {"no": "no", "native": "yes", "emulated": "emulated", "reference": "on reference bodies"}[held] + (
         "" if stated or held == "no" else " (not stated)"
     )
 

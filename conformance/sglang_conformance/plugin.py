@@ -1,5 +1,6 @@
 """`pytest --pyargs sglang_conformance --device NAME`: every case as a test. Loaded by every pytest; silent in all others.
 
+Verdicts other than PASS and FAIL are counted by their own names: what a waiver excuses or nothing claims is no plain skip.
 `-k`, `--lf` and xdist's `-n` work as usual. A crash takes pytest with it, or xdist's worker: `sglang-conformance run` does not mind.
 """
 
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from sglang_conformance.runner import Suite
 
 DECLARED = pytest.StashKey[bool]()  # set on a test that skips because the claims or a waiver say so
+VERDICT = "conformance_verdict"  # a test's property: it reaches reports, xdist's controller and JUnit's XML
+MARKS = {"REFERENCE": "r", "NOT_CLAIMED": "-", "EMULATED": "e", "WAIVED": "W"}  # verdict -> its letter of progress
 MODULE = "sglang_conformance.test_device"
 WORKER = "SGLANG_CONFORMANCE_WORKER"  # tells xdist's workers, which have another command line, what this run is
 
@@ -65,3 +68,25 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
         report.outcome = "failed"
         report.longrepr = f"skipped, and neither a claim nor a waiver says so: {report.longrepr}"
     return report
+
+
+def verdict_of(report: pytest.TestReport) -> str:
+    """ "" where it is no case of this suite, or no verdict was reached."""
+    return str(dict(report.user_properties).get(VERDICT, ""))
+
+
+def pytest_report_teststatus(report: pytest.TestReport) -> tuple[str, str, tuple[str, dict[str, bool]]] | None:
+    """(category of the last line, letter, word of -v) of what is neither PASS nor FAIL."""
+    verdict = verdict_of(report) if report.when == "call" and not report.failed else ""
+    if verdict not in MARKS:
+        return None
+    return verdict.lower(), MARKS[verdict], (verdict, {"yellow" if verdict == "WAIVED" else "cyan": True})
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Each waived failure with its URL and its last day, whatever -r says."""
+    if waived := terminalreporter.getreports("waived"):
+        terminalreporter.section(f"{len(waived)} failures are waived", yellow=True)
+        for report in waived:
+            reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+            terminalreporter.line(f"{report.nodeid.rpartition('::')[2]}: {reason}")

@@ -11,22 +11,30 @@ from dataclasses import dataclass
 from typing import get_args
 
 from sglang_conformance.case import Case, Profile, dtype_name
+from sglang_conformance.e2e.case import ENGINE
+from sglang_conformance.e2e.models import MODELS
 from sglang_conformance.result import Result, Verdict
 
 OPTIONS = tuple(name for name in get_args(Profile) if name != "core")
-RUNTIME = "runtime."  # cases of the device itself, which no op stands for: every backend is held to them
+# Cases of the device itself, which no op stands for. Every backend is held to the first, to the others once it states the profile.
+RUNTIME, GRAPH, COMM = "runtime.", "graph.", "comm."
+OF_DEVICE = {RUNTIME: None, GRAPH: "graph", COMM: "comm"}
 QUANT = "quant:"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Level:
-    """`ops` must be native in `dtype`, where a case of them has that dtype, else in whichever their cases have."""
+    """`ops` must be native in `dtype`, where a case of them has that dtype, else in whichever their cases have.
+
+    Without `native` they must be right, on kernels or on bodies.
+    """
 
     name: str
     what: str
     ops: tuple[str, ...]
     fmt: str = "dense"  # what ops with weights are held to
     dtype: str = "bfloat16"
+    native: bool = True
 
 
 LEVELS = {
@@ -57,8 +65,39 @@ LEVELS = {
         Level(name="vision", what="attention without a cache, layer norm", ops=("attn.ragged", "norm.layer")),
         Level(name="lora", what="adapters of many reqs in one batch", ops=("lora.apply", "lora.embed")),
         Level(name="ssm", what="recurrent layers", ops=("ssm.gated_delta_rule", "ssm.causal_conv1d")),
+        Level(
+            name="graph",
+            what="steps compiled once and called with other inputs, in two buckets, with padding",
+            ops=("graph.replay", "graph.state", "graph.memory", "graph.sampling"),
+            dtype="float32",
+        ),
+        Level(
+            name="comm",
+            what="collectives over processes: right, of equal bits on all ranks, an error where a rank dies",
+            ops=(
+                *("comm.all_reduce", "comm.all_gather", "comm.reduce_scatter", "comm.all_to_all", "comm.broadcast"),
+                *("comm.p2p", "comm.order", "comm.failure"),
+            ),
+            dtype="float32",
+        ),
+        Level(
+            name="e2e",
+            what="engines of whole models: answers that depend on their prompts only, and nothing left behind",
+            ops=tuple(f"{ENGINE}{model.name}" for model in MODELS if not model.needs),
+            native=False,
+        ),
     )
 }
+
+
+def is_of_device(op: str) -> bool:
+    return op.startswith(tuple(OF_DEVICE))
+
+
+def is_held(op: str, stated: Iterable[str]) -> bool:
+    """Whether a failure of `op` counts; that of an op always does."""
+    profile = next((name for prefix, name in OF_DEVICE.items() if op.startswith(prefix)), None)
+    return profile is None or profile in stated
 
 
 def level_of(name: str) -> Level | None:
@@ -86,11 +125,13 @@ def problems_of(stated: Iterable[str], cases: Sequence[Case], results: Sequence[
 
 
 def outcome(level: Level, cases: Sequence[Case], results: Sequence[Result]) -> str:
-    """ "native" or "emulated" where the level would hold, stated or not; else "no"."""
+    """ "native", "emulated" or "reference" (on bodies alone) where the level would hold, stated or not; else "no"."""
     if _problems_of_level(level, cases, results):
         return "no"
-    mine = [r for r in results if r.op in level.ops]
-    return "emulated" if any(r.verdict is Verdict.EMULATED for r in mine) else "native"
+    mine = {r.verdict for r in results if r.op in level.ops}
+    if Verdict.EMULATED in mine:
+        return "emulated"
+    return "reference" if not level.native and Verdict.PASS not in mine else "native"
 
 
 def _problems_of_level(level: Level, cases: Sequence[Case], results: Sequence[Result]) -> list[str]:
@@ -106,11 +147,12 @@ def _problems_of_level(level: Level, cases: Sequence[Case], results: Sequence[Re
             and (level.dtype not in dtypes or r.dtype == level.dtype)
         ]
         what = op if level.fmt == "dense" else f"{op} of {level.fmt}"
-        if not mine:
+        tiers = {case.full for case in cases if case.op == op}
+        if not mine and tiers != {True}:  # what has long cases only is no part of the fast tier
             problems.append(f"no case of {what} ran")
         for r in mine:
             match r.verdict:
-                case Verdict.REFERENCE:
+                case Verdict.REFERENCE if level.native:
                     problems.append(f"{what} runs its reference body ({r.title})")
                     break
                 case Verdict.NOT_CLAIMED:

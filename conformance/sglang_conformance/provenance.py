@@ -32,8 +32,8 @@ def _hash(package: str) -> str:
 
 
 def device(info: DeviceInfo) -> dict[str, Any]:
-    """The device as its backend describes it; `facts` are where a driver's version belongs."""
-    return dataclasses.asdict(info) | {"facts": dict(info.facts)}
+    """The device as its backend describes it."""
+    return dataclasses.asdict(info) | {"facts": dict(info.facts), "versions": dict(info.versions)}
 
 
 def versions() -> dict[str, str]:

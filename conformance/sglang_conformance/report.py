@@ -16,9 +16,10 @@ from typing import Any
 
 from sglang_conformance import mustpass, provenance
 from sglang_conformance.case import all_cases
+from sglang_conformance.perf.figures import Perf
 from sglang_conformance.profiles import LEVELS, QUANT, level_of, outcome, problems_of
 from sglang_conformance.result import Result, Verdict
-from sglang_conformance.runner import Suite
+from sglang_conformance.runner import Suite, untested_claims
 from sglang_core.backend.claims import Support
 from sglang_core.backend.version import API_VERSION
 from sglang_core.errors import SglangError
@@ -42,6 +43,12 @@ class Report:
         return str(self.data["device"]["backend"])
 
     @property
+    def perf(self) -> Perf | None:
+        """None: not measured."""
+        found = self.data["perf"]
+        return None if found is None or "error" in found else Perf.from_json(found)
+
+    @property
     def conformant(self) -> bool:
         return not self.data["problems"] and not self.data["counts"].get(Verdict.FAIL.value)
 
@@ -51,8 +58,13 @@ class Report:
         return json.dumps(self.data, indent=1, sort_keys=True, allow_nan=False) + "\n"
 
 
-def make(suite: Suite, results: Sequence[Result], *, partial: bool, seconds: float) -> Report:
-    """`partial`: cases were selected by name, so that neither profiles nor the list of cases can be judged."""
+def make(
+    suite: Suite, results: Sequence[Result], *, partial: bool, seconds: float, perf: dict[str, Any] | None = None
+) -> Report:
+    """`partial`: cases were selected by name, so that neither profiles nor the list of cases can be judged.
+
+    `perf` is what `perf.apart.measured` gave; it is shown, and decides nothing.
+    """
     cases = all_cases()
     problems = expired(suite) + idle_waivers(suite, results)
     if not partial:
@@ -78,16 +90,17 @@ def make(suite: Suite, results: Sequence[Result], *, partial: bool, seconds: flo
         "seconds": round(seconds, 1),
         "device": provenance.device(suite.info),
         "profiles": list(suite.claims.profiles),
-        "levels": {} if partial else _levels(suite, results),
+        "levels": {} if partial else levels_of(suite.claims.profiles, results),
         "claims": [_claim(claim) for claim in suite.claims.claims],
         "waivers": [
             {"cases": w.cases, "reason": w.reason, "url": w.url, "expires": w.expires} for w in suite.claims.waivers
         ],
         "counts": counts(results),
         "problems": problems,
-        "untested_claims": suite.untested_claims(),
-        "explain": _explain(results),
+        "untested_claims": untested_claims(suite.claims),
+        "explain": explain_of(results),
         "results": [r.to_json() for r in results],
+        "perf": perf,
     }
     return Report(data=data | {"digest": digest(data)}, results=list(results))
 
@@ -110,6 +123,14 @@ def load(path: Path) -> Report:
         raise ReportError(
             f"{path}: a result in it is malformed ({type(e).__name__}: {e}); make the report again"
         ) from e
+
+
+def intact(path: Path) -> Report:
+    """`load`, of a file that nobody changed since it was made: raises ReportError where its digest is another's."""
+    report = load(path)
+    if digest(report.data) != report.data.get("digest"):
+        raise ReportError(f"{path}: its digest is not that of its contents; it was changed after it was made")
+    return report
 
 
 def digest(data: dict[str, Any]) -> str:
@@ -142,8 +163,9 @@ def idle_waivers(suite: Suite, results: Sequence[Result]) -> list[str]:
     return found
 
 
-def _levels(suite: Suite, results: Sequence[Result]) -> dict[str, str]:
-    quantised = [name for name in suite.claims.profiles if name.startswith(QUANT)]
+def levels_of(profiles: Sequence[str], results: Sequence[Result]) -> dict[str, str]:
+    """Every level, and those of quantised formats that are stated: "native", "emulated" or "no"."""
+    quantised = [name for name in profiles if name.startswith(QUANT)]
     levels = (level_of(name) for name in (*LEVELS, *quantised))
     return {level.name: outcome(level, all_cases(), results) for level in levels if level is not None}
 
@@ -159,7 +181,7 @@ def _claim(claim: Any) -> dict[str, Any]:
     }
 
 
-def _explain(results: Sequence[Result]) -> list[dict[str, Any]]:
+def explain_of(results: Sequence[Result]) -> list[dict[str, Any]]:
     """What `sglang-core explain` would say of each op, format and dtype that ran; several rows where cases differ."""
     rows = {
         (r.op, r.fmt, r.dtype, r.provider, r.why): {

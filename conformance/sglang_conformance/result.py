@@ -13,7 +13,7 @@ from sglang_conformance.tolerance import Error
 class Verdict(enum.Enum):
     PASS = "PASS"  # claimed, a kernel ran on the device, and it is right
     FAIL = "FAIL"  # wrong, an error, a crash, a hang, or a refusal of what is claimed
-    REFERENCE = "REFERENCE"  # not claimed: the op's body ran on the device, and it is right
+    REFERENCE = "REFERENCE"  # not claimed: the op's body ran, perhaps over kernels of its parts, and it is right
     NOT_CLAIMED = "NOT_CLAIMED"  # nothing claims it: refused, declared unsupported, or works all the same
     EMULATED = "EMULATED"  # would be PASS, but no such device ran it
     WAIVED = "WAIVED"  # fails, and a waiver that has not expired says so

@@ -10,27 +10,33 @@ from contextlib import contextmanager
 from dataclasses import replace
 from datetime import date
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import torch
 from torch import Tensor
 
 from sglang_conformance.case import Case, Outputs, all_cases, dtype_name
+from sglang_conformance.e2e.case import EngineCase
+from sglang_conformance.e2e.env import EngineEnvs
+from sglang_conformance.e2e.judge import judge as judge_engine
 from sglang_conformance.env import BodyEnv, DeviceEnv
-from sglang_conformance.profiles import RUNTIME
+from sglang_conformance.profiles import is_held, is_of_device
+from sglang_conformance.rank_host import RankHost
 from sglang_conformance.result import Result as Result
 from sglang_conformance.result import Verdict as Verdict
 from sglang_conformance.tolerance import Error, compare_exact, compare_floats, compare_integers
-from sglang_core.backend.claims import Support
+from sglang_core.backend.claims import Claims, Support
+from sglang_core.backend.devices import ChosenDevice
 from sglang_core.backend.interface import Backend, DeviceInfo, DeviceRuntime, KernelContext, RuntimeContext
 from sglang_core.backend.kernel import Kernel
 from sglang_core.backend.providers import Providers, collect_kernels
-from sglang_core.backend.selection import REFERENCE, OpTable
+from sglang_core.backend.selection import DECOMPOSED, REFERENCE, OpTable
 from sglang_core.errors import ConfigError, KernelSelectionError
 from sglang_core.ops import OPS
 
 Work = tuple[Case, torch.dtype]
+E = TypeVar("E", bound=DeviceEnv)
 
 
 class Suite:
@@ -67,9 +73,19 @@ class Suite:
     def _runtime(self) -> DeviceRuntime:
         return self.backend.create_runtime(RuntimeContext(devices=(self.info,), num_threads=self._num_threads))
 
+    @cached_property
+    def _rank_host(self) -> RankHost:
+        return RankHost(self.backend, self._num_threads)
+
+    @cached_property
+    def engines(self) -> EngineEnvs:
+        device = ChosenDevice(backend=self.backend, info=self.info, reason="conformance was asked about it")
+        return EngineEnvs(device, seed=self.seed, num_threads=self._num_threads)
+
     def close(self) -> None:
-        if "_runtime" in self.__dict__:
-            self._runtime.close()
+        for name in ("_runtime", "_rank_host", "engines"):
+            if name in self.__dict__:
+                self.__dict__[name].close()
 
     def select(self, texts: Iterable[str] = ()) -> list[Work]:
         """Every case whose title contains one of `texts` (or every case), in every dtype it has."""
@@ -86,16 +102,10 @@ class Suite:
         for case, dtype in self.select(select):
             yield self.judge(case, dtype)
 
-    def untested_claims(self) -> list[str]:
-        """Ops that are claimed natively and that no case exercises."""
-        tested = {op for case in all_cases() for op in (case.op, *case.covers)}
-        claimed = {c.op for c in self.claims.claims if c.support is Support.NATIVE}
-        return sorted((set(OPS) if "*" in claimed else claimed) - tested)
-
     def judge(self, case: Case, dtype: torch.dtype) -> Result:
         """Run one case three ways and compare; then apply what the claims and the waivers say."""
         start = time.perf_counter()
-        result = self._judged(case, dtype)
+        result = judge_engine(self, case, dtype) if isinstance(case, EngineCase) else self._judged(case, dtype)
         if result.works_unclaimed and self.strict:
             result = replace(result, verdict=Verdict.FAIL, reason="works, and nothing claims it: claim it")
         return self.waive(replace(result, seconds=round(time.perf_counter() - start, 4)))
@@ -115,7 +125,8 @@ class Suite:
         return replace(result, verdict=Verdict.WAIVED, reason=reason)
 
     def _judged(self, case: Case, dtype: torch.dtype) -> Result:
-        of_runtime = case.op.startswith(RUNTIME)
+        of_device, held = is_of_device(case.op), is_held(case.op, self.claims.profiles)
+        failed = Verdict.FAIL if held else Verdict.NOT_CLAIMED
         support = self.claims.support(case.op, fmt=case.fmt, dtype=dtype_name(dtype))
         if support is Support.UNSUPPORTED:
             return self._result(case, dtype, Verdict.NOT_CLAIMED, reason="declared unsupported; not run")
@@ -128,31 +139,38 @@ class Suite:
                 wrong = self._run_again(case, dtype, seed, outputs)
             outputs = {name: x.cpu() for name, x in outputs.items()}
         except KernelSelectionError as e:
-            held = case.profile == "core" or case.profile in self.claims.profiles
-            return self._result(case, dtype, Verdict.FAIL if held else Verdict.NOT_CLAIMED, reason=str(e))
+            stated = case.profile == "core" or case.profile in self.claims.profiles
+            return self._result(case, dtype, Verdict.FAIL if stated else Verdict.NOT_CLAIMED, reason=str(e))
         except pytest.skip.Exception as e:
             return self._result(
                 case, dtype, Verdict.FAIL, env=env, reason=f"skips itself, which counts as failing: {e}"
             )
         except AssertionError as e:  # a relation that a case checks
-            return self._result(case, dtype, Verdict.FAIL, env=env, reason=str(e) or "an assertion fails")
+            return self._result(case, dtype, failed, env=env, reason=str(e) or "an assertion fails")
         except (Exception, SystemExit) as e:  # a kernel may raise anything
-            return self._result(case, dtype, Verdict.FAIL, env=env, reason=f"{type(e).__name__}: {e}")
+            return self._result(case, dtype, failed, env=env, reason=f"{type(e).__name__}: {e}")
         errors, wrong_values = _compare(case, dtype, seed, outputs)
         if wrong_values + wrong:
-            return self._result(
-                case, dtype, Verdict.FAIL, env=env, reason="; ".join(wrong_values + wrong), errors=errors
-            )
+            return self._result(case, dtype, failed, env=env, reason="; ".join(wrong_values + wrong), errors=errors)
         verdict = Verdict.NOT_CLAIMED
-        if support is Support.NATIVE or of_runtime:
+        if held if of_device else support is Support.NATIVE:
             verdict = Verdict.EMULATED if self.info.facts.get("emulated") else Verdict.PASS
-        elif self._provider(env, case) == REFERENCE:
+        elif self._provider(env, case) in (REFERENCE, DECOMPOSED):
             verdict = Verdict.REFERENCE
         result = self._result(case, dtype, verdict, env=env, errors=errors)
         return replace(result, works_unclaimed=verdict is Verdict.NOT_CLAIMED)
 
+    def env(self, dtype: torch.dtype, seed: int, kind: type[E]) -> E:
+        """The device, handed out by a `kind` of env."""
+        made = kind(dtype, seed, self._runtime, self._table)
+        made.rank_host = self._rank_host
+        return made
+
+    def synchronize(self) -> None:
+        self._runtime.synchronize()
+
     def _run(self, case: Case, dtype: torch.dtype, seed: int) -> tuple[DeviceEnv, Outputs]:
-        env = DeviceEnv(dtype, seed, self._runtime, self._table)
+        env = self.env(dtype, seed, DeviceEnv)
         with torch.inference_mode():
             outputs = case.run(env)
             self._runtime.synchronize()
@@ -183,7 +201,7 @@ class Suite:
         )
 
     def _provider(self, env: DeviceEnv | None, case: Case) -> str:
-        if case.op.startswith(RUNTIME):
+        if is_of_device(case.op):
             return self.backend.name
         return env.bound[case.op].provider if env is not None and case.op in env.bound else ""
 
@@ -203,6 +221,13 @@ class Suite:
             kernels=tuple(kernel.fn for kernel in bound.kernels) if bound else (),
             **facts,
         )
+
+
+def untested_claims(claims: Claims) -> list[str]:
+    """Ops that are claimed natively and that no case exercises."""
+    tested = {op for case in all_cases() for op in (case.op, *case.covers)}
+    claimed = {c.op for c in claims.claims if c.support is Support.NATIVE}
+    return sorted((set(OPS) if "*" in claimed else claimed) - tested)
 
 
 def _compare(case: Case, dtype: torch.dtype, seed: int, outputs: Outputs) -> tuple[dict[str, Error], list[str]]:

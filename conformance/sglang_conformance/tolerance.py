@@ -8,6 +8,10 @@ normalised mean square error stays within a bound of its own: where both are bad
 
 Draws are compared with the probabilities they come from by Pearson's chi-square.
 
+Whole models are judged by the rows of their log-probabilities, one a token: the root mean square of a row's error, as a share of
+how far the oracle's row spreads. Where experts are chosen for each token, rounding turns some choices, and a half type's row is
+then of another mixture altogether, on the bodies as on the device. There the median row speaks for all; float32 turns none.
+
 A backend brings no tolerances.
 """
 
@@ -30,6 +34,16 @@ NMSE = {torch.float32: 1e-8, torch.bfloat16: 1e-4, torch.float16: 1e-5}
 # One false alarm in a million tests of an honest sampler; 10,000 draws see a fifth of a likely token's
 # probability go elsewhere.
 CHI_SQUARE_SIGNIFICANCE = 1e-6
+# Rows of a whole model. The oracle of a half type is the body in float32, which the device's rows may differ from twice as much as
+# the body's in the half type, and an ulp. float32 is its own oracle: two layers differ by 1e-6 where sums are taken in
+# another order, and no row by 1e-5; sums of 8192 terms would be ten times worse.
+ROW_FLOOR = {torch.float32: 1e-4, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
+# One text, computed in other chunks or other company. Either run may err by as much as the other: a half type's worst rows are wrong
+# by some 4%. A token of the prefix that is missing or another's changes a row by half and more.
+SAME_TEXT = {torch.float32: 1e-4, torch.bfloat16: 2.0**-3, torch.float16: 2.0**-6}
+# Two greedy answers may part where the two tokens' log-probabilities are this many of a row's errors apart: 4 is the most that one
+# in a row of some hundreds differs, and either may.
+TIE = 8.0
 CHI_SQUARE_EXPECTED = 10  # tokens expected less often are counted as one: the statistic is no chi-square there
 
 
@@ -112,3 +126,45 @@ def compare_integers(name: str, x: Tensor, oracle: Tensor, mismatch: float) -> s
         return f"{name} is {x.dtype} {list(x.shape)} and must be {oracle.dtype} {list(oracle.shape)}"
     share = float((x != oracle).double().mean()) if x.numel() else 0.0
     return None if share <= mismatch else f"{name}: {share:.1%} of the elements differ, allowed {mismatch:.1%}"
+
+
+def row_errors(x: Tensor, oracle: Tensor) -> Tensor:
+    """x, oracle: log-probabilities [T, V] -> float64[T], each row's error as a share of the spread of the oracle's."""
+    x, oracle = x.double(), oracle.double()
+    return (x - oracle).square().mean(-1).sqrt() / oracle.std(-1, correction=0)
+
+
+def compare_rows(
+    name: str, x: Tensor, body: Tensor, oracle: Tensor, dtype: torch.dtype, *, routed: bool
+) -> tuple[Error, str | None]:
+    """The error of a whole model's log-probabilities, and what is wrong with it. `routed`: experts are chosen for each token."""
+    if x.shape != oracle.shape or not bool(x.isfinite().all()):
+        return Error(math.inf, math.inf), f"{name}: {list(x.shape)} must be {list(oracle.shape)}, and finite"
+    rows, body_rows = row_errors(x, oracle), row_errors(body, oracle)
+    kind, mine = _judged(rows, dtype, routed)
+    allowed = FACTOR * _judged(body_rows, dtype, routed)[1] + ROW_FLOOR[dtype]
+    err = Error(float(rows.max()), float(rows.median()), mine / allowed)
+    return err, f"{name}: {kind} errs by {mine:.2e}, allowed {allowed:.2e}" if err.ratio > 1 else None
+
+
+def compare_texts(x: Tensor, other: Tensor, dtype: torch.dtype, *, routed: bool) -> str | None:
+    """What is wrong with rows [T, V] of one text that was computed twice, if anything is."""
+    if not bool(x.isfinite().all()):
+        return "a row is not finite"
+    kind, mine = _judged(row_errors(x, other), dtype, routed)
+    allowed = SAME_TEXT[dtype]
+    return f"{kind} differs by {mine:.2e}, allowed {allowed:.2e}" if mine > allowed else None
+
+
+def may_part(row: Tensor, token: int, other: int, dtype: torch.dtype, *, routed: bool) -> bool:
+    """Whether two greedy runs may take `token` and `other` after the same text, whose log-probabilities are `row`: [V]."""
+    if routed and dtype != torch.float32:
+        return True  # a turned choice of experts; the rows themselves are judged
+    return float((row[token] - row[other]).abs()) <= TIE * SAME_TEXT[dtype] * float(row.std(correction=0))
+
+
+def _judged(rows: Tensor, dtype: torch.dtype, routed: bool) -> tuple[str, float]:
+    """Which of float64[T] stands for all, and its error."""
+    if routed and dtype != torch.float32:
+        return "the median row", float(rows.median())
+    return "the worst row", float(rows.max())

@@ -1,64 +1,77 @@
-"""Checks a report offline: is it whole, unaltered, of this suite's cases, and does it say what its results say?"""
+"""Checks a report offline: is it whole, unaltered, of this suite's cases, and does it say what its results say?
+
+A digest finds what was edited; it is no signature, and whoever edits can make another. So whatever follows from the rest is
+worked out again, and the hashes of the suite and the core, which together decide what is right, are held against those here.
+"""
 
 from __future__ import annotations
 
-from datetime import date
+from datetime import date, datetime, timedelta
 
-from sglang_conformance import mustpass
+from sglang_conformance import __version__, mustpass, provenance
 from sglang_conformance.case import all_cases
+from sglang_conformance.consistency import of_claims, of_perf, of_results
 from sglang_conformance.profiles import problems_of
-from sglang_conformance.report import Report, counts, digest
+from sglang_conformance.report import Report, counts, digest, explain_of, levels_of
 from sglang_conformance.result import Verdict
+from sglang_conformance.shape import misshapen
 
-KEYS = {
-    "api_version", "claims", "counts", "device", "digest", "explain", "levels", "made", "mustpass_sha256", "packages", "partial",
-    "problems", "profiles", "results", "schema", "seconds", "seed", "strict", "tier", "untested_claims", "versions", "waivers",
-}  # fmt: skip
+JUDGES = ("sglang_core", "sglang_conformance")  # packages that say what is right
 
 
 def verify(report: Report, *, today: date) -> list[str]:
     """What is wrong with it, in sentences. Empty: it is whole, and its device conforms."""
     data = report.data
-    if missing := KEYS - set(data):
-        return [f"it lacks {', '.join(sorted(missing))}"]
-    found = []
+    if found := misshapen(data):
+        return found
     if digest(data) != data["digest"]:
         found.append("its digest is not that of its contents: it was changed after it was made")
-    recorded = mustpass.recorded()
-    if data["mustpass_sha256"] != mustpass.sha256(recorded):
-        found.append(
-            f"its list of cases ({data['mustpass_sha256'][:12]}) is not this suite's ({mustpass.sha256(recorded)[:12]}):"
-            f" verify it with sglang-conformance {data['versions'].get('sglang-conformance', '?')}"
-        )
+    found += _origin(report, today)
     if data["partial"]:
         found.append("it is of some cases only (-k); run all of them")
     if data["tier"] != mustpass.FULL:
         found.append("it is of the fast cases only; run with --full")
-    found += _cases(report, mustpass.titles(recorded, full=data["tier"] == mustpass.FULL))
-    if counts(report.results) != data["counts"]:
-        found.append("its counts are not those of its results")
+    found += _titles(report, mustpass.titles(mustpass.recorded(), full=data["tier"] == mustpass.FULL))
     found += [f"{r.title} fails: {r.reason}" for r in report.results if r.verdict is Verdict.FAIL]
-    found += [
-        f"{r.title} is {r.verdict.value} with an error of {r.ratio:.2f} times what is allowed"
-        for r in report.results
-        if r.ratio > 1 and r.verdict not in (Verdict.FAIL, Verdict.WAIVED)
-    ]
-    emulated = bool(data["device"]["facts"].get("emulated"))
-    found += [
-        f"{r.title} is PASS, and the device is emulated"
-        for r in report.results
-        if emulated and r.verdict is Verdict.PASS
-    ]
-    found += [
-        f"the waiver of {w['cases']!r} expired on {w['expires']}"
-        for w in data["waivers"]
-        if today > date.fromisoformat(w["expires"])
-    ]
+    found += of_results(report) + of_claims(report, today) + of_perf(report)
+    for name, mine in (
+        ("counts", counts(report.results)),
+        ("levels", {} if data["partial"] else levels_of(data["profiles"], report.results)),
+        ("explain", explain_of(report.results)),
+    ):
+        if data[name] != mine:
+            found.append(f"its {name} are not those of its results")
     stated = [] if data["partial"] else problems_of(data["profiles"], all_cases(), report.results)
     return found + stated + [p for p in data["problems"] if p not in stated]
 
 
-def _cases(report: Report, wanted: set[str]) -> list[str]:
+def _origin(report: Report, today: date) -> list[str]:
+    """By which code it was made, and when."""
+    data, found = report.data, []
+    versions, recorded = data["versions"], mustpass.recorded()
+    other = f": verify it with sglang-conformance {versions['sglang-conformance']}"
+    if data["mustpass_sha256"] != mustpass.sha256(recorded):
+        ours = mustpass.sha256(recorded)[:12]
+        found.append(f"its list of cases ({data['mustpass_sha256'][:12]}) is not this suite's ({ours}){other}")
+    if versions["sglang-conformance"] != __version__:
+        found.append(f"it was made by sglang-conformance {versions['sglang-conformance']}, and this is {__version__}")
+    if data["api_version"] != ".".join(versions["sglang-core"].split(".")[:2]):
+        found.append(f"its api_version {data['api_version']} is not that of sglang-core {versions['sglang-core']}")
+    here = provenance.packages(JUDGES)
+    for name in JUDGES:
+        if data["packages"][name] != here[name]:
+            found.append(f"the code of {name} that made it is not the code here{other}, and the same sglang-core")
+    ran = {kernel.partition(".")[0] for r in report.results for kernel in r.kernels}
+    if unhashed := sorted(ran - set(data["packages"])):
+        found.append(f"its kernels are of packages whose hashes it lacks: {', '.join(unhashed)}")
+    if datetime.fromisoformat(data["made"]).date() > today + timedelta(days=1):
+        found.append(f"it was made on {data['made']}, and today is {today}")
+    if data["seconds"] + 0.1 < max((r.seconds for r in report.results), default=0.0):
+        found.append("its seconds are fewer than those of a case of it")
+    return found
+
+
+def _titles(report: Report, wanted: set[str]) -> list[str]:
     titles = [r.title for r in report.results]
     found = []
     if twice := {title for title in titles if titles.count(title) > 1} if len(titles) != len(set(titles)) else set():

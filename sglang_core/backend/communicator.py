@@ -11,7 +11,13 @@ from torch import Tensor
 
 
 class Communicator(Protocol):
-    """Collectives over one group. Tensors live on the group's device; ranks are group ranks."""
+    """Collectives over one group. Tensors live on the group's device; ranks are group ranks.
+
+    Every rank calls the same ones in the same order, with shapes and dtypes that agree; empty tensors take part. Results are bit
+    for bit the same on all ranks: where two ranks differ in a sum's last bit, one day they sample two tokens. Strides are taken
+    as they are, or refused in an error that says "contiguous". Where a rank dies the others get an error within
+    `RuntimeContext.dist_timeout`. Two communicators of the same ranks do not disturb each other.
+    """
 
     rank: int
     size: int
@@ -23,14 +29,19 @@ class Communicator(Protocol):
         """Concatenate every rank's x along dim, in rank order."""
 
     def reduce_scatter(self, x: Tensor, dim: int = 0) -> Tensor:
-        """Sum over ranks, then this rank's slice along dim."""
+        """Sum over ranks, then this rank's slice along dim, which divides by `size`; may use x as scratch."""
 
     def all_to_all(self, x: Tensor) -> Tensor:
         """x: [size, ...] -> [size, ...]: row j goes to rank j, row i comes from rank i."""
 
-    def broadcast(self, x: Tensor, src: int = 0) -> Tensor: ...
+    def broadcast(self, x: Tensor, src: int = 0) -> Tensor:
+        """src's x; may work in place, the result is what counts."""
+
     def send(self, x: Tensor, dst: int) -> None: ...
-    def recv(self, x: Tensor, src: int) -> Tensor: ...
+
+    def recv(self, x: Tensor, src: int) -> Tensor:
+        """Fills x with what src sends, and returns it."""
+
     def barrier(self) -> None: ...
 
 
@@ -71,7 +82,10 @@ class TorchCommunicator:
         self.group, self.ranks = group, tuple(ranks)
         self.rank, self.size = self.ranks.index(rank), len(ranks)
 
+    # gloo takes strides for dense ones, and is then wrong without a word.
+
     def all_reduce(self, x: Tensor) -> Tensor:
+        x = x.contiguous()
         dist.all_reduce(x, group=self.group)
         return x
 
@@ -88,6 +102,7 @@ class TorchCommunicator:
         return gathered[:, self.rank].contiguous()
 
     def broadcast(self, x: Tensor, src: int = 0) -> Tensor:
+        x = x.contiguous()
         dist.broadcast(x, src=self.ranks[src], group=self.group)
         return x
 
@@ -95,8 +110,9 @@ class TorchCommunicator:
         dist.send(x.contiguous(), dst=self.ranks[dst], group=self.group)
 
     def recv(self, x: Tensor, src: int) -> Tensor:
-        dist.recv(x, src=self.ranks[src], group=self.group)
-        return x
+        dense = x.contiguous()
+        dist.recv(dense, src=self.ranks[src], group=self.group)
+        return x if dense is x else x.copy_(dense)
 
     def barrier(self) -> None:
         dist.barrier(group=self.group)

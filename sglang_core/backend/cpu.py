@@ -19,11 +19,15 @@ class CpuBackend(TorchBackend):
 
     def probe(self) -> list[DeviceInfo]:
         name = f"{psutil.cpu_count(logical=False) or psutil.cpu_count() or 1} cores, {platform.machine()}"
-        return [DeviceInfo(backend=self.name, path="cpu", name=name, total_memory=psutil.virtual_memory().total)]
+        memory, versions = psutil.virtual_memory().total, {platform.system(): platform.release()}
+        return [DeviceInfo(backend=self.name, path="cpu", name=name, total_memory=memory, versions=versions)]
 
     def claims(self, ctx: KernelContext) -> Claims:
         """Float16 overflows in bodies that were never checked with it, and gains nothing on a host."""
-        return Claims((Claim(op="*", dtypes=("float16",), support=Support.UNSUPPORTED),), profiles=("base",))
+        return Claims(
+            (Claim(op="*", dtypes=("float16",), support=Support.UNSUPPORTED),),
+            profiles=("base", "graph", "comm", "e2e"),
+        )
 
     def config_defaults(self, ctx: DefaultsContext) -> dict[str, Any]:
         stored = ctx.model.get("dtype", ctx.model.get("torch_dtype"))

@@ -27,6 +27,8 @@ class DeviceInfo:
 
     `path` names the device from family to model, like "cuda/sm_90": a kernel says for which path prefixes it is written.
     `score` ranks devices of all backends for `--device auto`: 0 reference, 10-99 host CPUs, 100 and up accelerators.
+    `versions` are of what the device stands on and no Python package has: its driver, its firmware, its vendor's libraries.
+    A conformance report without any is not whole.
     """
 
     backend: str
@@ -36,6 +38,7 @@ class DeviceInfo:
     score: int = 0
     total_memory: int = 0  # bytes
     facts: Mapping[str, str | int | float | bool] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)  # {"driver": "580.65"}
 
     @property
     def label(self) -> str:
@@ -125,7 +128,15 @@ class DeviceRuntime(ABC):
 
     @abstractmethod
     def compile_step(self, fn: Callable[..., Any], state: Any, buckets: Sequence[Bucket]) -> Callable[..., Any]:
-        """`fn(state, forward_batch)` ready to be called: eager, captured, or compiled. Only `state` may change in it."""
+        """`fn(state, forward_batch)` ready to be called: eager, captured, or compiled. Only `state` may change in it.
+
+        It reads the batch's tensors anew in each call. What it returns stands until the second call after it, of whichever bucket:
+        the engine reads a step's result while the next one runs.
+        """
+
+    def num_allocations(self) -> int | None:
+        """How often it has taken device memory so far; None where it does not count. Steps compiled at start take none."""
+        return None
 
     @abstractmethod
     def alloc_pool(self, spec: PoolSpec, num_pages: int) -> Pool:

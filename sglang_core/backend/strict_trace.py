@@ -7,8 +7,10 @@ time that an op touches them, so whatever a step closes over needs no declaratio
 from __future__ import annotations
 
 import functools
+import gc
 import traceback
-from collections.abc import Callable, Iterable
+import weakref
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,14 +21,21 @@ from torch._subclasses.fake_tensor import (
     DynamicOutputShapeException,
     FakeTensor,
     FakeTensorMode,
+    UnsupportedOperatorException,
 )
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from sglang_core.backend.tensor_tree import map_tensors
 from sglang_core.errors import SglangError
 
 FAKE = torch.device("meta")
+NO_NAMES: Mapping[int, str] = {}
+NO_FAKE = (
+    "a compiler cannot see through it; make it a torch.library op, and register what it returns with"
+    " torch.library.register_fake: empty tensors of the right shapes"
+)
 HOST_READS = {"item", "tolist", "numpy", "cpu", "__bool__", "__int__", "__float__", "__index__", "__array__"}
 HOST_CONSTANTS = {"tensor", "as_tensor", "asarray", "from_numpy", "new_tensor", "scalar_tensor"}
 CONSTRUCTORS = {
@@ -60,26 +69,51 @@ class StrictError(SglangError):
     """A step breaks a rule that some device needs. The message says which, where, and what to do instead."""
 
 
-def trace_step(fn: Callable[..., Any], state: Any, forward_batch: Any, mutable: Iterable[Tensor]) -> list[Tensor]:
-    """Run `fn(state, forward_batch)` on the fake device. Returns the outside tensors it touched and may not change.
+@dataclass(frozen=True, slots=True)
+class Traced:
+    """`read`: the outside tensors that a step touched and may not change. `kept`: its own tensors that outlived it, in words.
+
+    `num_results`: how many tensors its ops gave; with the number of reqs it grows where something loops over them.
+    """
+
+    read: list[Tensor]
+    kept: list[str]
+    num_results: int
+
+
+def trace_step(
+    fn: Callable[..., Any],
+    state: Any,
+    forward_batch: Any,
+    mutable: Iterable[Tensor],
+    names: Mapping[int, str] = NO_NAMES,
+) -> Traced:
+    """Run `fn(state, forward_batch)` on the fake device. `names`: what tensors and modules (by id) are called in errors.
 
     Raises StrictError at the first rule broken.
     """
-    device = _FakeDevice(list(mutable))
+    device = _FakeDevice(list(mutable), names)
     try:
         with torch.no_grad(), FakeTensorMode(), device:
             fake_batch = map_tensors(forward_batch, device.lift, "forward_batch")
             with _PythonRules():
                 fn(state, fake_batch)
     except StrictError as e:
-        raise StrictError(f"{e} (at {_where(e)})") from e
+        raise StrictError(f"{e} ({_where(e, names)})") from e
     except DataDependentOutputException as e:
         rule = "a step never reads a value on the host: no .item(), .tolist(), `if tensor`; decide with torch.where"
-        raise StrictError(f"{e.func}: {rule} (at {_where(e)})") from e
+        raise StrictError(f"{e.func}: {rule} ({_where(e, names)})") from e
     except DynamicOutputShapeException as e:
         rule = "its output's size depends on values, and shapes are static: mask with torch.where, or plan on the host"
-        raise StrictError(f"{e.func}: {rule} (at {_where(e)})") from e
-    return device.touched()
+        raise StrictError(f"{e.func}: {rule} ({_where(e, names)})") from e
+    except (UnsupportedOperatorException, NotImplementedError) as e:
+        raise StrictError(f"{getattr(e, 'func', e)}: {NO_FAKE} ({_where(e, names)})") from e
+    except RuntimeError as e:
+        if not any(words in str(e) for words in ("data pointer", "no fake impl")):
+            raise
+        raise StrictError(f"{str(e).split('. ')[0]}: {NO_FAKE} ({_where(e, names)})") from e
+    del fake_batch
+    return Traced(read=device.touched(), kept=device.kept(), num_results=device.num_results)
 
 
 class _PythonRules(TorchFunctionMode):
@@ -90,6 +124,8 @@ class _PythonRules(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name == "__get__" and getattr(func, "__self__", None) is Tensor.device:
             return FAKE
+        if name == "data_ptr":
+            raise StrictError(f"a kernel asks for the address of a tensor of the step: {NO_FAKE}")
         if name in HOST_READS:
             raise StrictError(f"Tensor.{name}: a step never reads a value on the host; decide with torch.where")
         if name in HOST_CONSTANTS:
@@ -106,9 +142,10 @@ class _PythonRules(TorchFunctionMode):
 class _FakeDevice(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Makes outside tensors fake as ops touch them, and checks what each op writes."""
 
-    def __init__(self, mutable: list[Tensor]) -> None:
+    def __init__(self, mutable: list[Tensor], names: Mapping[int, str]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._mutable = mutable
+        self._mutable, self._names = mutable, names
+        self._made: list[tuple[weakref.ref[Tensor], str]] = []  # what the step's ops gave, and which they were
         self._declared = {t.untyped_storage().data_ptr() for t in mutable}
         self._fakes: dict[int, tuple[Tensor, Tensor]] = {}  # id of an outside tensor -> (it, its fake)
         self._owner: dict[int, tuple[str, Tensor, Tensor]] = {}  # fake storage -> (name, outside tensor, its fake)
@@ -140,12 +177,33 @@ class _FakeDevice(TorchDispatchMode):  # type: ignore[no-untyped-call]
             written = args[position] if position < len(args) else kwargs.get(name)
             for t in written if isinstance(written, list) else [written]:
                 self._check_write(func, t)
-        return func(*args, **kwargs)
+        out = func(*args, **kwargs)
+        self._made += [(weakref.ref(t), str(func)) for t in tree_leaves(out) if isinstance(t, Tensor)]
+        return out
+
+    @property
+    def num_results(self) -> int:
+        return len(self._made)
+
+    def kept(self) -> list[str]:
+        """Tensors that the step made and that somebody still holds."""
+        self._owner.clear()
+        ours = {id(fake) for _, fake in self._fakes.values()}
+        if any(ref() is not None and id(ref()) not in ours for ref, _ in self._made):
+            gc.collect()  # what is held by a cycle only is nobody's
+        left = [(ref(), func) for ref, func in self._made]
+        return [
+            f"the result of {func}, {t.dtype} {list(t.shape)}"
+            for t, func in left
+            if t is not None and id(t) not in ours
+        ]
 
     def _lift_any(self, x: Any) -> Any:
         if isinstance(x, (list, tuple)):
             return [self._lift_any(y) for y in x]
-        return self.lift("a weight or constant", x) if isinstance(x, Tensor) and not isinstance(x, FakeTensor) else x
+        if not isinstance(x, Tensor) or isinstance(x, FakeTensor):
+            return x
+        return self.lift(self._names.get(id(x), "a weight or constant"), x)
 
     def _check_write(self, func: Any, t: Any) -> None:
         if not isinstance(t, Tensor) or _storage(t) not in self._owner:
@@ -170,9 +228,14 @@ def _storage(t: Tensor) -> int:
     return int(t.untyped_storage()._cdata)
 
 
-def _where(error: BaseException) -> str:
-    """The innermost line of code that is neither torch nor this check."""
-    frames = traceback.extract_tb(error.__traceback__)
+def _where(error: BaseException, names: Mapping[int, str]) -> str:
+    """The innermost function and line that are neither torch nor this check, and the layer that called it."""
     torch_dir = torch.__file__.rsplit("/", 1)[0]
-    outside = [f for f in frames if not f.filename.startswith(torch_dir) and f.filename not in (__file__, _TREE_FILE)]
-    return f"{outside[-1].filename}:{outside[-1].lineno}" if outside else "unknown line"
+    layer, at = "", "at an unknown line"
+    for frame, line in traceback.walk_tb(error.__traceback__):
+        code, owner = frame.f_code, frame.f_locals.get("self")
+        if isinstance(owner, torch.nn.Module):
+            layer = f" in layer {names.get(id(owner), '?')} ({type(owner).__name__})"
+        if not code.co_filename.startswith(torch_dir) and code.co_filename not in (__file__, _TREE_FILE):
+            at = f"in {frame.f_globals.get('__name__')}.{code.co_qualname} at {code.co_filename}:{line}"
+    return at.replace(" at ", f"{layer} at ", 1) if layer else at

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from sglang_core.backend.communicator import Communicator, LocalCommunicator, TorchCommunicator
-from sglang_core.backend.interface import Bucket, DeviceRuntime, MemoryInfo, RuntimeContext
+from sglang_core.backend.interface import Bucket, DeviceRuntime, MemoryInfo, RuntimeContext, Stream
 from sglang_core.backend.pool import Pool, PoolSpec
 from sglang_core.backend.state_pool import StatePool, StatePoolSpec
 from sglang_core.errors import KernelSelectionError
@@ -53,7 +53,7 @@ class TorchRuntime(DeviceRuntime):
     def synchronize(self) -> None:
         return
 
-    def stream(self) -> HostStream:
+    def stream(self) -> Stream:
         threads = torch.get_num_threads()  # intra-op threads are set per calling thread
         return HostStream(lambda: torch.set_num_threads(threads))
 

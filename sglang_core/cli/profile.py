@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -15,15 +16,16 @@ if TYPE_CHECKING:
     from sglang_core.bench.step import StepDriver, StepShape
 
 COLUMNS = ("op", "layer", "runs", "calls/step>", "ms/step>", "share>", "of all>")
-MARKED = ("reference", "decomposed")
+REFERENCE = "reference"
+MARKED = (REFERENCE, "decomposed")
 
 
 def run(argv: list[str]) -> int:
     parser = Parser(
         "profile",
         "--model-path MODEL [options]",
-        "Rank the ops of a model by the time they take on a device. Ops that run their REFERENCE body are marked:"
-        "\nthe first of them is the kernel to write next.",
+        "Rank the ops of a model by the time they take on a device. Ops that run their REFERENCE body are marked,"
+        "\nand ranked once more at the end, by their share of a step: write these next.",
         argv,
         epilog="example: sglang-core profile --model-path demo --device cpu",
     )
@@ -55,17 +57,33 @@ def run(argv: list[str]) -> int:
         raise DeviceError(
             f"{label} runs compiled steps, in which single ops cannot be timed; profile with its vendor's tool"
         )
+    following = write_next(found)
     if args.json:
-        print_json(
-            {name: {"seconds": seconds, "ops": [asdict(o) for o in ops]} for name, (seconds, ops) in found.items()}
-        )
+        steps = {name: {"seconds": seconds, "ops": [asdict(o) for o in ops]} for name, (seconds, ops) in found.items()}
+        print_json(steps | {"write_next": [{"op": op, "shares": shares} for op, shares in following]})
         return 0
     device = rank.resolved.device.info
     for name, (seconds, ops) in found.items():
         shape = shapes[name]
         title = f"{name}, {shape.num_reqs} requests of {args.length} tokens, {1e3 * seconds:.2f} ms a step on {device.label} ({device.path})"
         print_table(COLUMNS, table_rows(seconds, ops), title)
+    ranked = [(op, *(f"{share:.1%}" for share in shares.values())) for op, shares in following]
+    if ranked:
+        print_table(("op", *(f"{name}>" for name in found)), ranked, "write these next: ops on their reference bodies")
+    else:
+        print("every op of this model runs a kernel")
     return 0
+
+
+def write_next(found: Mapping[str, tuple[float, list[OpTime]]]) -> list[tuple[str, dict[str, float]]]:
+    """Ops that run their reference body: share of each step's time. The one with the largest share of any step is first."""
+    shares: dict[str, dict[str, float]] = {}
+    for name, (seconds, ops) in found.items():
+        for op in ops:
+            if op.provider == REFERENCE:
+                mine = shares.setdefault(op.op, dict.fromkeys(found, 0.0))
+                mine[name] += op.seconds / seconds
+    return sorted(shares.items(), key=lambda item: -max(item[1].values()))
 
 
 def _measure(driver: StepDriver, clock: OpClock, shape: StepShape, repeats: int) -> tuple[float, list[OpTime]]:

@@ -17,6 +17,7 @@ from rich.console import Console
 
 from sglang_core import __version__
 from sglang_core.backend.communicator import Communicator, LocalCommunicator
+from sglang_core.backend.devices import ChosenDevice
 from sglang_core.backend.interface import DeviceRuntime, RuntimeContext
 from sglang_core.backend.kv_dtypes import KV_DTYPES
 from sglang_core.backend.pool import PoolSpec
@@ -34,7 +35,7 @@ from sglang_core.layers.build import BuildContext, bind_model, packings
 from sglang_core.layers.causal_lm import CausalLM
 from sglang_core.layers.forward_batch import AnyPool, AnyPoolSpec, StepState
 from sglang_core.layers.lora import ModelSlots
-from sglang_core.layers.packing import totals, totals_by_format
+from sglang_core.layers.packing import totals
 from sglang_core.ops import OPS
 from sglang_core.runner.adapters import AdapterHost, adapter_key
 from sglang_core.runner.model_runner import ModelRunner
@@ -70,10 +71,17 @@ class Rank:
     adapter_versions: Mapping[str, str]  # of the adapters loaded at start, by name
 
 
-def build_engine(engine_config: EngineConfig, *, world_size: int, directory: Path | None, progress: bool) -> EngineCore:
-    """Rank 0: its model and runner, and the scheduler over them."""
+def build_engine(
+    engine_config: EngineConfig,
+    *,
+    world_size: int,
+    directory: Path | None,
+    progress: bool,
+    device: ChosenDevice | None = None,
+) -> EngineCore:
+    """Rank 0: its model and runner, and the scheduler over them. `device` stands for the config's."""
     started = time.monotonic()
-    rank = build_rank(engine_config, 0, world_size=world_size, directory=directory, progress=progress)
+    rank = build_rank(engine_config, 0, world_size=world_size, directory=directory, progress=progress, device=device)
     rank.runner.warm_up(progress=progress)
     resolved, settled = rank.resolved, rank.resolved.config
     page_size = _page_size(settled)
@@ -152,9 +160,10 @@ def build_rank(
     directory: Path | None,
     progress: bool,
     instrument: Instrument | None = None,
+    device: ChosenDevice | None = None,
 ) -> Rank:
     """Open the device and load this rank's part of the model. `instrument` is put around every op, to measure it."""
-    resolved = resolve(config)
+    resolved = resolve(config, device)
     settled, device = resolved.config, resolved.device
     runtime = device.backend.create_runtime(
         RuntimeContext(
@@ -178,7 +187,7 @@ def build_rank(
     if progress:
         Console(stderr=True).print(fit.render())
     fit.check()
-    for plan in totals(packings(model)).values():
+    for plan in totals(packings(model)):
         log.log(logging.INFO if plan.plan == "kernel" else logging.WARNING, "%s: %s", plan.layer, plan.describe())
     load_model(
         model,
@@ -217,7 +226,7 @@ def fit_table(
         free=memory.free,
         mem_fraction=_required(settled.cache.mem_fraction_static),
         weights=count_weight_bytes(model) + extra_weights,
-        weights_note="\n".join(p.describe() for p in totals_by_format(packings(model))),
+        weights_note="\n".join(p.describe() for p in totals(packings(model), "fmt", "plan")),
         activations=activations,
         pools=_pool_sizes(resolved, _pool_specs(resolved, model)),
         context_length=resolved.context_length,

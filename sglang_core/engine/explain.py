@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 
 from sglang_core.backend.communicator import LocalCommunicator
+from sglang_core.backend.devices import ChosenDevice
 from sglang_core.backend.selection import ExplainRow
 from sglang_core.config import EngineConfig
 from sglang_core.engine.build import build_context, op_table
@@ -16,17 +17,18 @@ from sglang_core.layers.packing import Packing, totals
 from sglang_core.runner.sampler import Sampler
 
 
-def explain(config: EngineConfig) -> list[ExplainRow]:
+def explain(config: EngineConfig, device: ChosenDevice | None = None) -> list[ExplainRow]:
     """Bind the model's layers and the sampler as the engine would on one rank, and say how each op was decided.
 
-    Of quantised weights, also what becomes of them and how many bytes that takes, over all layers of the class.
+    Of quantised weights, also what becomes of them and how many bytes that takes, over all layers of the class. `device`
+    stands for the config's.
     """
-    resolved = resolve(config)
+    resolved = resolve(config, device)
     table = op_table(resolved)
     model = resolved.model_class(resolved.model)
     bind_model(model, build_context(resolved, table, torch.device("meta"), LocalCommunicator()))
     Sampler(table, resolved.model.vocab_size)
-    plans = totals(packings(model))
+    plans = {(p.op, p.layer, p.fmt): p for p in totals(packings(model))}
     return [_with_plan(row, plans.get((row.op, row.layer, row.fmt))) for row in table.explain()]
 
 

@@ -52,11 +52,14 @@ class Resolved:
     lora: LoraSetup | None
 
 
-def resolve(config: EngineConfig) -> Resolved:
-    """Raises ConfigError, DeviceError, PluginError or WeightError with the way out."""
+def resolve(config: EngineConfig, device: ChosenDevice | None = None) -> Resolved:
+    """`device` stands for the config's, where it is open already.
+
+    Raises ConfigError, DeviceError, PluginError or WeightError with the way out.
+    """
     if not config.model.model_path:
         raise ConfigError("model_path is missing; give a local folder, a hub id, or 'demo' for the embedded demo model")
-    device = open_device(config.device.device)
+    device = device or open_device(config.device.device)
     log.info("device %s (%s): %s", device.info.label, device.info.path, device.reason)
     with_weights = config.model.load_format != "dummy"
     folder = resolve_folder(config.model.model_path, config.model.revision, weights=with_weights)

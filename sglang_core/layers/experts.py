@@ -34,8 +34,8 @@ class Experts(Layer):
 
     w13: PackedWeight  # [X, 2F, M], gate then up
     w2: PackedWeight  # [X, M, F]
-    bias13: Tensor | None = None  # [X, 2F]
-    bias2: Tensor | None = None  # [X, M]
+    bias13: Tensor | None  # [X, 2F]
+    bias2: Tensor | None  # [X, M]
     copies = True
     takes_adapters = True
     lora: ExpertSlots | None
@@ -44,6 +44,8 @@ class Experts(Layer):
         super().__init__()
         self.hidden_size, self.moe, self.names = hidden_size, moe, names
         self.num_experts = moe.route.num_experts
+        self.register_buffer("bias13", None, persistent=False)
+        self.register_buffer("bias2", None, persistent=False)
         self._arriving: list[tuple[int, int, StoredTensor]] = []  # of each part: expert, which of the three, tensor
         self._stacks: tuple[Assembly, Assembly] | None = None  # while they are being filled
 

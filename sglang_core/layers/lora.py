@@ -94,6 +94,10 @@ class AdapterSlots(nn.Module):
         """Fill an empty slot with the pairs of this layer's targets, by name; targets without one add nothing."""
         raise NotImplementedError
 
+    def site(self, op: str, dims: Mapping[str, int]) -> OpSite:
+        dtype = str(self.dtype).removeprefix("torch.")
+        return OpSite(op=op, layer=type(self).__name__, dtype=dtype, dims=dict(dims))
+
     @property
     def scale_shape(self) -> tuple[int, ...]:
         return (self.spec.num_slots, len(self.targets))
@@ -134,7 +138,7 @@ class LinearSlots(AdapterSlots):
         start, stop = targets[0].columns
         dims = {"A": spec.num_slots, "P": len(targets), "R": spec.max_rank, "in": stop - start, "out": self.out}
         self.width = stop - start
-        self._op = table.bind(_site("lora.apply", dtype, dims)).fn
+        self._op = table.bind(self.site("lora.apply", dims)).fn
         self._op_parts = self.parts if len(self.parts) > 1 else ()
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
@@ -171,7 +175,7 @@ class EmbeddingSlots(AdapterSlots):
         super().__init__(spec, [target], dtype)
         self.first, self.last = target.columns
         dims = {"A": spec.num_slots, "R": spec.max_rank, "V": self.last - self.first, "M": target.out_features}
-        self._op = table.bind(_site("lora.embed", dtype, dims)).fn
+        self._op = table.bind(self.site("lora.embed", dims)).fn
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         num, rank = self.spec.num_slots, self.spec.max_rank
@@ -266,7 +270,3 @@ class ModelSlots:
 def covered(spec: LoraSpec | None, names: Iterable[str]) -> LoraSpec | None:
     """The spec, if adapters may target any of these modules."""
     return spec if spec is not None and any(spec.covers(name) for name in names) else None
-
-
-def _site(op: str, dtype: torch.dtype, dims: Mapping[str, int]) -> OpSite:
-    return OpSite(op=op, layer="AdapterSlots", dtype=str(dtype).removeprefix("torch."), dims=dict(dims))

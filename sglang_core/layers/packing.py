@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from typing import Literal
 
 from sglang_core.backend.selection import REFERENCE, BoundOp
@@ -53,21 +54,12 @@ class Packing:
         return f"{self.fmt} runs packed ({size})"
 
 
-def totals(packings: Iterable[Packing]) -> dict[tuple[str, str, str], Packing]:
-    """One for each (op, layer class, format), with the sums of its layers."""
-    found: dict[tuple[str, str, str], Packing] = {}
+def totals(packings: Iterable[Packing], *by: str) -> list[Packing]:
+    """One for each value of the named fields, with the sums of its layers; by default op, layer class and format."""
+    key = attrgetter(*(by or ("op", "layer", "fmt")))
+    found: dict[object, Packing] = {}
     for one in packings:
-        key = (one.op, one.layer, one.fmt)
-        found[key] = one if key not in found else found[key].plus(one)
-    return found
-
-
-def totals_by_format(packings: Iterable[Packing]) -> list[Packing]:
-    """One for each format and plan, with the sums of its layers."""
-    found: dict[tuple[str, str], Packing] = {}
-    for one in packings:
-        key = (one.fmt, one.plan)
-        found[key] = one if key not in found else found[key].plus(one)
+        found[key(one)] = one if key(one) not in found else found[key(one)].plus(one)
     return list(found.values())
 
 

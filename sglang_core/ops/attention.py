@@ -96,7 +96,7 @@ def attn_ragged(
     No req has more than max_q queries or max_k keys. Causal: the last query sees the last key. Rows past cu_q[-1] give
     zeros; otherwise as `attn.paged`. Neither sinks nor tree masks are taken.
     """
-    num_reqs, length = cu_q.shape[0] - 1, min(max_q, TILE_LENGTHS[-1])
+    num_reqs, length = cu_q.shape[0] - 1, max(1, min(max_q, TILE_LENGTHS[-1]))
     len_q, len_k = (cu_q[1:] - cu_q[:-1])[:, None], (cu_k[1:] - cu_k[:-1])[:, None]
     outs = [q.new_zeros(1, spec.num_heads, spec.v_head_dim)]  # row 0: tokens of no req
     lses = [torch.full((1, spec.num_heads), NEG_INF, dtype=wide_dtype(q.dtype), device=q.device)]

@@ -191,7 +191,7 @@ def tiles_per_block(spec: AttnSpec, length: int) -> int:
 
 def _tile_lengths(batch: AttnBatch) -> tuple[int, ...]:
     """Tile lengths in use, ascending. A bucket has one, so that its shapes do not depend on who extends by how much."""
-    longest = min(batch.max_extend, TILE_LENGTHS[-1])
+    longest = max(1, min(batch.max_extend, TILE_LENGTHS[-1]))
     if batch.static:
         return (longest,)
     return (*(length for length in TILE_LENGTHS if length < longest), longest)

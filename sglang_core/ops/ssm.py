@@ -55,6 +55,7 @@ def causal_conv1d(
     req, offset, real = _owners(x.shape[0], plan.cu_extend)
     token = torch.arange(x.shape[0], dtype=torch.int32, device=x.device)
     y = wide(x).new_zeros(x.shape) if bias is None else wide(bias).expand(x.shape)
+    x = _some_row(x)
     for back in range(kept, -1, -1):
         tap = _inputs(x, tail, token - back, offset - back, plan.read_slots[req])
         y = y + tap * wide(weight)[:, kept - back]
@@ -64,6 +65,11 @@ def causal_conv1d(
     tail.index_put_((plan.write_slots,), state.to(tail.dtype))
     y = y if activation is None else F.silu(y)
     return torch.where(real[:, None], y, 0.0).to(x.dtype)
+
+
+def _some_row(x: Tensor) -> Tensor:
+    """x, or one row of zeros where it has none: what nobody looks at is read from somewhere."""
+    return x if x.shape[0] else x.new_zeros(1, *x.shape[1:])
 
 
 def _inputs(x: Tensor, tail: Tensor, token: Tensor, offset: Tensor, slots: Tensor) -> Tensor:
@@ -104,7 +110,8 @@ def gated_delta_rule(
     without new tokens has its state copied. float32 inside, one rounding of o at the end. Tokens of no req give zeros.
     """
     o = v.new_zeros(v.shape[0] + 1, *v.shape[1:])  # the last row takes what belongs to no token
-    advance = partial(_advance, o, (q, k, v, g, beta), pool.state(layer), spec, plan)
+    inputs = tuple(map(_some_row, (q, k, v, g, beta)))
+    advance = partial(_advance, o, inputs, pool.state(layer), spec, plan)
     chunked = plan.static.active[0] if plan.static.active else 0
     for start, stop in _blocks(0, chunked, spec, CHUNK):
         # The reqs are in order of length: those of the block that reach into a chunk are its first ones.

@@ -12,6 +12,7 @@ from sglang_core.runner.slot_table import Int32
 from sglang_core.types import SamplingParams, SlotInit
 
 MASKED = -1e30  # finite, so that a row with every id masked still samples
+LEAST_ENTRIES = 256  # of a padded adjustment
 
 
 @dataclass(slots=True)
@@ -31,6 +32,20 @@ class SparseAdjustment:
     ids: Int32
     repetition: NDArray[np.float32]
     add: NDArray[np.float32]
+
+    def padded(self) -> SparseAdjustment:
+        """With entries that change nothing, to one of few sizes: for steps that are compiled for each."""
+        missing = LEAST_ENTRIES
+        while missing < len(self.rows):
+            missing *= 4
+        missing -= len(self.rows)
+        zeros, ones = np.zeros(missing, np.int32), np.ones(missing, np.float32)
+        return SparseAdjustment(
+            np.concatenate([self.rows, zeros]),
+            np.concatenate([self.ids, zeros]),
+            np.concatenate([self.repetition, ones]),
+            np.concatenate([self.add, 0 * ones]),
+        )
 
 
 class Adjustments:

@@ -28,6 +28,7 @@ from sglang_core.runner.verify import KernelVerifier
 from sglang_core.types import DropAdapter, LoadAdapter, PoolGroup, StepPlan, StepResult, TokenLogprobs
 
 log = logging.getLogger(__name__)
+MANY_LOGPROBS, MANY_TOP_K = 32, 64  # what compiled steps make of fewer
 
 
 class Model(Protocol):
@@ -119,7 +120,7 @@ class ModelRunner:
             params=self._sample_params(step),
             slots=self._tensor(step.slots),
             adjustment=None,
-            num_top=int(num_top.max()),
+            num_top=self._in_few(int(num_top.max()), MANY_LOGPROBS),
         )
         adjusted = bool(self._slots.adjusted[step.slots].any())
         run = self._run if self._verifier is None or not self._verifier.choose(plan.step) else self._run_verified
@@ -214,6 +215,8 @@ class ModelRunner:
 
     def _adjustment(self, plan: StepPlan) -> AdjustmentTensors:
         sparse = self._adjustments.sparse(plan.slots)
+        if self._buckets:
+            sparse = sparse.padded()
         return AdjustmentTensors(
             rows=self._tensor(sparse.rows),
             ids=self._tensor(sparse.ids),
@@ -225,6 +228,10 @@ class ModelRunner:
         table, slots = self._slots, step.slots
         temperature, top_p = table.temperature[slots], table.top_p[slots]
         top_k, min_p = table.top_k[slots], table.min_p[slots]
+        greedy = bool((temperature == 0).all())
+        bounded = not (greedy and self._buckets) and bool((top_k < table.vocab_size).all())
+        filters = bool((top_p < 1).any() or (top_k < table.vocab_size).any() or (min_p > 0).any())
+        max_top_k = self._in_few(int(top_k.max()), MANY_TOP_K) if bounded else 0
         return SampleParams(
             temperature=self._tensor(temperature),
             top_p=self._tensor(top_p),
@@ -232,10 +239,14 @@ class ModelRunner:
             min_p=self._tensor(min_p),
             seeds=self._tensor(table.seed[slots]),
             positions=self._tensor(step.seq_lens),
-            all_greedy=bool((temperature == 0).all()),
-            max_top_k=int(top_k.max()) if (top_k < table.vocab_size).all() else 0,
-            needs_filter=bool((top_p < 1).any() or (top_k < table.vocab_size).any() or (min_p > 0).any()),
+            all_greedy=greedy,
+            max_top_k=0 if self._buckets and max_top_k > MANY_TOP_K else max_top_k,
+            needs_filter=filters and not (greedy and self._buckets),
         )
+
+    def _in_few(self, count: int, many: int) -> int:
+        """A bound that joins the compile key, in few values where steps are compiled: `many` for all from 1 to it."""
+        return many if self._buckets and 0 < count <= many else count
 
     def _forward_batch(self, step: StepInput) -> ForwardBatch:
         device = self._runtime.torch_device

@@ -244,32 +244,41 @@ def test_a_step_that_breaks_a_rule_fails_at_its_line(runtime, state: State, bad,
 
 
 def test_a_write_that_tracing_cannot_see_is_caught_by_its_version(runtime, state: State) -> None:
-    weight = torch.zeros(8)
+    model = Model()
 
     def step(state: State, fb: Batch) -> Tensor:
-        out = fb.ids + weight[:4]
+        out = fb.ids + model.scale[:4]
         if type(fb.ids) is Tensor:  # like a kernel whose fake body does less than the real one
-            weight.add_(1.0)
+            model.scale.add_(1.0)
         return out
 
     with pytest.raises(StrictError, match="does not declare"):
         runtime.compile_step(step, state, BUCKETS)(batch())
 
 
-def test_shapes_that_vary_run_out_of_buckets(runtime, state: State) -> None:
+def test_rows_that_are_no_buckets_are_refused_at_once(runtime, state: State) -> None:
     step = runtime.compile_step(good_step(Model()), state, BUCKETS)
-    for t in range(1, 5):
-        step(batch(t))
-    with pytest.raises(StrictError, match=r"pad to a bucket.*forward_batch\.(ids|slots) took 5"):
-        step(batch(5))
+    with pytest.raises(
+        StrictError, match=r"forward_batch.ids has 3 rows, and the buckets have .* of 4; pad to a bucket"
+    ):
+        step(batch(3))
+
+
+def test_shapes_that_vary_run_out_of_buckets(runtime, state: State) -> None:
+    """Like a page table with as many columns as the longest req of this step needs."""
+    step = runtime.compile_step(good_step(Model()), state, BUCKETS)
+    for columns in range(1, 9):
+        step(batch(plans={"page_table": torch.zeros(4, columns, dtype=torch.int32)}))
+    with pytest.raises(StrictError, match=r"pad to a bucket.*forward_batch\.plans\[0\] took 9"):
+        step(batch(plans={"page_table": torch.zeros(4, 9, dtype=torch.int32)}))
 
 
 def test_a_host_value_that_varies_runs_out_of_buckets(runtime, state: State) -> None:
     step = runtime.compile_step(good_step(Model()), state, BUCKETS)
-    for longest in range(4):
+    for longest in range(8):
         step(batch(longest=longest))
-    with pytest.raises(StrictError, match=r"forward_batch.longest took 5"):
-        step(batch(longest=4))
+    with pytest.raises(StrictError, match=r"forward_batch.longest took 9"):
+        step(batch(longest=8))
 
 
 def test_padding_to_the_bucket_holds(runtime, state: State) -> None:

@@ -101,6 +101,14 @@ def _collectives(rank: int, folder: str) -> None:
     assert comm.all_to_all(x).tolist() == [[1 + 2 * rank, 2 + 2 * rank], [11 + 2 * rank, 12 + 2 * rank]]
     assert comm.broadcast(x.clone(), src=1).tolist() == [[11, 12], [13, 14]]
     assert comm.all_reduce(x.clone()).tolist() == [[12, 14], [16, 18]]
+    columns = x.repeat(1, 2)[:, ::2]  # strides that gloo takes for dense ones
+    assert comm.all_reduce(columns).tolist() == [[12, 12], [16, 16]]
+    assert comm.broadcast(x.repeat(1, 2)[:, ::2], src=1).tolist() == [[11, 11], [13, 13]]
+    into = torch.zeros(2, 4)[:, ::2]
+    if rank == 0:
+        comm.send(x, 1)
+    else:
+        assert comm.recv(into, 0).tolist() == into.tolist() == [[1, 2], [3, 4]]
     comm.barrier()
     runtime.close()
 

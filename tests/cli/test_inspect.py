@@ -164,3 +164,40 @@ def test_profile_ranks_and_marks_reference_ops() -> None:
     assert rows[0] == ("attn.paged", "A", "REFERENCE", 4, "6.000", "60.0%", "60%")
     assert rows[1] == ("gemm.linear", "B", "acme", 8, "3.000", "30.0%", "90%")
     assert rows[2] == ("(outside ops)", "", "", "", "1.000", "10.0%", "100%")
+
+
+def test_profile_says_what_to_write_next() -> None:
+    def op(name: str, layer: str, provider: str, seconds: float) -> OpTime:
+        return OpTime(op=name, layer=layer, provider=provider, calls=1, seconds=seconds)
+
+    prefill = [
+        op("gemm.linear", "A", "reference", 0.2),
+        op("gemm.linear", "B", "reference", 0.3),
+        op("norm.rms", "A", "acme", 9),
+    ]
+    decode = [op("attn.paged", "A", "reference", 0.6), op("gemm.linear", "A", "reference", 0.1)]
+    assert profile.write_next({"prefill": (1.0, prefill), "decode": (1.0, decode)}) == [
+        ("attn.paged", {"prefill": 0.0, "decode": 0.6}),
+        ("gemm.linear", {"prefill": 0.5, "decode": 0.1}),
+    ]
+    assert profile.write_next({"decode": (1.0, prefill[2:])}) == []
+
+
+def test_profile_prints_and_writes_it(cli: Cli) -> None:
+    command = (
+        "profile",
+        "--model-path",
+        "demo",
+        "--device",
+        "cpu",
+        "--batch-size",
+        "1",
+        "--length",
+        "8",
+        "--repeats",
+        "1",
+    )
+    assert "write these next" in cli(*command).out
+    document = json.loads(cli(*command, "--json").out)
+    assert {"prefill", "decode", "write_next"} == document.keys()
+    assert {"gemm.linear", "attn.paged"} <= {entry["op"] for entry in document["write_next"]}

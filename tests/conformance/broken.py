@@ -39,3 +39,7 @@ def honest(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor
 
 def wrong(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
     return honest(x, weight, bias, eps) * 1.5
+
+
+def rms(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return OPS["norm.rms"].body(x, weight, eps)  # type: ignore[no-any-return]

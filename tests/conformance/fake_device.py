@@ -33,6 +33,6 @@ def layer_norm(function: str, **facts: Any) -> Kernel:
 
 def suite(*kernels: Kernel, claims: Claims | None = None, facts: dict[str, Any] | None = None, **more: Any) -> Suite:
     """Float32 and bfloat16 of every kernel's op are claimed unless `claims` are given."""
-    info = DeviceInfo(backend="fake", path="fake", name="made up", facts=facts or {})
+    info = DeviceInfo(backend="fake", path="fake", name="made up", facts=facts or {}, versions={"driver": "1.0"})
     native = Claims.native([k.op for k in kernels], dtypes=("float32", "bfloat16"), profiles=("odd_sizes",))
     return Suite(FakeBackend(claims or native), info, num_threads=1, kernels=kernels, **more)

@@ -4,100 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from sglang_conformance.runner import Result, Suite, Verdict
+from sglang_conformance.runner import Result, Suite, Verdict, Work, untested_claims
 
 from sglang_core.backend.claims import Claim, Claims
 from sglang_core.backend.interface import DeviceInfo, KernelContext
 from sglang_core.backend.kernel import Kernel
 from sglang_core.backend.torch_backend import TorchBackend
+from tests.conformance.mutants import GALLERY, bodies
 
 PROFILES = ("window", "soft_cap", "sinks", "tree", "cross", "kv_half", "kv_fp8", "kv_int8", "odd_sizes", "buckets")
-MUTANTS = {
-    "window_off_by_one": "attn.paged",
-    "forgets_soft_cap": "attn.paged",
-    "forgets_sinks": "attn.paged",
-    "lse_in_base_2": "attn.paged",
-    "one_page_too_far": "attn.paged",
-    "softmax_without_max": "attn.paged",
-    "sees_one_key_of_the_future": "attn.paged",
-    "kv_heads_dealt_out": "attn.paged",
-    "multiplies_slots_in_32_bits": "attn.paged",
-    "weights_in_bf16": "attn.paged",
-    "reads_stale_values": "attn.paged",
-    "sees_every_branch": "attn.paged",
-    "window_by_place_in_a_tree": "attn.paged",
-    "forgets_scales_of_keys": "attn.paged",
-    "plans_without_the_last_req": "attn.plan",
-    "writes_one_slot_late": "kv.write",
-    "writes_layer_zero": "kv.write",
-    "merge_without_guard": "attn.merge",
-    "merge_in_base_2": "attn.merge",
-    "ragged_aligned_at_the_start": "attn.ragged",
-    "accumulates_in_bf16": "gemm.linear",
-    "forgets_bias": "gemm.linear",
-    "weights_with_the_bias": "moe.route",
-    "forgets_groups": "moe.route",
-    "scores_groups_by_their_best": "moe.route",
-    "forgets_to_renormalize": "moe.route",
-    "scales_before_renormalizing": "moe.route",
-    "softmax_before_top_k": "moe.route",
-    "masks_groups_with_zero": "moe.route",
-    "takes_the_highest_id_of_equals": "moe.route",
-    "groups_one_row_late": "gemm.grouped",
-    "grouped_forgets_bias": "gemm.grouped",
-    "gives_rows_of_no_group_to_the_last": "gemm.grouped",
-    "weights_in_half": "moe.fused",
-    "sums_experts_in_the_dtype": "moe.fused",
-    "ignores_the_map": "moe.fused",
-    "remote_is_expert_zero": "moe.fused",
-    "weight_on_the_other_side": "moe.fused",
-    "up_then_gate": "moe.fused",
-    "forgets_the_second_bias": "moe.fused",
-    "forgets_alpha": "moe.fused",
-    "forgets_the_limit": "moe.fused",
-    "delta_without_decay": "ssm.gated_delta_rule",
-    "delta_decays_after_reading": "ssm.gated_delta_rule",
-    "delta_deals_key_heads_out": "ssm.gated_delta_rule",
-    "delta_forgets_the_scale": "ssm.gated_delta_rule",
-    "delta_keeps_lengths": "ssm.gated_delta_rule",
-    "delta_reads_scratch": "ssm.gated_delta_rule",
-    "delta_forgets_states": "ssm.gated_delta_rule",
-    "delta_writes_where_it_read": "ssm.gated_delta_rule",
-    "delta_state_in_half": "ssm.gated_delta_rule",
-    "delta_overflows": "ssm.gated_delta_rule",
-    "conv_backwards": "ssm.causal_conv1d",
-    "conv_without_activation": "ssm.causal_conv1d",
-    "conv_forgets_bias": "ssm.causal_conv1d",
-    "conv_forgets_states": "ssm.causal_conv1d",
-    "conv_keeps_newest_first": "ssm.causal_conv1d",
-    "state_plan_without_the_last_req": "ssm.plan",
-    "adapters_of_their_neighbour": "lora.apply",
-    "adapter_without_scale": "lora.apply",
-    "adapter_of_those_without": "lora.apply",
-    "scale_of_the_first_part": "lora.apply",
-    "embeds_from_the_first_row": "lora.embed",
-    "expert_adapters_of_gate_only": "lora.experts",
-    "rms_without_eps": "norm.rms",
-    "rms_in_the_dtype": "norm.rms",
-    "add_rms_keeps_the_old_residual": "norm.add_rms",
-    "layer_norm_of_a_sample": "norm.layer",
-    "rotates_the_other_style": "rope.apply",
-    "rotates_one_position_late": "rope.apply",
-    "gates_with_up": "act.gated",
-    "gelu_is_tanh": "act.gated",
-    "answers_in_its_workspace": "act.gated",
-    "changes_from_call_to_call": "act.gated",
-    "looks_up_what_it_does_not_own": "embed.lookup",
-    "mask_from_the_top_bit": "logits.mask",
-    "penalty_always_divides": "logits.adjust",
-    "top_p_off_by_one": "sample.sample",
-    "top_k_off_by_one": "sample.sample",
-    "forgets_min_p": "sample.sample",
-    "takes_the_first_rows_temperature": "sample.sample",
-    "draws_without_the_position": "sample.sample",
-    "logprobs_after_temperature": "sample.sample",
-    "takes_the_highest_of_equals": "sample.sample",
-}
+ATTENTION = "tests.conformance.mutants.attention"
 USERS = {"attn.plan": "attn.paged", "ssm.plan": "ssm.gated_delta_rule"}
 INFO = DeviceInfo(backend="mutant", path="mutant", name="one mistake")
 
@@ -116,7 +32,7 @@ class MutantBackend(TorchBackend):
 
 
 def kernel(op: str, function: str, **facts: object) -> Kernel:
-    return Kernel(op, provider="mutant", fn=f"tests.conformance.mutants:{function}", device=("mutant",), **facts)  # type: ignore[arg-type]
+    return Kernel(op, provider="mutant", fn=function, device=("mutant",), **facts)  # type: ignore[arg-type]
 
 
 def suite(*kernels: Kernel, claims: Claims | None = None, full: bool = False) -> Suite:
@@ -124,31 +40,48 @@ def suite(*kernels: Kernel, claims: Claims | None = None, full: bool = False) ->
     return Suite(MutantBackend(claims), INFO, num_threads=1, kernels=kernels, full=full)
 
 
-ONE_CASE = {"multiplies_slots_in_32_bits": "attn.paged[slots past"}  # others cannot tell, and take their time
+def honest(op: str) -> str:
+    return f"{bodies.__name__}:body_of_{op.replace('.', '_')}"
 
 
-def cases_of(op: str) -> str:
-    """A plan is tried through the op that it is made for."""
-    return f"{USERS.get(op, op)}["
+def cases_of(op: str, part: str) -> list[Work]:
+    """The cases that must kill a mutant. A plan is tried through the op that it is made for."""
+    cases = [
+        (case, dtype) for case, dtype in suite(full=bool(part)).select([f"{USERS.get(op, op)}["]) if part in case.name
+    ]
+    assert cases, f"no case of {op} is named {part!r}"
+    # Last float16, where a square overflows, and formats of weights: the others see nearly all.
+    return sorted(cases, key=lambda item: (item[1] is torch.float16, item[0].fmt not in ("*", "dense")))
 
 
-@pytest.mark.parametrize("function", MUTANTS)
-def test_a_mistake_fails(function: str, kill_table: list[tuple[str, str, str]]) -> None:
-    op = MUTANTS[function]
-    user = [kernel(USERS[op], f"body_of_{USERS[op].replace('.', '_')}")] if op in USERS else []  # of the same provider
-    mine = suite(kernel(op, function), *user, full=function in ONE_CASE)
-    work = mine.select([ONE_CASE.get(function, cases_of(op))])
-    work.sort(key=lambda item: item[1] is torch.float16)  # where a square overflows; the others see nearly all
-    results = (mine.judge(case, dtype) for case, dtype in work)
+@pytest.mark.parametrize("target", GALLERY, ids=lambda target: target.rpartition(":")[2])
+def test_a_mistake_fails(target: str, kill_table: list[tuple[str, str, str]]) -> None:
+    mutant, name = GALLERY[target], target.rpartition(":")[2]
+    user = [kernel(USERS[mutant.op], honest(USERS[mutant.op]))] if mutant.op in USERS else []  # of the same provider
+    mine = suite(kernel(mutant.op, target, features=mutant.features), *user)
+    results = (mine.judge(case, dtype) for case, dtype in cases_of(mutant.op, mutant.cases))
     killer = next((r for r in results if r.verdict is Verdict.FAIL), None)
-    assert killer is not None, f"{function} lives"
-    assert "Error:" not in killer.reason, f"{function} fails by raising: {killer.reason}"
-    assert "refuses" not in killer.reason, f"{function} does not run: {killer.reason}"
-    kill_table.append((function, killer.title, killer.reason))
+    assert killer is not None, f"{name} lives"
+    assert "Error:" not in killer.reason, f"{name} fails by raising: {killer.reason}"
+    assert "refuses" not in killer.reason, f"{name} does not run: {killer.reason}"
+    kill_table.append((name, killer.title, killer.reason))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "target", [t for t, m in GALLERY.items() if m.cases], ids=lambda target: target.rpartition(":")[2]
+)
+def test_nothing_else_sees_a_mistake_that_has_its_case(target: str) -> None:
+    """So no case that the gallery names could be left out."""
+    mutant = GALLERY[target]
+    mine = suite(kernel(mutant.op, target, features=mutant.features))
+    others = [(case, dtype) for case, dtype in mine.select([f"{mutant.op}["]) if mutant.cases not in case.name]
+    found = [r.title for r in (mine.judge(*work) for work in others) if r.verdict is Verdict.FAIL]
+    assert not found
 
 
 def test_honest_attention_passes() -> None:
-    mine = suite(kernel("attn.paged", "naive_paged"))
+    mine = suite(kernel("attn.paged", f"{ATTENTION}:naive_paged"))
     work = [(case, dtype) for case, dtype in mine.select(["attn.paged["]) if dtype is not torch.float16]
     results = [mine.judge(case, dtype) for case, dtype in work]
     wrong = [(r.title, r.reason) for r in results if r.verdict is Verdict.FAIL]
@@ -166,12 +99,15 @@ def test_what_nothing_claims_is_reference() -> None:
 
 
 def test_an_unclaimed_kernel_that_works_is_reported() -> None:
-    results = list(suite(kernel("attn.merge", "body_of_merge"), claims=Claims()).run(["attn.merge["]))
+    results = list(
+        suite(kernel("attn.merge", f"{bodies.__name__}:body_of_merge"), claims=Claims()).run(["attn.merge["])
+    )
     assert verdicts(results) == {Verdict.NOT_CLAIMED}
 
 
 def test_an_unclaimed_kernel_that_is_wrong_fails() -> None:
-    results = list(suite(kernel("attn.merge", "merge_in_base_2"), claims=Claims()).run(["attn.merge["]))
+    wrong = suite(kernel("attn.merge", f"{ATTENTION}:merge_in_base_2"), claims=Claims())
+    results = list(wrong.run(["attn.merge[halves"]))
     assert verdicts(results) == {Verdict.FAIL}
 
 
@@ -185,7 +121,7 @@ def test_a_refusal_fails_in_core_and_in_profiles_that_are_stated_only() -> None:
     def no_windows(ctx: object) -> str | None:
         return "no windows" if ctx.site.spec.window else None  # type: ignore[attr-defined]
 
-    honest = kernel("attn.paged", "naive_paged", supports=no_windows)
+    honest = kernel("attn.paged", f"{ATTENTION}:naive_paged", supports=no_windows)
     for profiles, expected in (((), Verdict.NOT_CLAIMED), (("window",), Verdict.FAIL)):
         claims = Claims.native(["attn.paged"], profiles=profiles)
         results = list(suite(honest, claims=claims).run(["attn.paged[window 16"]))
@@ -194,7 +130,7 @@ def test_a_refusal_fails_in_core_and_in_profiles_that_are_stated_only() -> None:
     def nothing(ctx: object) -> str:
         return "not today"
 
-    refuses = kernel("attn.paged", "naive_paged", supports=nothing)
+    refuses = kernel("attn.paged", f"{ATTENTION}:naive_paged", supports=nothing)
     assert verdicts(list(suite(refuses).run(["attn.paged[decode"]))) == {Verdict.FAIL}
 
 
@@ -206,12 +142,12 @@ def test_unsupported_is_not_run() -> None:
 
 
 def test_a_kernel_that_raises_fails_with_its_words() -> None:
-    results = list(suite(kernel("norm.layer", "gates_with_up")).run(["norm.layer[bias"]))
+    results = list(suite(kernel("norm.layer", "tests.conformance.mutants.rows:gates_with_up")).run(["norm.layer[bias"]))
     assert verdicts(results) == {Verdict.FAIL}
     assert "TypeError" in results[0].reason
 
 
 def test_claims_without_a_case_are_listed() -> None:
-    assert suite(claims=Claims.native(["attn.paged", "attn.plan", "norm.layer"])).untested_claims() == []
-    assert suite(claims=Claims((Claim(op="*"),))).untested_claims() == []
-    assert suite(claims=Claims.native(["acme.untested"])).untested_claims() == ["acme.untested"]
+    assert untested_claims(Claims.native(["attn.paged", "attn.plan", "norm.layer"])) == []
+    assert untested_claims(Claims((Claim(op="*"),))) == []
+    assert untested_claims(Claims.native(["acme.untested"])) == ["acme.untested"]

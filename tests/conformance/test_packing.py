@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from sglang_conformance.env import BodyEnv, check_packing
+from sglang_conformance.env import BodyEnv
+from sglang_conformance.packing import check_packing
 
 from sglang_core.ops.weight import PackedWeight
 from tests.ops.test_quant import FORMATS

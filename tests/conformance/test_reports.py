@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
+import subprocess
 from dataclasses import replace
 from datetime import date
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 
 import pytest
 from sglang_conformance import mustpass, report
@@ -15,42 +17,17 @@ from sglang_conformance.cli import main
 from sglang_conformance.compare import compare
 from sglang_conformance.matrix import markdown, overview
 from sglang_conformance.page import html
+from sglang_conformance.perf.figures import Perf, Row, Skipped
 from sglang_conformance.report import Report, ReportError, digest, make
-from sglang_conformance.result import Result, Verdict
-from sglang_conformance.tolerance import Error
+from sglang_conformance.result import Verdict
 from sglang_conformance.verify import verify
 
 from sglang_core.backend.claims import Claim, Claims, Waiver
 from tests.conformance.fake_device import layer_norm, suite
+from tests.conformance.whole_report import changed, whole
 
 REPO = Path(__file__).parents[2]
-TODAY = date(2026, 1, 1)
-
-
-def whole(**more: Any) -> Report:
-    """A report with a result for every case, as if all had passed on reference bodies; `more` is changed in the first."""
-    mine = suite(claims=Claims())
-    results = [
-        Result(
-            op=c.op,
-            title=c.title(d),
-            dtype=str(d).removeprefix("torch."),
-            profile=c.profile,
-            fmt=c.fmt,
-            verdict=Verdict.REFERENCE,
-        )
-        for c, d in mine.select()
-    ]
-    results[0] = replace(results[0], **more)
-    return make(mine, results, partial=False, seconds=1.0)
-
-
-def changed(of: Report, *, sealed: bool = True, **more: Any) -> Report:
-    """With other data, and a digest that fits it where `sealed`."""
-    data = of.data | more
-    if sealed:
-        data |= {"digest": digest(data)}
-    return Report(data=data, results=[Result.from_json(r) for r in data["results"]])
+TODAY = date.today()
 
 
 def test_a_whole_report_verifies_and_survives_its_file(tmp_path: Path) -> None:
@@ -61,52 +38,6 @@ def test_a_whole_report_verifies_and_survives_its_file(tmp_path: Path) -> None:
     assert read.results == made.results
     assert verify(read, today=TODAY) == []
     assert main(["verify", str(path)]) == 0
-
-
-@pytest.mark.parametrize(
-    ("wrong", "said"),
-    [
-        ({"seed": 7, "sealed": False}, "digest"),
-        ({"mustpass_sha256": "0" * 64}, "list of cases"),
-        ({"partial": True}, "some cases only"),
-        ({"tier": "fast"}, "fast cases only"),
-        ({"counts": {}}, "counts"),
-        ({"profiles": ["serving"]}, "runs its reference body"),
-        ({"problems": ["the chip is on fire"]}, "on fire"),
-        ({"waivers": [{"cases": "x", "expires": "2025-12-31"}]}, "expired on 2025-12-31"),
-    ],
-)
-def test_a_report_that_says_what_it_does_not_show_is_refused(wrong: dict[str, Any], said: str) -> None:
-    found = verify(changed(whole(), **wrong), today=TODAY)
-    assert any(said in problem for problem in found), found
-
-
-def test_results_are_held_against_the_list_of_cases() -> None:
-    made = whole()
-    for results, said in (
-        (made.data["results"][1:], "1 cases have no result"),
-        (made.data["results"] + made.data["results"][:1], "more than one result"),
-        (made.data["results"] + [made.data["results"][0] | {"title": "made.up[x]"}], "not in the list"),
-    ):
-        found = verify(changed(made, results=results), today=TODAY)
-        assert any(said in problem for problem in found), found
-
-
-def test_verdicts_are_held_against_errors_and_device() -> None:
-    for more, said in (
-        ({"errors": {"y": Error(1.0, 1.0, 3.0)}}, "3.00 times what is allowed"),
-        ({"verdict": Verdict.FAIL, "reason": "wrong"}, "fails: wrong"),
-    ):
-        assert any(said in problem for problem in verify(whole(**more), today=TODAY))
-    made = whole(verdict=Verdict.PASS)
-    emulated = changed(made, device=made.data["device"] | {"facts": {"emulated": True}})
-    assert any("is emulated" in problem for problem in verify(emulated, today=TODAY))
-
-
-def test_missing_parts_are_named() -> None:
-    made = whole()
-    data = {name: value for name, value in made.data.items() if name not in ("seed", "explain")}
-    assert verify(Report(data=data, results=made.results), today=TODAY) == ["it lacks explain, seed"]
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"schema": 0}', '{"schema": 1, "results": [{"op": "x"}]}'])
@@ -121,15 +52,38 @@ def test_what_is_no_report_is_an_error(text: str, tmp_path: Path, capsys: pytest
 
 def test_comparison_finds_what_became_worse() -> None:
     before, after = whole(verdict=Verdict.PASS), whole()
-    title = before.results[0].title
+    first = next(i for i, r in enumerate(before.results) if r.verdict is not after.results[i].verdict)
+    title = before.results[first].title
     assert compare(before, after).regressions == [f"{title}: PASS -> REFERENCE"]
     assert compare(after, before).improvements == [f"{title}: REFERENCE -> PASS"]
     assert compare(before, before) == compare(after, after)
-    shorter = Report(data=after.data, results=after.results[1:])
+    shorter = Report(data=after.data, results=after.results[:first] + after.results[first + 1 :])
     assert compare(before, shorter).regressions == [f"{title}: PASS -> no result"]
     assert compare(shorter, before).new == [title]
     states = changed(before, profiles=["base"])
     assert "profile base: no longer stated" in compare(states, before).regressions
+
+
+def test_a_problem_that_is_new_is_a_regression() -> None:
+    before = whole()
+    after = changed(before, problems=["the waiver of 'x' expired"])
+    assert compare(before, after).regressions == ["problem: the waiver of 'x' expired"]
+    assert compare(after, before).regressions == []
+
+
+def test_reports_of_two_devices_are_not_compared() -> None:
+    mine = whole()
+    other = changed(mine, device=mine.data["device"] | {"backend": "acme"})
+    with pytest.raises(ReportError, match="'fake' and 'acme'"):
+        compare(mine, other)
+
+
+def test_what_was_edited_is_neither_compared_nor_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "edited.json"
+    path.write_text(changed(whole(), sealed=False, seed=7).text)
+    assert main(["compare", str(path), str(path)]) == 2
+    assert "changed after it was made" in capsys.readouterr().err
+    assert main(["matrix", str(path)]) == 2
 
 
 def test_compare_exits_with_one_on_a_regression(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -174,10 +128,68 @@ def test_the_page_is_one_file_with_a_dot_for_every_error() -> None:
     assert page.open == []
     assert page.loads == []
     assert "script" not in page.seen
+    assert "does not conform" in text
     with_errors = [r for r in made if r.errors]
-    assert page.seen.count("circle") == len(with_errors) > 0
-    assert text.count('class="over"') == sum(r.ratio > 1 for r in with_errors) > 0
+    assert text.count('of what is allowed"></i>') == len(with_errors) > 0
+    assert text.count(' over" style=') == sum(r.ratio > 1 for r in with_errors) > 0
     assert "norm.layer[bias-float32]" in text
+
+
+def perf() -> Perf:
+    fast = Row(
+        op="gemm.linear",
+        name="decode 1",
+        fmt="dense",
+        provider="acme",
+        seconds=1e-3,
+        nbytes=10**7,
+        flops=10**7,
+        share=0.5,
+        bound="memory",
+    )
+    slow = replace(fast, op="norm.rms", flops=0, provider="reference", share=0.01)
+    late = Skipped(op="norm.layer", name="decode 1", fmt="*", reason="the time was up")
+    return Perf(dtype="bfloat16", bandwidth={"copy": 2e10}, matmul={"matmul": 3e12}, rows=(fast, slow), skipped=(late,))
+
+
+def test_the_page_and_the_markdown_show_figures_and_their_lack() -> None:
+    made = whole()
+    assert "Speed" not in html(made)
+    shown = changed(made, perf=perf().to_json())
+    page = Outline()
+    page.feed(text := html(shown))
+    assert page.open == []
+    assert page.seen.count("circle") == 1, "what computes nothing has no intensity"
+    assert 'style="width:50.0%"' in text
+    assert "1 not measured: the time was up" in text
+    assert "| `norm.rms` | decode 1 | REFERENCE | 1.00 ms | 1% of memory |" in markdown(shown)
+    assert "did not end" in html(changed(made, perf={"error": "did not end within 9 s"}))
+    assert "did not end" in markdown(changed(made, perf={"error": "did not end within 9 s"}))
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs a browser: apt-get install chromium")
+@pytest.mark.parametrize("width", [1280, 390])
+def test_a_browser_shows_the_page_without_scrolling_sideways(width: int, tmp_path: Path) -> None:
+    """A frame as wide as a desktop's window or a phone's: the page inside says how wide it has become."""
+    page, frame = tmp_path / "page.html", tmp_path / "frame.html"
+    page.write_text(html(changed(whole(), perf=perf().to_json())))
+    script = "document.title = f.contentDocument.documentElement.scrollWidth + ' of ' + f.contentDocument.documentElement.clientWidth"
+    frame.write_text(
+        f'<iframe id="f" src="page.html" width="{width}" height="900" style="border:0" onload="{script}"></iframe>'
+    )
+    flags = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--allow-file-access-from-files",
+        "--virtual-time-budget=5000",
+    ]
+    command = ["chromium", *flags, f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", frame.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    found = re.search(r"<title>(\d+) of (\d+)</title>", done.stdout)
+    assert found is not None, done.stdout[:500]
+    assert width - 20 < int(found.group(2)) <= width, "a scrollbar may take some"
+    assert found.group(1) == found.group(2)
 
 
 def test_markdown_counts_what_the_results_are() -> None:

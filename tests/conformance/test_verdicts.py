@@ -17,6 +17,7 @@ from sglang_conformance.report import expired, idle_waivers
 from sglang_conformance.result import Result, Verdict
 
 from sglang_core.backend.claims import Claim, Claims, Waiver
+from sglang_core.backend.kernel import Kernel
 from tests.conformance.fake_device import layer_norm, suite
 
 REPO = Path(__file__).parents[2]
@@ -42,6 +43,12 @@ def test_what_works_and_is_not_claimed_is_reported_and_fails_under_strict() -> N
     assert (found.verdict, found.works_unclaimed) == (Verdict.NOT_CLAIMED, True)
     assert one(layer_norm("honest"), claims=Claims(), strict=True).verdict is Verdict.FAIL
     assert one(claims=Claims(), strict=True).verdict is Verdict.REFERENCE
+
+
+def test_a_composite_over_a_kernel_of_its_part_is_no_claim_of_its_own() -> None:
+    rms = Kernel("norm.rms", provider="fake", fn="tests.conformance.broken:rms", device=("fake",))
+    (found,) = suite(rms, strict=True).run(["norm.add_rms[decode-float32"])
+    assert (found.verdict, found.provider) == (Verdict.REFERENCE, "decomposed")
 
 
 @pytest.mark.parametrize(("function", "said"), [("skips", "skips itself"), ("exits", "SystemExit")])

@@ -177,3 +177,22 @@ def test_headers_without_end_are_refused(live_server: LiveServer) -> None:
     assert httpx.get(f"{live_server.url}/livez").status_code == 200
     cookie = {"Cookie": "a" * 32_000}
     assert httpx.get(f"{live_server.url}/livez", headers=cookie).status_code == 200
+
+
+def test_a_server_on_the_device_that_checks_every_step(client: openai.OpenAI) -> None:
+    """Its answer is the reference backend's, and no step broke a rule."""
+    asked = {"model": "demo", "messages": QUESTION, "temperature": 0, "max_tokens": 12}
+    settings = (
+        "--dtype",
+        "float32",
+        "--max-total-tokens",
+        "512",
+        "--context-length",
+        "256",
+        "--max-running-requests",
+        "2",
+    )
+    with serving("--device", "strict", *settings) as server:
+        strict = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+        answers = [c.chat.completions.create(**asked).choices[0].message.content for c in (client, strict)]
+    assert answers[0] == answers[1]

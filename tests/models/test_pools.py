@@ -177,7 +177,7 @@ def test_a_pool_with_room_for_one_window_serves_all(case: str, checkpoints: Path
     assert FULL not in engine.peak or engine.peak[FULL] <= (LENGTHS[0] + NUM_NEW) // PAGE_SIZE + 1
 
 
-@pytest.mark.parametrize("case", ["gemma3", "mistral", "qwen3-next"])
+@pytest.mark.parametrize("case", ["gemma3", "mistral", "qwen3-next", "deepseek-v3", "gpt-oss", "qwen2-moe", "llama3"])
 def test_an_engine_on_a_device_that_poisons_freed_pages(case: str, checkpoints: Path) -> None:
     """Built as the command line builds it: pools sized by the fit table, static shapes, steps traced, writes watched."""
     config = EngineConfig.from_flat(

@@ -24,6 +24,7 @@ REQS = {
     "mixed": [(13, 1), (0, 40), (3, 3), (600, 1), (9, 17)],
     "chunk of a long prompt": [(260, 130)],
     "one token": [(0, 1)],
+    "no tokens": [(5, 0), (0, 0)],
 }
 
 
@@ -229,7 +230,7 @@ def test_pool_dtype_may_differ() -> None:
 
 
 @pytest.mark.parametrize(("causal", "window"), [(True, None), (True, 3), (False, None)])
-@pytest.mark.parametrize("lens", [[(3, 3), (1, 1), (140, 300)], [(0, 0), (2, 5), (0, 4), (7, 7)]])
+@pytest.mark.parametrize("lens", [[(3, 3), (1, 1), (140, 300)], [(0, 0), (2, 5), (0, 4), (7, 7)], [(0, 3), (0, 0)]])
 def test_ragged_is_dense_attention(lens: list[tuple[int, int]], window: int | None, causal: bool) -> None:
     spec = attn_spec(causal=causal, window=window, soft_cap=4.0)
     num_q, num_k = (sum(n) for n in zip(*lens, strict=True))

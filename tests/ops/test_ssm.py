@@ -20,6 +20,7 @@ STEPS: dict[str, list[tuple[bool, int]]] = {
     "chunked prefill": [(True, 65), (True, 63), (True, 2)],
     "mixed": [(True, 1), (False, 70), (True, 1), (True, 129), (False, 1), (True, 3)],
     "nothing new": [(True, 0), (False, 2), (False, 0)],
+    "no tokens": [(True, 0), (False, 0)],
 }
 BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}  # bfloat16: half an ulp is 4e-3 of the value
 

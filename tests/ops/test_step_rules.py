@@ -173,3 +173,41 @@ def _tensors(args: tuple[Any, ...]) -> list[torch.Tensor]:
 
 def test_every_op_is_traced() -> None:
     assert {make().op for make in CALLS} == {name for name, op in OPS.items() if not op.host}
+
+
+def paged_decode(num_reqs: int) -> Call:
+    case = paged_case([(9, 1)] * num_reqs, spec=attn_spec(), static=True)
+    plan = attn_plan(case.spec, case.batch, CPU)
+    return Call("attn.paged", (case.q, case.k, case.v, case.pool, 0, case.spec, plan), {}, case)
+
+
+def latent_decode(num_reqs: int) -> Call:
+    case = mla_case([(9, 1)] * num_reqs, static=True)
+    plan = attn_mla_plan(case.spec, case.batch, CPU)
+    return Call(
+        "attn.mla_paged", (case.q_nope, case.q_pe, case.c_kv, case.k_pe, case.pool, 0, case.spec, plan), {}, case
+    )
+
+
+def recurrent_decode(num_reqs: int) -> Call:
+    case = state_case([(True, 1)] * num_reqs, static=True)
+    plan = ssm_plan(case.spec, case.batch, CPU)
+    return Call("ssm.gated_delta_rule", (*case.delta_args, case.pool, 1, case.spec, plan), {}, case)
+
+
+def sampled(num_reqs: int) -> Call:
+    return call("sample.sample", torch.randn(num_reqs, 8), params(num_reqs, 8))
+
+
+@pytest.mark.parametrize(
+    "make", [paged_decode, latent_decode, recurrent_decode, sampled], ids=lambda make: make.__name__
+)
+def test_no_body_loops_over_reqs(make: Callable[[int], Call]) -> None:
+    """Eight reqs take the ops that two take."""
+    counts = []
+    for num_reqs in (2, 8):
+        c = make(num_reqs)
+        mutable = c.case.pool.leaves if c.case else []
+        traced = trace_step(lambda _, fb, c=c: OPS[c.op].body(*fb[0], **fb[1]), None, (c.args, c.kwargs), mutable)
+        counts.append(traced.num_results)
+    assert counts[0] == counts[1] > 0

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sglang_core.ops.logits import adjust
-from sglang_core.runner.adjustments import MASKED, Adjustments
+from sglang_core.runner.adjustments import MASKED, Adjustments, SparseAdjustment
 from sglang_core.types import SamplingParams, SlotInit
 
 V = 12
@@ -53,13 +54,11 @@ def test_sparse_entries_equal_the_dense_definition(
         adjustments.record(3, token_id)
     sparse = adjustments.sparse([7, 3])
     logits = torch.linspace(-3, 3, 2 * V).view(2, V)
-    got = adjust(
-        logits,
-        torch.from_numpy(sparse.rows),
-        torch.from_numpy(sparse.ids),
-        torch.from_numpy(sparse.repetition),
-        torch.from_numpy(sparse.add),
+    got, padded = (
+        adjust(logits, *(torch.from_numpy(x) for x in (s.rows, s.ids, s.repetition, s.add)))
+        for s in (sparse, sparse.padded())
     )
+    assert torch.equal(got, padded), "padding changes nothing"
 
     want = logits.clone()
     for token_id in range(V):
@@ -73,3 +72,15 @@ def test_sparse_entries_equal_the_dense_definition(
             want[1, token_id] = MASKED
     assert torch.equal(got[0], logits[0]), "a row without adjustments is untouched"
     torch.testing.assert_close(got[1], want[1], rtol=1e-5, atol=1e-5)
+
+
+def test_padded_adjustments_come_in_few_sizes() -> None:
+    """A compiled step is compiled for each of them."""
+    sizes = set()
+    for count in (0, 1, 255, 256, 257, 1024, 1025, 4000):
+        ones = np.ones(count, np.float32)
+        padded = SparseAdjustment(np.zeros(count, np.int32), np.arange(count, dtype=np.int32), 2 * ones, ones).padded()
+        assert len(padded.rows) == len(padded.ids) == len(padded.repetition) == len(padded.add) >= count
+        assert (padded.repetition[count:] == 1).all() and not padded.add[count:].any()
+        sizes.add(len(padded.rows))
+    assert sizes == {256, 1024, 4096}

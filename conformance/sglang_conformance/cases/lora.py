@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from sglang_conformance.case import Case, Outputs, Profile, add, dtype_name
+from sglang_conformance.case import HALVES, Case, Outputs, Profile, add, dtype_name
+from sglang_conformance.cases.moe import token_experts
+from sglang_conformance.cases.rows import Rows, Run, add_rows
 from sglang_conformance.env import Env
 from sglang_core.backend.kernel import OpSite
 from sglang_core.ops.lora import ExpertAdapters
@@ -43,9 +45,7 @@ def apply(
 
 
 APPLY: dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], Profile]] = {
-    "one token": ((2,), (8, 16, 4, 1), (96,), "core"),
     "one token without": ((-1,), (8, 16, 4, 1), (96,), "core"),
-    "no tokens": ((), (8, 16), (96,), "core"),
     "decode, mixed": ((0, -1, 2, 1, 2, -1, 3), (8, 16, 4, 1), (96,), "core"),
     "decode, one for all": ((1,) * 9, (8, 16, 4, 1), (96,), "core"),
     "nobody has one": ((-1,) * 9, (8, 16), (96,), "core"),
@@ -70,6 +70,43 @@ for name, (tokens, ranks, parts, profile) in APPLY.items():
     )
 
 
+def of_rows(env: Env, rows: int, num: int) -> torch.Tensor:
+    """The adapter of each row, some without."""
+    return env.integers(-1, num, rows)
+
+
+def apply_rows(env: Env, rows: int, width: int = 128, parts: tuple[int, ...] = (64, 32, 32)) -> tuple[Rows, Run]:
+    ranks, rank, out = (8, 16, 4, 1), 16, sum(parts)
+    op = env.op("lora.apply", dims={"A": 4, "P": len(parts), "R": rank, "in": width, "out": out})
+    a = stack(env, ranks, width, rank, width, parts=len(parts))
+    b = stack(env, ranks, rank, rank, out).mT.contiguous()
+    given = {"y": env.normal(rows, out), "x": env.normal(rows, width), "own": of_rows(env, rows, 4)}
+    scale = scales(env, 4, len(parts))
+    return given, lambda given: {"y": op(given["y"], given["x"], a, b, given["own"], scale, parts)}
+
+
+def far_adapters(env: Env) -> Outputs:
+    """Adapters whose places do not fit 32 bits; all but the last ones are zeros."""
+    rank, width, last = 64, 8192, 4
+    num = env.far(2**31 // (rank * width)) + last
+    a, b = env.vast(num, rank, width), env.vast(num, 64, rank)
+    a[-last:], b[-last:] = env.normal(last, rank, width, scale=width**-0.5), env.normal(last, 64, rank, scale=0.125)
+    op = env.op("lora.apply", dims={"A": num, "P": 1, "R": rank, "in": width, "out": 64})
+    own = env.place(torch.tensor([num - 1, num - 3], dtype=torch.int32))
+    scale = env.place(torch.full((num, 1), 0.5))
+    return {"y": op(env.normal(2, 64), env.normal(2, width), a, b, own, scale, ())}
+
+
+add(Case(op="lora.apply", name="adapters past 2^31 elements", dtypes=HALVES, full=True, run=far_adapters))
+add_rows(
+    "lora.apply",
+    apply_rows,
+    odd=lambda env, rows: apply_rows(env, rows, 67, (33, 7)),
+    many=lambda env, rows: apply_rows(env, rows, 16, (8,)),
+    poisoned=("y", "x"),
+)
+
+
 def embed(env: Env, tokens: tuple[int, ...], start: int) -> Outputs:
     """Ids to twice the size of the table, so that some are another rank's."""
     ranks, vocab, hidden = (8, 2, 5), 50, 64
@@ -81,19 +118,37 @@ def embed(env: Env, tokens: tuple[int, ...], start: int) -> Outputs:
     return {"y": op(y, ids, a, b, own, scales(env, 3, 1), start)}
 
 
-for name, tokens in {
-    "one token": (1,),
-    "no tokens": (),
-    "mixed": (0, -1, 2, 1) * 6,
-    "nobody has one": (-1,) * 5,
-}.items():
+for name, tokens in {"mixed": (0, -1, 2, 1) * 6, "nobody has one": (-1,) * 5}.items():
     add(Case(op="lora.embed", name=name, run=lambda env, t=tokens: embed(env, t, 0)))
 add(Case(op="lora.embed", name="a part", run=lambda env: embed(env, (0, -1, 2, 1) * 6, 25)))
 
 
+def embed_rows(env: Env, rows: int, hidden: int = 64) -> tuple[Rows, Run]:
+    ranks, vocab = (8, 2, 5), 50
+    op = env.op("lora.embed", dims={"A": 3, "R": 8, "V": vocab, "M": hidden})
+    a = stack(env, ranks, 8, 8, vocab).mT.contiguous()
+    b = stack(env, ranks, 8, 8, hidden).mT.contiguous()
+    given = {"y": env.normal(rows, hidden), "ids": env.integers(0, 2 * vocab, rows), "own": of_rows(env, rows, 3)}
+    scale = scales(env, 3, 1)
+    return given, lambda given: {"y": op(given["y"], given["ids"], a, b, given["own"], scale, 0)}
+
+
+add_rows("lora.embed", embed_rows, odd=lambda env, rows: embed_rows(env, rows, 37), poisoned=("y",))
+
+
 def experts(env: Env, tokens: tuple[int, ...] | None, rows: int, act: ExpertSpec, *, remote: bool = False) -> Outputs:
-    """Every expert of every adapter has pairs of its own. tokens None: a batch in which nobody has an adapter."""
-    num, k, hidden, width, ranks = 6, 2, 64, 48, (4, 2, 3)
+    """tokens None: a batch in which nobody has an adapter."""
+    given, run = expert_rows(env, rows, act, remote=remote)
+    own = None if tokens is None else env.place(torch.tensor(tokens, dtype=torch.int32))
+    return run(given | {"own": own})  # type: ignore[dict-item]
+
+
+def expert_rows(
+    env: Env, rows: int, act: ExpertSpec | None = None, *, hidden: int = 64, width: int = 48, remote: bool = False
+) -> tuple[Rows, Run]:
+    """Every expert of every adapter has pairs of its own."""
+    act = act or ExpertSpec()
+    num, k, ranks = 6, 2, (4, 2, 3)
     rank, count = max(ranks), len(ranks)
     dims = {"X": num, "K": k, "M": hidden, "F": width}
     at = OpSite(op="lora.experts", layer="Conformance", dtype=dtype_name(env.dtype), fmt="dense", spec=act, dims=dims)
@@ -106,22 +161,22 @@ def experts(env: Env, tokens: tuple[int, ...] | None, rows: int, act: ExpertSpec
         b2=env.normal(count, num, hidden, rank, scale=rank**-0.5),
         scale=scales(env, count, num, 3),
     )
-    ids = torch.stack([env.permutation(num)[:k] for _ in range(rows)]) if rows else torch.zeros(0, k)
-    weights = env.place(torch.rand(rows, k, generator=torch.Generator().manual_seed(rows)) + 0.1)
-    own = None if tokens is None else env.place(torch.tensor(tokens, dtype=torch.int32))
     more: dict[str, torch.Tensor] = {}
     if remote:
         more["expert_map"] = env.place(torch.tensor([0, -1, 2, 3, -1, 5], dtype=torch.int32))
     if act.activation == "swiglu_clamped":  # those that are clamped have biases, too
         more |= {"bias13": env.normal(num, 2 * width), "bias2": env.normal(num, hidden)}
-    x = env.normal(rows, hidden, scale=0.2)
-    return {"y": op(x, w13, w2, weights, env.place(ids.int()), act, adapters, own, **more)}
+
+    def run(given: Rows) -> Outputs:
+        x, weights, ids, own = (given[name] for name in ("x", "weights", "ids", "own"))
+        return {"y": op(x, w13, w2, weights, ids, act, adapters, own, **more)}
+
+    chosen = token_experts(env, rows, num, k)
+    return {"x": env.normal(rows, hidden, scale=0.2), "own": of_rows(env, rows, count)} | chosen, run
 
 
 MIXED = (0, -1, 2, 1, 1, -1, 0)
 EXPERTS: dict[str, tuple[tuple[int, ...] | None, int, ExpertSpec, bool]] = {
-    "one token": ((2,), 1, ExpertSpec(), False),
-    "no tokens": ((), 0, ExpertSpec(), False),
     "mixed": (MIXED, 7, ExpertSpec(), False),
     "nobody has one": (None, 7, ExpertSpec(), False),
     "prefill": (MIXED * 10, 70, ExpertSpec(), False),
@@ -138,3 +193,9 @@ for name, (own, rows, act, remote) in EXPERTS.items():
             run=lambda env, t=own, n=rows, a=act, r=remote: experts(env, t, n, a, remote=r),
         )
     )
+add_rows(
+    "lora.experts",
+    lambda env, rows: expert_rows(env, rows, ExpertSpec(activation="swiglu_clamped")),
+    odd=lambda env, rows: expert_rows(env, rows, hidden=37, width=21),
+    fmt="dense",
+)

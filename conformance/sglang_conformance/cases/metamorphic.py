@@ -1,53 +1,94 @@
-"""Relations between calls that hold whatever the numbers are. What a case asserts, the bodies keep as well."""
+"""Relations between calls that hold whatever the numbers are. What a case asserts, the bodies keep as well.
+
+Those of ops that treat every row alone are in `rows`. That a step run twice gives the same bits, and that the inputs of a call stay
+as they are, holds for every case: the suite sees to it.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from sglang_conformance.case import Case, Outputs, add
-from sglang_conformance.cases.attention import (
-    DECODE,
-    LAYER,
-    MIXED,
-    Reqs,
-    Step,
-    make_step,
-    new_kv,
-    spec_of,
-)
-from sglang_conformance.env import Env, Op
-from sglang_conformance.tolerance import check_draws
-from sglang_core.ops.attention import AttnSpec
-from sglang_core.ops.sampling import SampleParams
+from sglang_conformance.case import Case, Outputs, Profile, add
+from sglang_conformance.cases.attention import COVERS, FullLayer, spec_of
+from sglang_conformance.cases.attention import COVERS as FULL_COVERS
+from sglang_conformance.cases.kv_step import DECODE, MIXED, Layer, Reqs
+from sglang_conformance.cases.mla import COVERS as LATENT_COVERS
+from sglang_conformance.cases.mla import LatentLayer
+from sglang_conformance.cases.rows import PADDED, TOGETHER
+from sglang_conformance.env import Env
+from sglang_conformance.guard import same_bits
 
-COVERS = ("attn.plan", "kv.write")
-FLOAT32 = (torch.float32,)
+SHARED_PAGES = 3
 
 
-def attend(env: Env, ops: dict[str, Op], spec: AttnSpec, step: Step, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    plan = ops["attn.plan"](spec, step.batch, env.device)
-    return ops["attn.paged"](q, k, v, step.pool, LAYER, spec, plan)  # type: ignore[no-any-return]
-
-
-def permuted_pages(env: Env, reqs: Reqs) -> Outputs:
+def permuted_pages(layer: Layer, reqs: Reqs) -> Outputs:
     """The same keys and values in other pages, in another order: the same bits."""
-    spec, size = spec_of(), 16
-    ops = env.paged_ops(spec, size)
-    step = make_step(env, spec, reqs, size)
-    tokens = step.batch.num_tokens
-    q, (k, v) = env.normal(tokens, spec.num_heads, spec.head_dim), new_kv(env, spec, tokens)
-    first = attend(env, ops, spec, step, q, k, v)
+    env, size = layer.env, layer.page_size
+    step = layer.step(reqs)
+    inputs = layer.inputs(step.batch.num_tokens)
+    first = layer(step, *inputs)
     count = step.pool.num_pages
     new_page = torch.cat([torch.zeros(1, dtype=torch.int32), env.permutation(count - 1) + 1])
     old_slots = torch.arange(count * size, dtype=torch.int32)
     new_slots = (new_page[:, None] * size + torch.arange(size, dtype=torch.int32)).flatten()
     step.pool.move(env.place(old_slots), env.place(new_slots))
-    step.batch.page_table_cpu.copy_(new_page[step.batch.page_table_cpu.long()])
-    step.batch.slot_mapping_cpu.copy_(new_slots[step.batch.slot_mapping_cpu.long()])
-    second = attend(env, ops, spec, step, q, k, v)
-    assert torch.equal(first, second), "a page's place in the pool must not change a bit"
+    moved = replace(
+        step.batch,
+        page_table_cpu=new_page[step.batch.page_table_cpu.long()],
+        slot_mapping_cpu=new_slots[step.batch.slot_mapping_cpu.long()],
+    )
+    second = layer(replace(step, batch=moved), *inputs)
+    assert same_bits(first, second), "a page's place in the pool must not change a bit"
     return {"o": second}
+
+
+def shared_pages(layer: Layer) -> Outputs:
+    """Reqs whose prefixes begin with the same pages, as after a hit in the prefix tree; one of them twice over."""
+    size = layer.page_size
+    shared = SHARED_PAGES * size
+    step = layer.step([(shared + 5, 1), (shared, 20), (shared + 40, 3), (shared, 1), (9, 1)])
+    table = step.batch.page_table_cpu
+    table[1:4, :SHARED_PAGES] = table[0, :SHARED_PAGES]
+    o, lse = layer(step, *layer.inputs(step.batch.num_tokens), lse=True)
+    return {"o": o, "lse": lse}
+
+
+def alone_and_together(layer: Layer, reqs: Reqs) -> Outputs:
+    """Each req in a batch of its own, over the pool that all share: what its neighbours hold is not seen."""
+    step = layer.step(reqs)
+    inputs = layer.inputs(step.batch.num_tokens)
+    together = layer(step, *inputs)
+    alone = []
+    for r in range(len(reqs)):
+        own, rows = step.part(r, r + 1)
+        alone.append(layer(own, *(x[rows] for x in inputs)))
+    if layer.env.batch_invariant(layer.op):
+        assert same_bits(torch.cat(alone), together), "it says batch_invariant, and a req's neighbours change its bits"
+    return {"together": together, "alone": torch.cat(alone)}
+
+
+def padded_or_not(layer: Layer, reqs: Reqs) -> Outputs:
+    """A step in a bucket, whose padding rows hold NaN and then zeros, and the same step in none."""
+    step = layer.step(reqs, padding=3)
+    inputs = layer.inputs(step.batch.num_tokens)
+    unpadded, rows = step.part(0, len(reqs))
+
+    def padded(value: float) -> Tensor:
+        given = tuple(x.clone() for x in inputs)
+        for x in given:
+            x[rows.stop :] = value
+        return layer(step, *given)[rows]  # type: ignore[no-any-return]
+
+    nan, zeros = padded(float("nan")), padded(0.0)
+    plain = layer(unpadded, *(x[rows] for x in inputs))
+    assert same_bits(nan, zeros), "what padding holds changes bits of other rows"
+    if layer.env.batch_invariant(layer.op):
+        assert same_bits(nan, plain), "it says batch_invariant, and padding changes bits"
+    return {"padded": nan, "unpadded": plain}
 
 
 def split_and_merged(env: Env) -> Outputs:
@@ -56,7 +97,7 @@ def split_and_merged(env: Env) -> Outputs:
     dims = {"Hq": spec.num_heads, "Hk": spec.num_kv_heads, "D": spec.head_dim}
     ragged, merge = env.op("attn.ragged", spec=spec, dims=dims), env.op("attn.merge", dims=dims)
     rows, keys, cut = 20, 90, 37
-    q, (k, v) = env.normal(rows, spec.num_heads, spec.head_dim), new_kv(env, spec, keys)
+    q, k, v = (env.normal(n, heads, spec.head_dim) for n, heads in ((rows, 8), (keys, 2), (keys, 2)))
 
     def over(a: int, b: int) -> tuple[Tensor, Tensor]:
         cu_q, cu_k = (env.place(torch.tensor([0, n], dtype=torch.int32)) for n in (rows, b - a))
@@ -67,83 +108,38 @@ def split_and_merged(env: Env) -> Outputs:
     return {"merged": o, "merged lse": lse, "whole": whole, "whole lse": whole_lse}
 
 
-def alone_and_together(env: Env, reqs: Reqs) -> Outputs:
-    """Each req in a batch of its own, in the pages that it has in the batch of all: what its neighbours hold is not seen."""
-    spec, size = spec_of(), 16
-    ops = env.paged_ops(spec, size)
-    step = make_step(env, spec, reqs, size)
-    tokens = step.batch.num_tokens
-    q, (k, v) = env.normal(tokens, spec.num_heads, spec.head_dim), new_kv(env, spec, tokens)
-    together = attend(env, ops, spec, step, q, k, v)
-    cu = step.batch.cu_extend_cpu.tolist()
-    alone = []
-    for r, (prefix, extend) in enumerate(reqs):
-        own = make_step(env, spec, [(prefix, extend)], size)
-        rows = slice(cu[r], cu[r + 1])
-        if prefix:
-            kept = step.pool.gather(LAYER, env.place(step.slots[r][:prefix]))
-            own.pool.scatter(LAYER, env.place(own.slots[0][:prefix]), *kept)
-        alone.append(attend(env, ops, spec, own, q[rows], k[rows], v[rows]))
-    if env.batch_invariant("attn.paged"):
-        assert torch.equal(torch.cat(alone), together), (
-            "it says batch_invariant, and a req's neighbours change its bits"
+LAYERS: tuple[tuple[type[FullLayer] | type[LatentLayer], tuple[str, ...]], ...] = (
+    (FullLayer, FULL_COVERS),
+    (LatentLayer, LATENT_COVERS),
+)
+RELATIONS: dict[str, tuple[Callable[[Layer], Outputs], Profile]] = {
+    "pages permuted": (lambda layer: permuted_pages(layer, MIXED), "core"),
+    "pages permuted, decode": (lambda layer: permuted_pages(layer, DECODE), "core"),
+    "pages shared": (shared_pages, "core"),
+    TOGETHER: (lambda layer: alone_and_together(layer, MIXED), "core"),
+    f"{PADDED}, decode": (lambda layer: padded_or_not(layer, DECODE), "buckets"),
+    f"{PADDED}, mixed": (lambda layer: padded_or_not(layer, MIXED), "buckets"),
+}
+for make, covers in LAYERS:
+    for name, (relation, profile) in RELATIONS.items():
+        add(
+            Case(
+                op=make.op,
+                name=name,
+                profile=profile,
+                covers=covers,
+                run=lambda env, m=make, f=relation: f(m(env)),
+            )
         )
-    return {"together": together, "alone": torch.cat(alone)}
-
-
-add(Case(op="attn.paged", name="pages permuted", run=lambda env: permuted_pages(env, MIXED), covers=COVERS))
-add(Case(op="attn.paged", name="pages permuted, decode", run=lambda env: permuted_pages(env, DECODE), covers=COVERS))
-add(Case(op="attn.paged", name="alone and together", run=lambda env: alone_and_together(env, MIXED), covers=COVERS))
-add(Case(op="attn.merge", name="split and merged", run=split_and_merged, covers=("attn.ragged",)))
-
-DRAWS, CLASSES = 10_000, 24
-
-
-def distribution(env: Env, *, temperature: float, top_p: float, top_k: int, min_p: float) -> Outputs:
-    """Draws from one row of logits, each with a seed and a position of its own, against their probabilities."""
-    row = env.normal(CLASSES, scale=1.5).float()
-    p = torch.softmax(row.double().cpu() / temperature, -1)
-    order = torch.argsort(p, descending=True, stable=True)
-    ranked = p[order]
-    keep = torch.arange(CLASSES) < top_k
-    ranked_k = torch.where(keep, ranked, 0.0) / ranked[keep].sum()
-    keep &= (ranked_k.cumsum(0) - ranked_k) < top_p
-    keep &= ranked >= min_p * ranked[0]
-    kept = torch.zeros(CLASSES, dtype=torch.float64).scatter(0, order, torch.where(keep, ranked, 0.0))
-
-    def every(value: float, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.full((DRAWS,), value).to(dtype).to(env.device)
-
-    params = SampleParams(
-        temperature=every(temperature),
-        top_p=every(top_p),
-        top_k=every(top_k, torch.int32),
-        min_p=every(min_p),
-        seeds=env.integers(-(2**31), 2**31 - 1, DRAWS),
-        positions=env.integers(0, 100_000, DRAWS),
-    )
-    logits = row.expand(DRAWS, CLASSES).contiguous()
-    ids, _ = env.op("sample.sample", dims={"V": CLASSES})(logits, params)
-    problem = check_draws(ids, kept / kept.sum())
-    assert problem is None, problem
-    return {"drawn": torch.ones(1)}
-
-
-PLAIN = {"temperature": 1.0, "top_p": 1.0, "top_k": CLASSES, "min_p": 0.0}
-for name, given in {
-    "plain": {},
-    "hot": {"temperature": 2.5},
-    "top-k": {"top_k": 7},
-    "top-p": {"top_p": 0.8},
-    "min-p": {"min_p": 0.15},
-    "all": {"temperature": 0.8, "top_p": 0.9, "top_k": 12, "min_p": 0.02},
-}.items():
+windowed = spec_of(window=50)
+for name, relation in {TOGETHER: alone_and_together, PADDED: padded_or_not}.items():
     add(
         Case(
-            op="sample.sample",
-            name=f"distribution, {name}",
-            dtypes=FLOAT32,
-            exact=("drawn",),
-            run=lambda env, g=PLAIN | given: distribution(env, **g),
+            op="attn.paged",
+            name=f"{name}, window",
+            profile="window" if relation is alone_and_together else "buckets",
+            covers=COVERS,
+            run=lambda env, f=relation: f(FullLayer(env, windowed), MIXED),
         )
     )
+add(Case(op="attn.merge", name="split and merged", run=split_and_merged, covers=("attn.ragged",)))

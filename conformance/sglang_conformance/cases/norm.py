@@ -1,28 +1,51 @@
+"""Normalisation: plain, after adding a residual, and of layers."""
+
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import torch
+
 from sglang_conformance.case import Case, Outputs, Profile, add
+from sglang_conformance.cases.rows import Rows, Run, add_rows
 from sglang_conformance.env import Env
 
 EPS = 1e-5
 
 
-def rms(shape: tuple[int, ...], scale: float, eps: float = EPS) -> object:
+def rms(shape: tuple[int, ...], scale: float = 1.0, *, wide_weight: bool = False) -> Callable[[Env], Outputs]:
+    """`wide_weight`: in float32 whatever x is, as models keep it that store weight + 1."""
+
     def run(env: Env) -> Outputs:
         op = env.op("norm.rms", dims={"M": shape[-1]})
-        return {"y": op(env.normal(*shape, scale=scale), env.normal(shape[-1]), eps)}
+        x, weight = env.normal(*shape, scale=scale), env.normal(shape[-1])
+        return {"y": op(x, env.place(weight.float().cpu() + 1e-3) if wide_weight else weight, EPS)}
 
     return run
 
 
-def add_rms(env: Env, rows: int, width: int) -> Outputs:
+def rms_of_zeros(env: Env) -> Outputs:
+    op = env.op("norm.rms", dims={"M": 256})
+    x = env.normal(4, 256)
+    x[1:3] = 0.0
+    return {"y": op(x, env.normal(256), EPS)}
+
+
+def add_rms(env: Env, rows: int, width: int, scale: float = 1.0, *, wide_weight: bool = False) -> Outputs:
     op = env.op("norm.add_rms", dims={"M": width})
-    y, residual = op(env.normal(rows, width), env.normal(rows, width, scale=3.0), env.normal(width), EPS)
+    x, residual, weight = (
+        env.normal(rows, width, scale=scale),
+        env.normal(rows, width, scale=3 * scale),
+        env.normal(width),
+    )
+    weight = env.place(weight.float().cpu() + 1e-3) if wide_weight else weight
+    y, residual = op(x, residual, weight, EPS)
     return {"y": y, "residual": residual}
 
 
-def layer(env: Env, rows: int, width: int, bias: bool) -> Outputs:
+def layer(env: Env, rows: int, width: int, bias: bool, *, mean: float = 3.0) -> Outputs:
     op = env.op("norm.layer", dims={"M": width})
-    x, w = env.normal(rows, width, mean=3.0), env.normal(width)
+    x, w = env.normal(rows, width, mean=mean), env.normal(width)
     return {"y": op(x, w, env.normal(width) if bias else None, EPS)}
 
 
@@ -30,19 +53,100 @@ SHAPES: dict[str, tuple[tuple[int, ...], Profile]] = {
     "decode": ((4, 1024), "core"),
     "prefill": ((130, 512), "core"),
     "heads": ((7, 4, 128), "core"),
-    "one row": ((1, 4096), "core"),
-    "no rows": ((0, 64), "core"),
+    "no heads": ((0, 4, 128), "core"),
+    "wide row": ((1, 4096), "core"),
     "odd width": ((5, 333), "odd_sizes"),
 }
 for name, (shape, profile) in SHAPES.items():
-    add(Case(op="norm.rms", name=name, run=rms(shape, 1.0), profile=profile))  # type: ignore[arg-type]
+    add(Case(op="norm.rms", name=name, run=rms(shape), profile=profile))
 # eps matters where the row is small, and float32 where the squares of a half type overflow.
-add(Case(op="norm.rms", name="small rows", run=rms((6, 256), 2e-3)))  # type: ignore[arg-type]
-add(Case(op="norm.rms", name="large rows", run=rms((6, 256), 3e3)))  # type: ignore[arg-type]
-add(Case(op="norm.add_rms", name="decode", run=lambda env: add_rms(env, 4, 1024)))
-add(Case(op="norm.add_rms", name="prefill", run=lambda env: add_rms(env, 130, 512)))
-add(Case(op="norm.add_rms", name="no rows", run=lambda env: add_rms(env, 0, 64)))
-add(Case(op="norm.add_rms", name="odd width", run=lambda env: add_rms(env, 5, 333), profile="odd_sizes"))
+add(Case(op="norm.rms", name="small rows", run=rms((6, 256), 2e-3)))
+add(Case(op="norm.rms", name="large rows", run=rms((6, 256), 3e3)))
+add(Case(op="norm.rms", name="rows of zeros", run=rms_of_zeros))
+add(Case(op="norm.rms", name="float32 weight", run=rms((6, 256), wide_weight=True)))
+RESIDUAL = ("residual",)  # a rounded sum of two numbers: nothing about it is open
+for name, (rows, width, profile) in {
+    "decode": (4, 1024, "core"),
+    "prefill": (130, 512, "core"),
+    "odd width": (5, 333, "odd_sizes"),
+}.items():
+    add(
+        Case(
+            op="norm.add_rms",
+            name=name,
+            exact=RESIDUAL,
+            run=lambda env, n=rows, w=width: add_rms(env, n, w),
+            profile=profile,  # type: ignore[arg-type]
+        )
+    )
+add(Case(op="norm.add_rms", name="large rows", exact=RESIDUAL, run=lambda env: add_rms(env, 6, 256, 1e3)))
+add(
+    Case(
+        op="norm.add_rms",
+        name="float32 weight",
+        exact=RESIDUAL,
+        run=lambda env: add_rms(env, 6, 256, wide_weight=True),
+    )
+)
 add(Case(op="norm.layer", name="bias", run=lambda env: layer(env, 9, 512, True)))
 add(Case(op="norm.layer", name="no bias", run=lambda env: layer(env, 9, 512, False)))
 add(Case(op="norm.layer", name="odd width", run=lambda env: layer(env, 5, 37, True), profile="odd_sizes"))
+# The mean of the squares less the square of the mean: nothing is left of it here.
+add(
+    Case(
+        op="norm.layer",
+        name="far from zero",
+        dtypes=(torch.float32, torch.bfloat16),
+        run=lambda env: layer(env, 6, 512, True, mean=500.0),
+    )
+)
+
+
+def rms_rows(env: Env, rows: int, width: int = 512, heads: int = 0) -> tuple[Rows, Run]:
+    """With `heads`, rows of so many heads: norms of queries and keys."""
+    op, weight = env.op("norm.rms", dims={"M": width}), env.normal(width)
+    shape = (rows, heads, width) if heads else (rows, width)
+    return {"x": env.normal(*shape)}, lambda given: {"y": op(given["x"], weight, EPS)}
+
+
+def add_rms_rows(env: Env, rows: int, width: int = 512) -> tuple[Rows, Run]:
+    op, weight = env.op("norm.add_rms", dims={"M": width}), env.normal(width)
+
+    def run(given: Rows) -> Outputs:
+        y, residual = op(given["x"], given["residual"], weight, EPS)
+        return {"y": y, "residual": residual}
+
+    return {"x": env.normal(rows, width), "residual": env.normal(rows, width, scale=3.0)}, run
+
+
+def layer_rows(env: Env, rows: int, width: int = 512) -> tuple[Rows, Run]:
+    op, weight, bias = env.op("norm.layer", dims={"M": width}), env.normal(width), env.normal(width)
+    return {"x": env.normal(rows, width, mean=3.0)}, lambda given: {"y": op(given["x"], weight, bias, EPS)}
+
+
+add_rows(
+    "norm.rms",
+    rms_rows,
+    odd=lambda env, rows: rms_rows(env, rows, 37),
+    many=lambda env, rows: rms_rows(env, rows // 4, 64, heads=4),
+)
+add_rows(
+    "norm.rms",
+    lambda env, rows: rms_rows(env, rows, 64, heads=3),
+    name="heads",
+    odd=lambda env, rows: rms_rows(env, rows, 37, heads=3),
+)
+add_rows(
+    "norm.add_rms",
+    add_rms_rows,
+    odd=lambda env, rows: add_rms_rows(env, rows, 37),
+    many=lambda env, rows: add_rms_rows(env, rows, 32),
+    poisoned=("x", "residual"),
+    exact=RESIDUAL,
+)
+add_rows(
+    "norm.layer",
+    layer_rows,
+    odd=lambda env, rows: layer_rows(env, rows, 41),
+    many=lambda env, rows: layer_rows(env, rows, 32),
+)

@@ -28,8 +28,10 @@ SCORES = {"avx2": 30, "avx512": 40, "avx512_bf16": 50, "amx": 60}
 EXPERT_OPS = ("moe.fused", "gemm.grouped")
 ACT_ORDER = tuple(f"int4.gptq.g{group}.act_order" for group in (32, 64, 128, -1))
 PROFILES = (
-    *("base", "serving", "mla", "window", "soft_cap", "sinks", "tree", "cross"),
-    *("kv_half", "kv_fp8", "kv_int8", "odd_sizes", "buckets"),
+    *("base", "serving", "mla", "moe", "vision", "graph", "comm", "e2e"),
+    *("window", "soft_cap", "sinks", "tree", "cross", "kv_half", "kv_fp8", "kv_int8", "odd_sizes", "buckets"),
+    *(f"quant:{fmt}" for fmt in ("fp8.token_channel", "fp8.block128", "int8.token_channel", "mxfp4.g32", "nvfp4.g16")),
+    *(f"quant:int4.{fmt}.g128" for fmt in ("awq", "gptq", "pack")),
 )
 INVARIANT = frozenset({"batch_invariant"})  # a row's result does not depend on its neighbours
 
@@ -79,6 +81,7 @@ class XeonBackend(Backend):
             score=SCORES[level],
             total_memory=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
             facts={"isa": level, "isa_of_cpu": found},
+            versions={platform.system(): platform.release()},
         )
         return [info]
 

@@ -1,0 +1,1 @@
+"""How fast each op is, next to what the device itself can read and multiply: never a verdict."""
