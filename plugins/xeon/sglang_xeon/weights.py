@@ -164,19 +164,24 @@ def _packed(w: PackedWeight, into: dict[str, Tensor] | None) -> dict[str, Tensor
         made["column_sum"] = _by_column(w["weight"].sum(1, dtype=torch.int32))
     if fmt.static:
         made["x_scale"] = w["x_scale"]
-    for name, tensor in made.items() if into is not None else ():
-        if into[name].shape != tensor.shape:
-            raise ValueError(
-                f"a weight of {w.fmt} cannot be rewritten in place: its {name} is {list(tensor.shape)}, and was "
-                f"{list(into[name].shape)} (another g_idx); load the model anew"
-            )
-        into[name].copy_(tensor)
+    if into is not None:
+        _rewrite(into, made, w.fmt)
     packed = torch.empty(shape.num_bytes(order), dtype=torch.uint8) if into is None else into["packed"]
     codes = w["weight"] if w["weight"].stride(-1) == 1 else w["weight"].contiguous()
     _pack(codes, packed, order, shape.element, shape.k)
     if into is None:
         made = {"packed": packed.view(w["weight"].dtype) if fmt.is_dense else packed} | made
     return made
+
+
+def _rewrite(into: dict[str, Tensor], made: dict[str, Tensor], fmt: str) -> None:
+    for name, tensor in made.items():
+        if into[name].shape != tensor.shape:
+            raise ValueError(
+                f"a weight of {fmt} cannot be rewritten in place: its {name} is {list(tensor.shape)}, and was "
+                f"{list(into[name].shape)} (another g_idx); load the model anew"
+            )
+        into[name].copy_(tensor)
 
 
 def _canonical(w: PackedWeight, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
