@@ -232,7 +232,7 @@ class QKVLinear(Linear):
     def forward_split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x: [T, M] -> q: [T, Hq, D], k, v: [T, Hk, D], views of one tensor."""
         hq, hk = self.heads.num_heads, self.heads.num_kv_heads
-        q, k, v = self.forward(x).view(-1, hq + 2 * hk, self.head_dim).split((hq, hk, hk), dim=1)
+        q, k, v = torch.split(self.forward(x).view(-1, hq + 2 * hk, self.head_dim), [hq, hk, hk], dim=1)
         return q, k, v
 
 
