@@ -57,6 +57,7 @@ setup(
                 "-fno-trapping-math",
                 "-ffp-contract=fast",
                 "-Wno-psabi",
+                "-Werror=float-conversion",  # a float that an overload takes for an integer
                 "-g0",
             ],
             extra_link_args=["-Wl,--strip-all"],

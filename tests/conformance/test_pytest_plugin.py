@@ -44,7 +44,7 @@ CpuBackend.claims = lambda self, ctx: Claims((Claim(op="norm.layer"),), waivers=
 def test_a_case_is_a_test_and_each_verdict_is_counted_by_its_name(tmp_path: Path) -> None:
     code, out = run(tmp_path, *WHICH)
     assert code == 0, out
-    assert "4 reference, 2 not_claimed" in out
+    assert "4 reference" in out and "2 not_claimed" in out  # in the order in which they arrive
     assert "skipped" not in out
     _, out = run(tmp_path, *WHICH, "-v")
     assert re.search(r"norm\.layer\[bias-float16\]\]? NOT_CLAIMED", out), out
@@ -79,4 +79,4 @@ def test_it_runs_under_xdist(tmp_path: Path) -> None:
     code, out = run(tmp_path, "-n", "2", *WHICH)
     assert code == 0, out
     assert "2 workers" in out
-    assert "4 reference, 2 not_claimed" in out
+    assert "4 reference" in out and "2 not_claimed" in out  # in the order in which they arrive

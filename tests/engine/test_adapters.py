@@ -37,8 +37,8 @@ def write(folder: Path, seed: int, rank: int = RANK) -> Path:
     for name, w in weights.items():
         if name.endswith(("q_proj.weight", "down_proj.weight")):
             module = f"base_model.model.{name.removesuffix('.weight')}"
-            pairs[f"{module}.lora_A.weight"] = torch.randn(rank, w.shape[1], generator=g) * 0.2
-            pairs[f"{module}.lora_B.weight"] = torch.randn(w.shape[0], rank, generator=g) * 0.2
+            pairs[f"{module}.lora_A.weight"] = torch.randn(rank, w.shape[1], generator=g) * 0.3
+            pairs[f"{module}.lora_B.weight"] = torch.randn(w.shape[0], rank, generator=g) * 0.3
     save_file(pairs, folder / "adapter_model.safetensors")
     config = f'{{"peft_type": "LORA", "r": {rank}, "lora_alpha": {rank}, "target_modules": ["q_proj", "down_proj"]}}'
     (folder / "adapter_config.json").write_text(config)
@@ -48,7 +48,7 @@ def write(folder: Path, seed: int, rank: int = RANK) -> Path:
 @pytest.fixture(scope="module")
 def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     root = tmp_path_factory.mktemp("adapters")
-    return {name: str(write(root / name, seed)) for seed, name in enumerate("abcd")}
+    return {name: str(write(root / name, seed)) for seed, name in enumerate("abcd", 1)}
 
 
 @pytest.fixture(scope="module")

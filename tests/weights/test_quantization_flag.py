@@ -220,7 +220,7 @@ def test_parts_that_are_stored_unlike_are_dequantised_and_it_is_said(tmp_path: P
     config = CONFIG | {"quantization_config": AWQ | {"modules_to_not_convert": ["k_proj"]}}
     (tmp_path / "config.json").write_text(json.dumps(config))
     model = load(tmp_path)
-    by_layer = {p.layer: p for p in totals(packings(model)).values()}
+    by_layer = {p.layer: p for p in totals(packings(model))}
     assert by_layer["QKVLinear"].plan == "dequantized" and by_layer["RowLinear"].plan == "reference"
     theirs = Stepper(load_plain(plain, tmp_path)).logits(TOKENS)
     assert float((Stepper(model).logits(TOKENS) - theirs).abs().max()) < 1e-4 * float(theirs.abs().max())

@@ -177,7 +177,7 @@ static int32_t draw_filtered(const SampleArgs& a, int64_t row, SampleSpace& spac
   c.count = 0, c.top = top;
   for (int64_t first = 0; first < width; first += kRun) {
     if (!(space.run_max[first / kRun] >= lowest)) continue;
-    for (int64_t i = first; i < first + kRun; ++i) {  // past the end there is -inf
+    for (int64_t i = first, end = min1(width, first + kRun); i < end; ++i) {
       c.scaled[c.count] = space.scaled[i], c.ids[c.count] = int32_t(i);
       c.count += space.scaled[i] >= lowest;
     }

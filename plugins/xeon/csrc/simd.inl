@@ -17,6 +17,7 @@ INLINE vf splat(float x) { return x - (vf){}; }
 INLINE vf max(vf a, vf b) { return a > b ? a : b; }
 INLINE vf min(vf a, vf b) { return a < b ? a : b; }
 INLINE float max1(float a, float b) { return a > b ? a : b; }
+INLINE float min1(float a, float b) { return a < b ? a : b; }
 INLINE int64_t min1(int64_t a, int64_t b) { return a < b ? a : b; }
 INLINE int64_t max1(int64_t a, int64_t b) { return a > b ? a : b; }
 INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

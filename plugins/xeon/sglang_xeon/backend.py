@@ -31,7 +31,7 @@ PROFILES = (
     *("base", "serving", "mla", "moe", "vision", "graph", "comm", "e2e"),
     *("window", "soft_cap", "sinks", "tree", "cross", "kv_half", "kv_fp8", "kv_int8", "odd_sizes", "buckets"),
     *(f"quant:{fmt}" for fmt in ("fp8.token_channel", "fp8.block128", "int8.token_channel", "mxfp4.g32", "nvfp4.g16")),
-    *(f"quant:int4.{fmt}.g128" for fmt in ("awq", "gptq", "pack")),
+    *(f"quant:int4.{fmt}" for fmt in ("awq.g128", "gptq.g64", "pack.g128")),
 )
 INVARIANT = frozenset({"batch_invariant"})  # a row's result does not depend on its neighbours
 

@@ -59,6 +59,11 @@ def test_draws_are_the_bodys(level: str, name: str, vocab: int) -> None:
     assert unlike(torch.randn(ROWS, vocab) * 3, params(ROWS, vocab, **FILTERS[name])) <= 0.01
 
 
+@pytest.mark.parametrize("name", ["top-k", "top-p", "min-p"])
+def test_draws_where_every_logit_is_below_zero(level: str, name: str) -> None:
+    assert unlike(torch.randn(ROWS, 3000) * 3 - 300, params(ROWS, 3000, **FILTERS[name])) <= 0.01
+
+
 @pytest.mark.parametrize("scale", [0.0, 0.1, 30.0])
 def test_flat_and_peaked_rows(level: str, scale: float) -> None:
     """All equal: the buckets hold one value; 30: one token has nearly all."""
