@@ -57,7 +57,7 @@ test-isa: install
 # After a change of the suite or of a kernel: the committed reports, and the page made of them.
 reports: install
 	for device in cpu xeon; do \
-	  $(VENV)/bin/sglang-conformance run $$device --full --strict --json conformance/reports/$$device.json || exit 1; done
+	  $(VENV)/bin/sglang-conformance run $$device --full --strict --perf --json conformance/reports/$$device.json || exit 1; done
 	$(VENV)/bin/sglang-conformance matrix conformance/reports/*.json -o docs/backends.md
 
 test-slow: install
