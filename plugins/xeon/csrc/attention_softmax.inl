@@ -125,7 +125,7 @@ struct Ahead {
   INLINE_MEMBER int64_t all_lines() const { return count * ceil_div(width * int64_t(sizeof(T)), 64); }
   INLINE_MEMBER void line() {
     if (row >= count) return;
-    __builtin_prefetch(rows[row] + at);
+    __builtin_prefetch(rows[row] + at, 0, 2);  // into L2: a block of all heads is more than L1 holds
     at += 64 / int64_t(sizeof(T));
     if (at >= width) at = 0, ++row;
   }

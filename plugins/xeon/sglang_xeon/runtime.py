@@ -9,8 +9,18 @@ from typing import Any
 
 import torch
 
-from sglang_core.api import Bucket, Communicator, HostStream, LocalCommunicator, RuntimeContext, TorchRuntime
+from sglang_core.api import (
+    Bucket,
+    Communicator,
+    HostStream,
+    LocalCommunicator,
+    Pool,
+    PoolSpec,
+    RuntimeContext,
+    TorchRuntime,
+)
 from sglang_xeon.collectives import meet
+from sglang_xeon.huge_pages import advise
 from sglang_xeon.team import Team
 from sglang_xeon.topology import compact, home_node, place, read_topology
 
@@ -47,6 +57,12 @@ class XeonRuntime(TorchRuntime):
             return step(forward_batch)
 
         return followed
+
+    def alloc_pool(self, spec: PoolSpec, num_pages: int) -> Pool:
+        pool = super().alloc_pool(spec, num_pages)
+        for leaf in pool.leaves:
+            advise(leaf)
+        return pool
 
     def communicator(self, ranks: Sequence[int], rank: int, store: Any) -> Communicator:
         """Shared memory where all ranks are on this host, else gloo."""

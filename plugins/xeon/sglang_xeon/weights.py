@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sglang_core.api.ops import Fmt, PackedWeight
+from sglang_xeon import huge_pages
 from sglang_xeon.library import ops
 
 LAYOUT = "xeon.panels"
@@ -134,10 +135,15 @@ def _packed_stack(w: PackedWeight, into: dict[str, Tensor] | None) -> dict[str, 
             _packed(w.expert(i), {name: stack[i] for name, stack in stacks.items()})
             continue
         first = _packed(w.expert(i), None)
-        stacks = {name: t.new_empty(w.num_experts, *t.shape) for name, t in first.items()}
+        stacks = {name: _stack(t, w.num_experts) for name, t in first.items()}
         for name, t in first.items():
             stacks[name][i] = t
     return stacks
+
+
+def _stack(one: Tensor, count: int) -> Tensor:
+    """Room for so many of one, undefined."""
+    return huge_pages.empty(count * one.nbytes).view(one.dtype).view(count, *one.shape)
 
 
 def _packed(w: PackedWeight, into: dict[str, Tensor] | None) -> dict[str, Tensor]:
@@ -166,7 +172,7 @@ def _packed(w: PackedWeight, into: dict[str, Tensor] | None) -> dict[str, Tensor
         made["x_scale"] = w["x_scale"]
     if into is not None:
         _rewrite(into, made, w.fmt)
-    packed = torch.empty(shape.num_bytes(order), dtype=torch.uint8) if into is None else into["packed"]
+    packed = huge_pages.empty(shape.num_bytes(order)) if into is None else into["packed"]
     codes = w["weight"] if w["weight"].stride(-1) == 1 else w["weight"].contiguous()
     _pack(codes, packed, order, shape.element, shape.k)
     if into is None:
