@@ -15,7 +15,7 @@ from sglang_xeon import isa
 
 NAMES = (
     *("gemm", "gemm_formats", "amx", "attention", "latent_attention", "ragged_attention", "rows"),
-    *("moe", "route", "lora", "sampling", "logits"),
+    *("moe", "route", "lora_apply", "sampling", "logits"),
 )
 TESTS = [str(Path(__file__).with_name(f"test_{name}.py")) for name in NAMES]
 
