@@ -201,7 +201,7 @@ MUTANTS = {
     "window_by_place_in_a_tree": Mutant("attn.paged", "tree"),
     "forgets_scales_of_keys": Mutant("attn.paged", "fp8"),
     "forgets_soft_cap": Mutant("attn.paged", "soft cap"),
-    "window_off_by_one": Mutant("attn.paged", "window"),
+    "window_off_by_one": Mutant("attn.paged", "window", alone=False),
     "forgets_sinks": Mutant("attn.paged", "sinks"),
     "weights_in_bf16": Mutant("attn.paged"),
     "reads_stale_values": Mutant("attn.paged"),

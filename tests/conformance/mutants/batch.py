@@ -68,7 +68,7 @@ PARTIALS = {name: value for name, value in globals().items() if isinstance(value
 MUTANTS = {
     **{name: Mutant(fn.args[0], PADDED) for name, fn in PARTIALS.items() if fn.func is adds_nothing_of_padding},
     **{
-        name: Mutant(fn.args[0], TOGETHER, INVARIANT)
+        name: Mutant(fn.args[0], TOGETHER, INVARIANT, alone=name != "delta_says_invariant")
         for name, fn in PARTIALS.items()
         if fn.func is another_order_for_many
     },

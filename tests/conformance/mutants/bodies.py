@@ -17,11 +17,15 @@ from sglang_core.ops.attention import AttnSpec, Plan
 
 @dataclass(frozen=True)
 class Mutant:
-    """`cases`: what must kill it, by a part of their titles; "" is all of its op's fast ones. `features` are what it says of itself."""
+    """`cases`: what must kill it, by a part of their titles; "" is all of its op's fast ones. `features` are what it says of itself.
+
+    `alone`: no other case of the op sees it, so that none of these could be left out.
+    """
 
     op: str
     cases: str = ""
     features: frozenset[str] = frozenset()
+    alone: bool = True
 
 
 def body(op: str, *args: Any, **kwargs: Any) -> Any:
