@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from sglang_conformance.case import Case, Outputs, Profile, add
-from sglang_conformance.cases.kv_step import CHUNK, DECODE, MIXED, PREFILL, TREES, Layer, Reqs, Step, new_kv
+from sglang_conformance.cases.kv_step import CHUNK, DECODE, MIXED, PREFILL, TREES, Layer, Reqs, Step, add_steps, new_kv
 from sglang_conformance.env import Env
 from sglang_core.ops.attention import AttnSpec
-
-COVERS = ("attn.plan", "kv.write")
-NEW = ("pool_k", "pool_v")
 
 
 def spec_of(heads: int = 8, kv_heads: int = 2, dim: int = 64, **more: Any) -> AttnSpec:
@@ -24,6 +22,7 @@ def spec_of(heads: int = 8, kv_heads: int = 2, dim: int = 64, **more: Any) -> At
 
 class FullLayer(Layer):
     op = "attn.paged"
+    covers = ("attn.plan", "kv.write")
 
     def __init__(self, env: Env, spec: AttnSpec | None = None, page_size: int = 16) -> None:
         self.spec = spec or spec_of()
@@ -48,29 +47,7 @@ class FullLayer(Layer):
         self.ops["kv.write"](*inputs[1:], step.pool, step.layer, slots)
 
 
-def add_paged(
-    name: str,
-    reqs: Reqs,
-    spec: AttnSpec | None = None,
-    page_size: int = 16,
-    *,
-    profile: Profile = "core",
-    full: bool = False,
-    dtypes: tuple[torch.dtype, ...] | None = None,
-    **more: Any,
-) -> None:
-    add(
-        Case(
-            op="attn.paged",
-            name=name,
-            run=lambda env: FullLayer(env, spec, page_size).run(reqs, **more),
-            profile=profile,
-            exact=NEW,
-            covers=COVERS,
-            full=full,
-            **({} if dtypes is None else {"dtypes": dtypes}),
-        )
-    )
+add_paged = partial(add_steps, FullLayer)
 
 
 CROSS: Reqs = [(50, 1), (1, 20), (0, 2), (300, 130)]  # (keys of an encoder, queries) each

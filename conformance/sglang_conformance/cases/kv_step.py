@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from sglang_conformance.case import Outputs
+from sglang_conformance.case import Case, Outputs, Profile, add
 from sglang_conformance.env import Env
 from sglang_core.backend.kv_dtypes import KV_DTYPES
 from sglang_core.backend.pool import Pool, PoolSpec
@@ -67,6 +67,7 @@ class Layer(ABC):
     """One layer's ops, bound. Called with a step and its inputs, packed over the tokens, it attends."""
 
     op: str
+    covers: tuple[str, ...]  # ops that its steps call, too
 
     def __init__(self, env: Env, spec: AttnSpec | MLASpec, page_size: int) -> None:
         self.env, self.page_size, self.ops = env, page_size, env.paged_ops(spec, page_size)
@@ -122,6 +123,33 @@ class Layer(ABC):
         for layer in range(step.pool.spec.num_layers):
             outputs[f"k{layer}"], outputs[f"v{layer}"] = step.pool.gather(layer, self.env.place(every))
         return outputs
+
+
+def add_steps(
+    layer: type[Any],
+    name: str,
+    reqs: Reqs,
+    spec: Any = None,
+    page_size: int = 16,
+    *,
+    profile: Profile = "core",
+    full: bool = False,
+    dtypes: tuple[torch.dtype, ...] | None = None,
+    **more: Any,
+) -> None:
+    """A case of one step of a `Layer`. `more` is for its `run`."""
+    add(
+        Case(
+            op=layer.op,
+            name=name,
+            run=lambda env: layer(env, spec, page_size).run(reqs, **more),
+            profile=profile,
+            exact=("pool_k", "pool_v"),
+            covers=layer.covers,
+            full=full,
+            **({} if dtypes is None else {"dtypes": dtypes}),
+        )
+    )
 
 
 STORED = ("k0", "v0", "k1", "v1")  # outputs of `writes`

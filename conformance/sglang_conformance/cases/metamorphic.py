@@ -13,10 +13,8 @@ import torch
 from torch import Tensor
 
 from sglang_conformance.case import Case, Outputs, Profile, add
-from sglang_conformance.cases.attention import COVERS, FullLayer, spec_of
-from sglang_conformance.cases.attention import COVERS as FULL_COVERS
+from sglang_conformance.cases.attention import FullLayer, spec_of
 from sglang_conformance.cases.kv_step import DECODE, MIXED, Layer, Reqs
-from sglang_conformance.cases.mla import COVERS as LATENT_COVERS
 from sglang_conformance.cases.mla import LatentLayer
 from sglang_conformance.cases.rows import PADDED, TOGETHER
 from sglang_conformance.env import Env
@@ -108,10 +106,7 @@ def split_and_merged(env: Env) -> Outputs:
     return {"merged": o, "merged lse": lse, "whole": whole, "whole lse": whole_lse}
 
 
-LAYERS: tuple[tuple[type[FullLayer] | type[LatentLayer], tuple[str, ...]], ...] = (
-    (FullLayer, FULL_COVERS),
-    (LatentLayer, LATENT_COVERS),
-)
+LAYERS: tuple[type[FullLayer] | type[LatentLayer], ...] = (FullLayer, LatentLayer)
 RELATIONS: dict[str, tuple[Callable[[Layer], Outputs], Profile]] = {
     "pages permuted": (lambda layer: permuted_pages(layer, MIXED), "core"),
     "pages permuted, decode": (lambda layer: permuted_pages(layer, DECODE), "core"),
@@ -120,14 +115,14 @@ RELATIONS: dict[str, tuple[Callable[[Layer], Outputs], Profile]] = {
     f"{PADDED}, decode": (lambda layer: padded_or_not(layer, DECODE), "buckets"),
     f"{PADDED}, mixed": (lambda layer: padded_or_not(layer, MIXED), "buckets"),
 }
-for make, covers in LAYERS:
+for make in LAYERS:
     for name, (relation, profile) in RELATIONS.items():
         add(
             Case(
                 op=make.op,
                 name=name,
                 profile=profile,
-                covers=covers,
+                covers=make.covers,
                 run=lambda env, m=make, f=relation: f(m(env)),
             )
         )
@@ -138,7 +133,7 @@ for name, relation in {TOGETHER: alone_and_together, PADDED: padded_or_not}.item
             op="attn.paged",
             name=f"{name}, window",
             profile="window" if relation is alone_and_together else "buckets",
-            covers=COVERS,
+            covers=FullLayer.covers,
             run=lambda env, f=relation: f(FullLayer(env, windowed), MIXED),
         )
     )

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
-from sglang_conformance.case import HALVES, Case, Outputs, Profile, add
-from sglang_conformance.cases.kv_step import CHUNK, DECODE, MIXED, PREFILL, TREES, Layer, Reqs, Step
+from sglang_conformance.case import HALVES, Case, Outputs, add
+from sglang_conformance.cases.kv_step import CHUNK, DECODE, MIXED, PREFILL, TREES, Layer, Step, add_steps
 from sglang_conformance.cases.rows import Rows, Run, add_rows
 from sglang_conformance.env import Env
 from sglang_core.ops.attention import AttnSpec
 from sglang_core.ops.mla import MLASpec
-
-COVERS = ("attn.mla_plan", "kv.write_mla")
-NEW = ("pool_k", "pool_v")
 
 
 def spec_of(heads: int = 8, rank: int = 64, rope: int = 32, scale: float = 0.15, **more: Any) -> MLASpec:
@@ -25,6 +22,7 @@ def spec_of(heads: int = 8, rank: int = 64, rope: int = 32, scale: float = 0.15,
 
 class LatentLayer(Layer):
     op = "attn.mla_paged"
+    covers = ("attn.mla_plan", "kv.write_mla")
 
     def __init__(self, env: Env, spec: MLASpec | None = None, page_size: int = 16) -> None:
         self.spec = spec or spec_of()
@@ -67,29 +65,7 @@ def project_rows(env: Env, rows: int, sizes: tuple[int, int, int] = (8, 32, 64))
     return {"x": env.normal(rows, heads, width)}, lambda given: {"y": op(given["x"], weight)}
 
 
-def add_latent(
-    name: str,
-    reqs: Reqs,
-    spec: MLASpec | None = None,
-    page_size: int = 16,
-    *,
-    profile: Profile = "core",
-    full: bool = False,
-    dtypes: tuple[torch.dtype, ...] | None = None,
-    **more: Any,
-) -> None:
-    add(
-        Case(
-            op="attn.mla_paged",
-            name=name,
-            run=lambda env: LatentLayer(env, spec, page_size).run(reqs, **more),
-            profile=profile,
-            exact=NEW,
-            covers=COVERS,
-            full=full,
-            **({} if dtypes is None else {"dtypes": dtypes}),
-        )
-    )
+add_latent = partial(add_steps, LatentLayer)
 
 
 add_latent("decode", DECODE)
