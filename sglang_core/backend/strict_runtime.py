@@ -93,18 +93,18 @@ class _StrictStep:
             return self._call(forward_batch)
 
     def _call(self, forward_batch: Any) -> Any:
+        declared = list(self._state.mutable_tensors())
+        self._races.touch(declared, writes=True)  # before the trace: whoever comes meanwhile is refused
         signature = _signature(forward_batch)
         first = signature not in self._signatures
         if first:
             self._check_input(forward_batch)
             self._signatures[signature] = self._trace(signature, forward_batch)
-        declared = list(self._state.mutable_tensors())
         watch = self._pools.watch(declared)
         check_slots(watch.pools, forward_batch)
         given = [t for _, t in leaves(forward_batch, "") if isinstance(t, Tensor)]
         read = [t for t in (*self._signatures[signature], *given) if not any(t is m for m in declared)]
         self._races.touch(read, writes=False)
-        self._races.touch(declared, writes=True)
         out = self._run_first(forward_batch, read) if first else self._run(forward_batch, read)
         watch.check(forward_batch)
         watch.move()

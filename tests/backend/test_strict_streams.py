@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -116,6 +117,27 @@ def test_the_host_copies_pages_while_the_step_runs(streams: tuple[Any, Any], ste
 def test_a_step_on_another_stream_than_the_one_before(streams: tuple[Any, Any], step: tuple[Any, State]) -> None:
     call, _ = step
     assert "writes a torch.float32 tensor" in refused(*(stream.submit(call, batch()) for stream in streams))
+
+
+def test_a_step_is_known_to_use_its_state_while_it_is_traced(
+    runtime: Any, streams: tuple[Any, Any], step: tuple[Any, State]
+) -> None:
+    """Tracing is the longest part of a first call. The other step is refused then, and the traced one goes on."""
+    call, state = step
+    traced, go_on = threading.Event(), threading.Event()
+
+    def waits(state: State, fb: Batch) -> Tensor:
+        traced.set()
+        assert go_on.wait(30)
+        return write(state, fb)
+
+    held = streams[1].submit(runtime.compile_step(waits, state, ()), batch())
+    assert traced.wait(30)
+    try:
+        assert "writes a torch.float32 tensor" in refused(streams[0].submit(call, batch()))
+    finally:
+        go_on.set()
+    assert torch.equal(held.result(), batch().x * 2.0)
 
 
 def test_tensors_that_two_streams_share(streams: tuple[Any, Any]) -> None:
