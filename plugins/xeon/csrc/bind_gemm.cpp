@@ -54,7 +54,7 @@ Tensor linear(const Tensor& x, const Tensor& packed, const MaybeTensor& bias, in
   DType dtype = float_of(packed, "weight");
   Element element = dtype == DType::f32 ? Element::f32 : dtype == DType::bf16 ? Element::bf16 : Element::f16;
   LinearArgs args{};
-  args.w = weight_of(packed, {}, {}, {}, {}, {}, {}, {int64_t(element), 0, 0, n, k, 0});
+  args.w = weight_of(packed, {}, {}, {}, {}, {}, {}, {}, {}, {}, {int64_t(element), 0, 0, n, k, 0});
   args.tiles = tiles ? kernels().tiles : nullptr;
   return run(x, args, bias);
 }
@@ -62,10 +62,10 @@ Tensor linear(const Tensor& x, const Tensor& packed, const MaybeTensor& bias, in
 // The same for weights of codes; x is quantised as facts[2] says.
 Tensor linear_coded(
     const Tensor& x, const Tensor& packed, const MaybeTensor& scales, const MaybeTensor& zeros, const MaybeTensor& column_scale,
-    const MaybeTensor& column_sum, const MaybeTensor& order, const MaybeTensor& bounds, const MaybeTensor& x_scale,
-    const MaybeTensor& bias, Facts facts, bool tiles) {
+    const MaybeTensor& column_sum, const MaybeTensor& tables, const MaybeTensor& starts, const MaybeTensor& escapes,
+    const MaybeTensor& order, const MaybeTensor& bounds, const MaybeTensor& x_scale, const MaybeTensor& bias, Facts facts, bool tiles) {
   LinearArgs args{};
-  args.w = weight_of(packed, scales, zeros, column_scale, column_sum, order, bounds, facts);
+  args.w = weight_of(packed, scales, zeros, column_scale, column_sum, tables, starts, escapes, order, bounds, facts);
   args.quantize = Quantize(facts[2]);
   args.x_scale = data_or_null<float>(x_scale);
   args.tiles = tiles ? kernels().tiles : nullptr;
@@ -80,7 +80,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(sglang_xeon, m) {
   m.def("linear(Tensor x, Tensor packed, Tensor? bias, int n, int k, bool tiles) -> Tensor");
   m.def(
       "linear_coded(Tensor x, Tensor packed, Tensor? scales, Tensor? zeros, Tensor? column_scale, Tensor? column_sum, "
-      "Tensor? order, Tensor? bounds, Tensor? x_scale, Tensor? bias, int[] facts, bool tiles) -> Tensor");
+      "Tensor? tables, Tensor? starts, Tensor? escapes, Tensor? order, Tensor? bounds, Tensor? x_scale, Tensor? bias, int[] facts, bool tiles) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(sglang_xeon, CPU, m) {

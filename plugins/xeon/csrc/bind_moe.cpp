@@ -22,8 +22,9 @@ ExpertStack stack_of(
 // gate: enum Gate; clamped: swiglu_clamped with alpha and limit instead.
 Tensor fused_experts(
     const Tensor& x, const Tensor& w13, const MaybeTensor& scales13, const MaybeTensor& zeros13, const MaybeTensor& column_scale13,
-    const MaybeTensor& column_sum13, const MaybeTensor& x_scale13, const MaybeTensor& bias13, Facts facts13, const Tensor& w2,
-    const MaybeTensor& scales2, const MaybeTensor& zeros2, const MaybeTensor& column_scale2, const MaybeTensor& column_sum2,
+    const MaybeTensor& column_sum13, const MaybeTensor& tables13, const MaybeTensor& starts13, const MaybeTensor& escapes13, const MaybeTensor& x_scale13,
+    const MaybeTensor& bias13, Facts facts13, const Tensor& w2, const MaybeTensor& scales2, const MaybeTensor& zeros2,
+    const MaybeTensor& column_scale2, const MaybeTensor& column_sum2, const MaybeTensor& tables2, const MaybeTensor& starts2, const MaybeTensor& escapes2,
     const MaybeTensor& x_scale2, const MaybeTensor& bias2, Facts facts2, const Tensor& weights, const Tensor& ids,
     const MaybeTensor& expert_map, int64_t gate, bool clamped, double alpha, double limit, bool weight_on_input, bool tiles) {
   STD_TORCH_CHECK(
@@ -35,8 +36,8 @@ Tensor fused_experts(
   Tensor rows = with_contiguous_rows(x), out = empty({x.size(0), hidden}, x.scalar_type()), held13, held2;
   ExpertsArgs args{};
   args.x = rows_of(rows, "x");
-  Weight up = weight_of(w13, scales13, zeros13, column_scale13, column_sum13, {}, {}, facts13);
-  Weight down = weight_of(w2, scales2, zeros2, column_scale2, column_sum2, {}, {}, facts2);
+  Weight up = weight_of(w13, scales13, zeros13, column_scale13, column_sum13, tables13, starts13, escapes13, {}, {}, facts13);
+  Weight down = weight_of(w2, scales2, zeros2, column_scale2, column_sum2, tables2, starts2, escapes2, {}, {}, facts2);
   STD_TORCH_CHECK(
       up.k == hidden && down.n == hidden && up.n == 2 * down.k, "sglang_xeon: stacks of [", up.n, ", ", up.k, "] and [", down.n, ", ",
       down.k, "] do not fit x of ", hidden, " columns");
@@ -54,8 +55,9 @@ Tensor fused_experts(
 // x: [S, k], w: [X] of [n, k], sizes: int32[X] -> [S, n]
 Tensor grouped(
     const Tensor& x, const Tensor& w, const MaybeTensor& scales, const MaybeTensor& zeros, const MaybeTensor& column_scale,
-    const MaybeTensor& column_sum, const MaybeTensor& x_scale, const MaybeTensor& bias, Facts facts, const Tensor& sizes, bool tiles) {
-  Weight first = weight_of(w, scales, zeros, column_scale, column_sum, {}, {}, facts);
+    const MaybeTensor& column_sum, const MaybeTensor& tables, const MaybeTensor& starts, const MaybeTensor& escapes, const MaybeTensor& x_scale,
+    const MaybeTensor& bias, Facts facts, const Tensor& sizes, bool tiles) {
+  Weight first = weight_of(w, scales, zeros, column_scale, column_sum, tables, starts, escapes, {}, {}, facts);
   STD_TORCH_CHECK(
       x.dim() == 2 && x.size(1) == first.k && sizes.numel() == w.size(0), "sglang_xeon: grouped takes [S, ", first.k,
       "] and a size an expert");
@@ -100,15 +102,15 @@ std::tuple<Tensor, Tensor> route(
 STABLE_TORCH_LIBRARY_FRAGMENT(sglang_xeon, m) {
   m.def(
       "fused_experts(Tensor x, Tensor w13, Tensor? scales13, Tensor? zeros13, Tensor? column_scale13, Tensor? column_sum13, "
-      "Tensor? x_scale13, Tensor? bias13, int[] facts13, Tensor w2, Tensor? scales2, Tensor? zeros2, Tensor? column_scale2, "
-      "Tensor? column_sum2, Tensor? x_scale2, Tensor? bias2, int[] facts2, Tensor weights, Tensor ids, Tensor? expert_map, int gate, "
+      "Tensor? tables13, Tensor? starts13, Tensor? escapes13, Tensor? x_scale13, Tensor? bias13, int[] facts13, Tensor w2, Tensor? scales2, Tensor? zeros2, Tensor? column_scale2, "
+      "Tensor? column_sum2, Tensor? tables2, Tensor? starts2, Tensor? escapes2, Tensor? x_scale2, Tensor? bias2, int[] facts2, Tensor weights, Tensor ids, Tensor? expert_map, int gate, "
       "bool clamped, float alpha, float limit, bool weight_on_input, bool tiles) -> Tensor");
   m.def(
       "route(Tensor logits, Tensor? bias, int top_k, int scoring, int num_groups, int top_groups, bool best_two, bool renormalize, "
       "float scale) -> (Tensor, Tensor)");
   m.def(
-      "grouped(Tensor x, Tensor w, Tensor? scales, Tensor? zeros, Tensor? column_scale, Tensor? column_sum, Tensor? x_scale, "
-      "Tensor? bias, int[] facts, Tensor sizes, bool tiles) -> Tensor");
+      "grouped(Tensor x, Tensor w, Tensor? scales, Tensor? zeros, Tensor? column_scale, Tensor? column_sum, Tensor? tables, "
+      "Tensor? starts, Tensor? escapes, Tensor? x_scale, Tensor? bias, int[] facts, Tensor sizes, bool tiles) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(sglang_xeon, CPU, m) {

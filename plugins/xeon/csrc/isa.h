@@ -30,20 +30,22 @@ struct MutRows {
 namespace sglang_xeon {
 
 // What a weight is made of. sglang_core/ops/formats.py says what each code stands for.
-enum class Element : int32_t { f32 = 0, bf16 = 1, f16 = 2, int4 = 3, int4_zero = 4, e2m1 = 5, fp8 = 6, int8 = 7 };
+enum class Element : int32_t { f32 = 0, bf16 = 1, f16 = 2, int4 = 3, int4_zero = 4, e2m1 = 5, fp8 = 6, int8 = 7, bf16_coded = 8 };
+inline constexpr int64_t kNumElements = 9;
 enum class ScaleType : int32_t { f32 = 0, e8m0 = 1, e4m3 = 2 };
 
 // k that lie side by side in a panel, and the bytes of all its 16 columns over so many k.
 inline constexpr int64_t unit_of(Element e) {
-  return e <= Element::f16 ? 2 : e <= Element::e2m1 ? 8 : 4;
+  return e <= Element::f16 ? 2 : e <= Element::e2m1 || e == Element::bf16_coded ? 8 : 4;
 }
-inline constexpr int64_t unit_bytes(Element e) { return e == Element::f32 ? 128 : 64; }
+inline constexpr int64_t unit_bytes(Element e) { return e == Element::f32 ? 128 : e == Element::bf16_coded ? 192 : 64; }
 
 // A packed weight [n, k]: panels of 16 columns, [ceil(n / 16)][k_padded / unit][unit_bytes]; the padding is zeros.
 //   f32   [2][16]: one k after the other                  bf16  [16][2]: pairs, as VDPBF16PS and TDPBF16PS read them
 //   f16   [2][16]: one k after the other                  int8  [16][4]: quads, as VPDPBUSD and TDPBUSD read them
 //   fp8   [16][4], the bytes of a column in the order k0, k2, k1, k3: k0 and k1 are the low bytes of two 16-bit words
 //   4-bit [16] words of 32 bits: k = 2i in bits 4i.., k = 2i + 1 in bits 16 + 4i..: a shift gives a pair
+//   bf16_coded: see exponents.h
 struct Weight {
   Element element;
   const void* codes;
@@ -54,6 +56,10 @@ struct Weight {
   const int32_t* column_sum;  // [panels * 16], for int8: the sum of a column's codes
   const int32_t* order;       // [k_padded]: the column of x at each k, -1 for none; null: as they come
   const int32_t* bounds;      // [groups + 1]: where groups begin in k, where they are of unequal length
+  const uint8_t* tables;      // [panels][16], for bf16_coded: upper bytes by code
+  const int32_t* starts;      // [panels + 1], for bf16_coded: where each panel's escapes begin
+  const void* escapes;        // Escape[num_escapes], of exponents.h
+  int64_t num_escapes;        // room for so many an expert
   int64_t n, k, k_padded;
   int64_t group, groups;      // k that share scales and zeros, and how many such groups there are
 };

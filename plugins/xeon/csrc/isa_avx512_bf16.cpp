@@ -1,5 +1,6 @@
 #include <immintrin.h>
 
+#include "exponents.h"
 #include "isa.h"
 #include "parallel.h"
 #include "select.h"

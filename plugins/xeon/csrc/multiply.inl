@@ -11,7 +11,7 @@ INLINE int64_t row_block(const Weight& w) { return is_coded(w) ? 4 * kRowBlock :
 
 // Panels that `multiply` takes side by side.
 INLINE int64_t panels_per_step(const Weight& w, int64_t rows) {
-  if (is_coded(w) && rows <= kCodedRows) return coded_panels(int(rows));
+  if (is_coded(w) && w.element != Element::bf16_coded && rows <= kCodedRows) return coded_panels(int(rows));
   return panels_at_once(int(ceil_div(rows, ceil_div(rows, kMaxRows))));
 }
 
@@ -71,32 +71,43 @@ INLINE bool fits_tiles(const Weight& w, int64_t rows) {
   return sizeof(Act) == 2 && rows >= kLeastTileRows && !w.bounds && (w.groups == 1 || w.group % 32 == 0);
 }
 
-// A block that is widened first, for all its rows.
-template <Element E>
-static void multiply_widened(CodedTile t, int64_t length, int64_t rows, int64_t count, const TileKernels* amx) {
+// A block of some panels that lie in scratch memory as kWide codes: c (+)= a * wide.
+struct WideBlock {
+  const Act* a;
+  int64_t a_stride;
+  const char* wide;
+  int64_t length;  // in k
+  float* c;
+  int64_t c_stride;
+  bool add;
+};
+static void multiply_wide(const WideBlock& t, int64_t rows, int64_t count, const TileKernels* amx) {
   static constexpr Tiles<kWidePath> tiles;
+  int64_t panel_bytes = t.length * (unit_bytes(kWide) / unit_of(kWide)), groups = ceil_div(rows, kMaxRows);
+  if (amx) return amx->bf16({t.a, t.a_stride * 2, t.wide, panel_bytes, t.length / 2, t.c, t.c_stride, rows, count, t.add});
+  for (int64_t g = 0; g < groups; ++g) {
+    int64_t start = group_start(rows, groups, g), size = group_start(rows, groups, g + 1) - start;
+    const Act* a = t.a + start * t.a_stride;
+    float* c = t.c + start * t.c_stride;
+    if (count == panels_at_once(int(size))) {
+      tiles.many[size](a, t.a_stride, t.wide, panel_bytes, t.length / 2, c, t.c_stride, t.add);
+    } else {
+      for (int64_t p = 0; p < count; ++p)
+        tiles.one[size](a, t.a_stride, t.wide + p * panel_bytes, panel_bytes, t.length / 2, c + p * kPanel, t.c_stride, t.add);
+    }
+  }
+}
+
+// A block of codes that is widened first, for all its rows.
+template <Element E>
+static void multiply_widened(const CodedTile& t, int64_t length, int64_t rows, int64_t count, const TileKernels* amx) {
   constexpr int64_t per_k = unit_bytes(kWide) / unit_of(kWide);
   char* wide = static_cast<char*>(scratch(kSlotWidened, size_t(count * (length * per_k + rows * kPanel * 4))));
   float* sums = reinterpret_cast<float*>(wide + count * length * per_k);
   for (int64_t p = 0; p < count; ++p) widen<E>(t.w + p * t.panel_bytes, t.units, t.zeros + p * t.zero_step, wide + p * length * per_k);
   float* c = t.scales ? sums : t.c;
-  int64_t c_stride = t.scales ? count * kPanel : t.c_stride, groups = ceil_div(rows, kMaxRows);
-  if (amx) {
-    amx->bf16({t.a, t.a_stride * 2, wide, length * per_k, length / 2, c, c_stride, rows, count, t.add && !t.scales});
-    groups = 0;
-  }
-  for (int64_t g = 0; g < groups; ++g) {
-    int64_t start = group_start(rows, groups, g), size = group_start(rows, groups, g + 1) - start;
-    const Act* a = static_cast<const Act*>(t.a) + start * t.a_stride;
-    float* cp = c + start * c_stride;
-    bool add = t.add && !t.scales;
-    if (count == panels_at_once(int(size))) {
-      tiles.many[size](a, t.a_stride, wide, length * per_k, length / 2, cp, c_stride, add);
-    } else {
-      for (int64_t p = 0; p < count; ++p)
-        tiles.one[size](a, t.a_stride, wide + p * length * per_k, length * per_k, length / 2, cp + p * kPanel, c_stride, add);
-    }
-  }
+  int64_t c_stride = t.scales ? count * kPanel : t.c_stride;
+  multiply_wide({static_cast<const Act*>(t.a), t.a_stride, wide, length, c, c_stride, t.add && !t.scales}, rows, count, amx);
   if (t.scales) add_scaled(t, sums, c_stride, rows, count);
 }
 
@@ -128,6 +139,8 @@ static void multiply_coded(
       multiply_widened<E>(t, length, rows, count, amx);
   }
 }
+
+#include "exponents.inl"
 
 // The same where the weight is what the tiles of gemm.inl or gemm_int8.inl multiply. A, C: types of activations and sums; `amx`
 // multiplies in their place where it is given.
@@ -192,6 +205,7 @@ static void multiply(
       }
       case Element::f16: multiply_coded<Element::f16>(w, x, row, rows, at, some, c, c_stride, amx); break;
 #endif
+      case Element::bf16_coded: multiply_exponents(w, x, row, rows, at, some, c, c_stride, amx); break;
       case Element::int4: multiply_coded<Element::int4>(w, x, row, rows, at, some, c, c_stride, amx); break;
       case Element::int4_zero: multiply_coded<Element::int4_zero>(w, x, row, rows, at, some, c, c_stride, amx); break;
       case Element::e2m1: multiply_coded<Element::e2m1>(w, x, row, rows, at, some, c, c_stride, amx); break;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "bindings.h"
+#include "exponents.h"
 
 namespace sglang_xeon {
 
@@ -18,8 +19,9 @@ const T* data_or_null(const MaybeTensor& t) {
 // Of one matrix, or of the first of a stack: the others' tensors follow.
 inline Weight weight_of(
     const Tensor& packed, const MaybeTensor& scales, const MaybeTensor& zeros, const MaybeTensor& column_scale,
-    const MaybeTensor& column_sum, const MaybeTensor& order, const MaybeTensor& bounds, const Facts& facts) {
-  STD_TORCH_CHECK(facts.size() == 6 && facts[0] >= 0 && facts[0] <= int64_t(Element::int8), "sglang_xeon: not a weight's facts");
+    const MaybeTensor& column_sum, const MaybeTensor& tables, const MaybeTensor& starts, const MaybeTensor& escapes,
+    const MaybeTensor& order, const MaybeTensor& bounds, const Facts& facts) {
+  STD_TORCH_CHECK(facts.size() == 6 && facts[0] >= 0 && facts[0] < kNumElements, "sglang_xeon: not a weight's facts");
   Weight w{};
   w.element = Element(facts[0]), w.scale_type = ScaleType(facts[1]);
   w.n = facts[3], w.k = facts[4], w.group = facts[5];
@@ -33,10 +35,15 @@ inline Weight weight_of(
   w.column_sum = data_or_null<int32_t>(column_sum);
   w.order = data_or_null<int32_t>(order);
   w.bounds = data_or_null<int32_t>(bounds);
+  w.tables = data_or_null<uint8_t>(tables);
+  w.starts = data_or_null<int32_t>(starts);
+  w.escapes = data_or_null<void>(escapes);
+  w.num_escapes = escapes ? escapes->size(-1) : 0;
   auto fits = [&](const MaybeTensor& t, int64_t size) { return !t || (t->is_contiguous() && t->numel() % size == 0 && t->numel() > 0); };
   int64_t by_group = panels * w.groups * kPanel, bytes = panels * w.k_padded / unit * unit_bytes(w.element);
+  bool complete = w.element != Element::bf16_coded || (tables && starts && escapes);
   bool whole = packed.is_contiguous() && packed.numel() * int64_t(packed.element_size()) % std::max<int64_t>(bytes, 1) == 0 &&
-               packed.numel() > 0 && fits(scales, by_group) && fits(zeros, by_group) && fits(column_scale, panels * kPanel) &&
+               packed.numel() > 0 && complete && fits(tables, panels * kCodes) && fits(starts, panels + 1) && fits(scales, by_group) && fits(zeros, by_group) && fits(column_scale, panels * kPanel) &&
                fits(column_sum, panels * kPanel);
   STD_TORCH_CHECK(whole || w.n * w.k == 0, "sglang_xeon: not a packed [", w.n, ", ", w.k, "] weight");
   return w;

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from sglang_core.api.ops import PackedWeight
 from sglang_xeon.library import ops
-from sglang_xeon.weights import LAYOUT, facts, operands, pack, unpack
+from sglang_xeon.weights import LAYOUT, PLAIN, facts, operands, pack, unpack
 
 __all__ = ["LAYOUT", "linear", "linear_amx", "pack", "unpack"]
 
@@ -26,8 +26,9 @@ def linear_amx(x: Tensor, w: PackedWeight, bias: Tensor | None = None) -> Tensor
 def _run(x: Tensor, w: PackedWeight, bias: Tensor | None, tiles: bool) -> Tensor:
     n, k = w.out_features, w.in_features
     rows = x if x.dim() == 2 else x.reshape(-1, k)
-    if w.fmt == "dense":
+    known = facts(w)
+    if known[0] in PLAIN:
         y: Tensor = _linear(rows, w["packed"], bias, n, k, tiles)
     else:
-        y = _coded(rows, *operands(w), bias, facts(w), tiles)
+        y = _coded(rows, *operands(w), bias, known, tiles)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], n)

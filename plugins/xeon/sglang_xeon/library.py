@@ -12,6 +12,8 @@ import torch
 from sglang_core.api import PluginError
 from sglang_xeon import isa
 
+_level = ""
+
 # What oneDNN, which torch's own matrix products call, may use where a level is forced. It reads this at its first call.
 _ONEDNN = {"avx2": "AVX2", "avx512": "AVX512_CORE", "avx512_bf16": "AVX512_CORE_BF16"}
 
@@ -33,7 +35,14 @@ def set_isa(level: str) -> None:
     host = isa.host()
     if host is None:
         raise PluginError("sglang-xeon needs an x86-64 CPU with AVX2 and FMA; choose another --device")
-    ops.set_isa(isa.capped(host, level))
+    global _level
+    _level = isa.capped(host, level)
+    ops.set_isa(_level)
+
+
+def level() -> str:
+    """What set_isa chose."""
+    return _level
 
 
 def _start() -> None:

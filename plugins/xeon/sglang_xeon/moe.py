@@ -22,6 +22,9 @@ _TENSORS = (
     "zeros",
     "column_scale",
     "column_sum",
+    "tables",
+    "starts",
+    "escapes",
     "x_scale",
 )  # of a stack, as the C++ ops take them
 

@@ -1,19 +1,22 @@
 """Weights in every format as the kernels read them: panels of 16 output columns (`Weight` in csrc/isa.h), packed once at load.
 
 One copy serves every batch size and every ISA level, AMX tiles included: with few rows a kernel widens codes in registers, with many it
-widens a block of panels once for all of them. Codes keep the bits that the checkpoint has. A stack of experts has one leading
-dim more in every tensor.
+widens a block of panels once for all of them. Codes keep the bits that the checkpoint has; bfloat16 too, whose exponents are
+coded where decoding them hides behind the products (csrc/exponents.h): 0.75 of the bytes, the same numbers. A stack of experts
+has one leading dim more in every tensor.
 """
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from sglang_core.api import ConfigError
 from sglang_core.api.ops import Fmt, PackedWeight
-from sglang_xeon import huge_pages
+from sglang_xeon import huge_pages, isa, library
 from sglang_xeon.library import ops
 
 LAYOUT = "xeon.panels"
@@ -23,14 +26,22 @@ BLOCK_ROWS = 128  # of fp8.block128, that share a scale
 
 # As csrc/isa.h numbers them.
 _DENSE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_INT4, _INT4_ZERO, _E2M1, _FP8, _INT8 = 3, 4, 5, 6, 7
-_UNITS = {0: 2, 1: 2, 2: 2, _INT4: 8, _INT4_ZERO: 8, _E2M1: 8, _FP8: 4, _INT8: 4}
-_UNIT_BYTES = {0: 128}  # others: 64
+PLAIN = frozenset(_DENSE.values())
+_INT4, _INT4_ZERO, _E2M1, _FP8, _INT8, _CODED = 3, 4, 5, 6, 7, 8
+_UNITS = {0: 2, 1: 2, 2: 2, _CODED: 8, _INT4: 8, _INT4_ZERO: 8, _E2M1: 8, _FP8: 4, _INT8: 4}
+_UNIT_BYTES = {0: 128, _CODED: 192}  # others: 64
 _SCALES = {torch.float32: 0, torch.uint8: 1, torch.float8_e4m3fn: 2}
 _QUANTIZE = ("as_is", "fp8", "fp8_static", "fp8_block", "int8", "int8_asym", "nvfp4", "nvfp4_static")
-_TENSORS = ("packed", "scales", "zeros", "column_scale", "column_sum", "order", "bounds", "x_scale")
+_TENSORS = (
+    *("packed", "scales", "zeros", "column_scale", "column_sum"),
+    *("tables", "starts", "escapes", "order", "bounds", "x_scale"),
+)
 
-_pack, _unpack = ops.pack.default, ops.unpack.default
+ENV = "SGLANG_XEON_BF16"  # for measuring: "plain" keeps bfloat16 weights as they are
+MOST_ESCAPES = 1e-3  # of a weight's numbers: each costs as much as forty others
+
+_pack, _unpack, _measure = ops.pack.default, ops.unpack.default, ops.measure_exponents.default
+_pack_coded, _unpack_coded = ops.pack_exponents.default, ops.unpack_exponents.default
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +60,8 @@ class Shape:
         fmt = Fmt.parse(w.fmt)
         if fmt.is_dense:
             dtype = w["packed" if w.layout == LAYOUT else "weight"].dtype
-            return cls(_DENSE[dtype], w.out_features, w.in_features, 0, 0, 0)
+            element = _CODED if "escapes" in w._buffers else _DENSE[dtype]
+            return cls(element, w.out_features, w.in_features, 0, 0, 0)
         int4 = _INT4_ZERO if fmt.has_zero else _INT4
         element = {"fp8": _FP8, "int8": _INT8, "e2m1": _E2M1, "int4": int4}[fmt.element]
         group = w.in_features if fmt.group == -1 else fmt.group or 0
@@ -87,14 +99,15 @@ def facts(w: PackedWeight) -> list[int]:
 
 
 def pack(w: PackedWeight, out: PackedWeight | None = None) -> PackedWeight:
-    """Canonical -> panels. With `out`, an earlier result, its bytes are rewritten.
+    """Canonical -> panels. With `out`, an earlier result, its bytes are rewritten; but escapes, which may be more or fewer, replaced.
 
     Raises ValueError where `out` was packed for another order of columns (act_order) that does not fit it.
     """
-    if w.num_experts is None:
-        made = _packed(w, None if out is None else _tensors(out))
-    else:
-        made = _packed_stack(w, None if out is None else _tensors(out))
+    coded = _coded(w, out)
+    if out is not None and (coded is not None or "escapes" in out._buffers):
+        _replace(out, coded or _plain(w, None))
+        return out
+    made = coded or _plain(w, None if out is None else _tensors(out))
     if out is not None:
         return out
     return PackedWeight(
@@ -120,6 +133,60 @@ def unpack(w: PackedWeight, out: PackedWeight | None = None) -> PackedWeight:
             out[name].copy_(tensor)
         return out
     return PackedWeight(w.fmt, made, out_features=w.out_features, in_features=w.in_features, num_experts=w.num_experts)
+
+
+def _plain(w: PackedWeight, into: dict[str, Tensor] | None) -> dict[str, Tensor]:
+    return _packed(w, into) if w.num_experts is None else _packed_stack(w, into)
+
+
+def _replace(out: PackedWeight, made: dict[str, Tensor]) -> None:
+    for name in set(out._buffers) | set(made):
+        out._buffers.pop(name, None)
+    for name, tensor in made.items():
+        out.register_buffer(name, tensor)
+    out.__dict__.pop("_xeon_facts", None)
+
+
+def codes_exponents(level: str) -> bool:
+    """Whether bfloat16 weights are packed with coded exponents. Raises ConfigError for a value of SGLANG_XEON_BF16 that is none."""
+    wanted = os.environ.get(ENV) or "coded"
+    if wanted not in ("coded", "plain"):
+        raise ConfigError(f"{ENV}={wanted!r}: it may be 'coded' (the default) or 'plain'")
+    return wanted == "coded" and isa.LEVELS.index(level) >= isa.LEVELS.index("avx512_bf16")
+
+
+def _coded(w: PackedWeight, out: PackedWeight | None) -> dict[str, Tensor] | None:
+    """The packed tensors with coded exponents, codes where `out` has its own; None where a weight is better off as it is."""
+    weight = w["weight"]
+    if (
+        w.fmt != "dense"
+        or weight.dtype is not torch.bfloat16
+        or not weight.numel()
+        or not codes_exponents(library.level())
+    ):
+        return None
+    each = [_rows(one) for one in (weight if w.num_experts is not None else weight[None])]
+    panels = -(-w.out_features // PANEL)
+    tables = torch.empty(len(each), panels, 16, dtype=torch.uint8)
+    starts = torch.empty(len(each), panels + 1, dtype=torch.int32)
+    for i, one in enumerate(each):
+        _measure(one, tables[i], starts[i])
+    if int(starts[:, -1].sum()) > MOST_ESCAPES * weight.numel():
+        return None
+    num_bytes = panels * -(-w.in_features // _UNITS[_CODED]) * _UNIT_BYTES[_CODED]
+    if out is not None and "escapes" in out._buffers:
+        packed = out["packed"].view(len(each), num_bytes)
+    else:
+        packed = huge_pages.empty(len(each) * num_bytes).view(len(each), num_bytes)
+    escapes = torch.zeros(len(each), max(int(starts[:, -1].max()), 1), dtype=torch.int64)
+    for i, one in enumerate(each):
+        _pack_coded(one, tables[i], starts[i], packed[i], escapes[i])
+    made = {"packed": packed, "tables": tables, "starts": starts, "escapes": escapes}
+    return made if w.num_experts is not None else {name: t[0] for name, t in made.items()}
+
+
+def _rows(weight: Tensor) -> Tensor:
+    return weight if weight.stride(-1) == 1 else weight.contiguous()
 
 
 def _tensors(w: PackedWeight) -> dict[str, Tensor]:
@@ -173,8 +240,7 @@ def _packed(w: PackedWeight, into: dict[str, Tensor] | None) -> dict[str, Tensor
     if into is not None:
         _rewrite(into, made, w.fmt)
     packed = huge_pages.empty(shape.num_bytes(order)) if into is None else into["packed"]
-    codes = w["weight"] if w["weight"].stride(-1) == 1 else w["weight"].contiguous()
-    _pack(codes, packed, order, shape.element, shape.k)
+    _pack(_rows(w["weight"]), packed, order, shape.element, shape.k)
     if into is None:
         made = {"packed": packed.view(w["weight"].dtype) if fmt.is_dense else packed} | made
     return made
@@ -193,6 +259,10 @@ def _rewrite(into: dict[str, Tensor], made: dict[str, Tensor], fmt: str) -> None
 def _canonical(w: PackedWeight, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """One matrix's packed tensors -> canonical ones."""
     shape, fmt, packed = Shape.of(w), Fmt.parse(w.fmt), tensors["packed"]
+    if shape.element == _CODED:
+        weight = torch.empty(shape.n, shape.k, dtype=torch.bfloat16)
+        _unpack_coded(packed, tensors["tables"], tensors["starts"], tensors["escapes"], weight)
+        return {"weight": weight}
     dtype = packed.dtype if fmt.is_dense else fmt.containers(shape.k)["weight"].dtype
     columns = shape.k // 2 if _UNITS[shape.element] == 8 else shape.k
     weight = torch.zeros(shape.n, columns, dtype=dtype)
