@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 RECORD_AT = 3  # a shape that comes so often will come again
 MAX_SHAPES = 32  # remembered, those used last; a graph holds a step's logits and little else
 MAX_ROWS = 32  # longer steps have so much work for each kernel that Python before it is no matter
-LEAST_KERNELS = 16  # on a tape, or replaying it saves nothing
+LEAST_KERNELS = 16  # a step that runs fewer in one shape does so in all, and is left alone
 
 # Ops that do nothing but run kernels that a tape notes, with operands that are the caller's.
 TAPED = {
@@ -58,13 +58,19 @@ class StepGraphs:
     def __init__(self, step: Callable[[Any], Any]) -> None:
         self._step = step
         self._shapes: OrderedDict[Hashable, _Shape] = OrderedDict()
+        self._worth_it = True
 
     def __call__(self, batch: Any) -> Any:
+        if not self._worth_it:
+            return self._step(batch)
         facts = list(leaves(batch, ""))
         inputs = [leaf for _, leaf in facts if isinstance(leaf, Tensor)]
         if any(x.dim() and x.shape[0] > MAX_ROWS + 1 for x in inputs):  # cu_extend has one more than there are reqs
             return self._step(batch)
-        return self._shape_of(facts).run(self._step, batch, inputs)
+        shape = self._shape_of(facts)
+        result = shape.run(self._step, batch, inputs)
+        self._worth_it = shape.num_kernels is None or shape.num_kernels >= LEAST_KERNELS
+        return result
 
     def _shape_of(self, facts: Sequence[tuple[str, Any]]) -> _Shape:
         key = tuple((path, (x.shape, x.dtype) if isinstance(x, Tensor) else x) for path, x in facts)
@@ -80,6 +86,7 @@ class _Shape:
 
     def __init__(self) -> None:
         self.num_steps = 0
+        self.num_kernels: int | None = None  # on tapes, once recorded
         self.graph: StepGraph | None = None
         self.trusted = self.refused = False
 
@@ -92,6 +99,7 @@ class _Shape:
             return step(batch)
         if self.graph is None:
             self.graph, result = StepGraph.record(step, batch)
+            self.num_kernels = self.graph.num_kernels
             if self.graph.refusal:
                 self._refuse(self.graph.refusal)
             return result
@@ -112,6 +120,10 @@ class StepGraph:
 
     def __init__(self, inputs: list[Tensor], nodes: list[Tape | Call], outputs: Any, refusal: str) -> None:
         self._inputs, self._nodes, self._outputs, self.refusal = inputs, nodes, outputs, refusal
+
+    @property
+    def num_kernels(self) -> int:
+        return sum(len(node) for node in self._nodes if isinstance(node, Tape))
 
     @classmethod
     def record(cls, step: Callable[[Any], Any], batch: Any) -> tuple[StepGraph, Any]:
@@ -158,10 +170,10 @@ class Recorder(TorchDispatchMode):
         """Why the step cannot be replayed, "" if it can."""
         tapes = [node for node in self.nodes if isinstance(node, Tape)]
         reasons = [tape.refusal() for tape in tapes if tape.refusal()]
+        if not tapes:
+            reasons.append("no kernel of it goes on a tape")
         if self._read_back:
             reasons.append("the host reads a tensor in it")
-        if sum(len(tape) for tape in tapes) < LEAST_KERNELS:
-            reasons.append("it runs too few kernels of a tape")
         return "; ".join(reasons)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
