@@ -22,7 +22,7 @@ from sglang_xeon.library import ops
 
 logger = logging.getLogger(__name__)
 
-RECORD_AT = 3  # a shape that comes so often will come again
+RECORD_AT = 2  # a shape that comes a second time will come again
 MAX_SHAPES = 32  # remembered, those used last; a graph holds a step's logits and little else
 MAX_ROWS = 32  # longer steps have so much work for each kernel that Python before it is no matter
 LEAST_KERNELS = 16  # a step that runs fewer in one shape does so in all, and is left alone
@@ -51,7 +51,7 @@ TAPED = {
 class StepGraphs:
     """`step` with graphs of the shapes that come often: called as it is, and with the same results.
 
-    A shape is recorded at its third step. At the fourth the replay is compared with the step itself, and only if they are equal
+    A shape is recorded at its second step. At the third the replay is compared with the step itself, and only if they are equal
     bit for bit does it stand for later ones. Steps may be run twice: that is a rule of the core.
     """
 
