@@ -62,6 +62,7 @@ class RuntimeContext:
     world_size: int = 1
     num_threads: int | None = None  # host threads it may compute with; None: as it sees fit
     dist_timeout: float = 600.0  # seconds a collective may take before it raises
+    watched: bool = False  # every op of a step is looked at as it runs: steps must call them, where the device can
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

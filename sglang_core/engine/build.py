@@ -172,6 +172,7 @@ def build_rank(
             world_size=world_size,
             num_threads=settled.device.num_threads,
             dist_timeout=settled.parallel.dist_timeout,
+            watched=instrument is not None or settled.device.verify_kernels > 0,
         )
     )
     tp = _tensor_parallel(runtime, rank, world_size, directory)

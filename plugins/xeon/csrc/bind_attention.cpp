@@ -65,6 +65,7 @@ std::tuple<Tensor, Tensor> attend(AttentionArgs& args, const Tensor& like, bool 
   args.lse = want_lse ? static_cast<float*>(lse.data_ptr()) : nullptr;
   int64_t covered = args.num_reqs ? std::min<int64_t>(args.cu_extend[args.num_reqs], tokens) : 0;
   if (covered < tokens) {
+    cannot_replay("there are tokens of no req");
     size_t size = args.q.dtype == DType::bf16 ? 2 : 4, width = size_t(args.out.stride) * size;
     std::memset(static_cast<char*>(out.data_ptr()) + size_t(covered) * width, 0, size_t(tokens - covered) * width);
     if (want_lse) std::fill(args.lse + covered * heads, args.lse + tokens * heads, -std::numeric_limits<float>::infinity());
@@ -109,6 +110,7 @@ std::tuple<Tensor, Tensor> attention_lse(
   Tensor q_rows = with_contiguous_rows(q), sink_values;
   args.q = rows_of(q_rows, "q");
   if (sinks) {
+    if (sinks->scalar_type() != ScalarType::Float) cannot_replay("sinks were converted");
     sink_values = torch::stable::to(*sinks, ScalarType::Float);
     args.sinks = static_cast<const float*>(sink_values.data_ptr());
   }
@@ -170,8 +172,8 @@ std::tuple<Tensor, Tensor> ragged_attention(
 
 // o: [T, Hq, Dv], lse: float32[T, Hq] of both
 std::tuple<Tensor, Tensor> merge(const Tensor& o_a, const Tensor& lse_a, const Tensor& o_b, const Tensor& lse_b) {
-  Tensor a = torch::stable::contiguous(o_a), b = torch::stable::contiguous(o_b);
-  Tensor x = torch::stable::contiguous(lse_a), y = torch::stable::contiguous(lse_b);
+  Tensor a = as_contiguous(o_a), b = as_contiguous(o_b);
+  Tensor x = as_contiguous(lse_a), y = as_contiguous(lse_b);
   int64_t rows = a.size(0) * a.size(1), dim = a.size(2);
   STD_TORCH_CHECK(
       a.numel() == b.numel() && a.scalar_type() == b.scalar_type() && x.numel() == rows && y.numel() == rows &&

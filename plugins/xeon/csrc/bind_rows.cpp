@@ -18,7 +18,7 @@ NormArgs norm_args(const Tensor& x, const Tensor& weight, double eps) {
 Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps) {
   NormArgs args = norm_args(x, weight, eps);
   bool in_place = x.dim() <= 3 && x.dim() > 1 && x.stride(x.dim() - 1) == 1;
-  Tensor from = in_place ? x : torch::stable::contiguous(x);
+  Tensor from = in_place ? x : as_contiguous(x);
   Tensor out = empty_as(x);
   args.x = {from.data_ptr(), dtype_of(from, "x"), in_place ? from.stride(0) : args.width};
   args.inner = in_place && x.dim() == 3 ? x.size(1) : 1;
@@ -37,7 +37,7 @@ std::tuple<Tensor, Tensor> add_rms_norm(const Tensor& x, const Tensor& residual,
       x.dim() == 2 && residual.dim() == 2 && residual.size(0) == x.size(0) && residual.size(1) == x.size(1) &&
           residual.scalar_type() == x.scalar_type(),
       "sglang_xeon: x and residual must be [T, M] of one dtype");
-  Tensor from = with_contiguous_rows(x), other = torch::stable::contiguous(residual);
+  Tensor from = with_contiguous_rows(x), other = as_contiguous(residual);
   Tensor out = empty_as(x), sum = empty_as(x);
   args.x = rows_of(from, "x"), args.residual = other.data_ptr();
   args.out = out.data_ptr(), args.residual_out = sum.data_ptr();
@@ -52,7 +52,7 @@ Tensor layer_norm(const Tensor& x, const Tensor& weight, const std::optional<Ten
   STD_TORCH_CHECK(
       weight.numel() == width && weight.is_contiguous() && (!bias || (bias->numel() == width && bias->is_contiguous())),
       "sglang_xeon: norm weight does not fit x");
-  Tensor from = torch::stable::contiguous(x), out = empty_as(x);
+  Tensor from = as_contiguous(x), out = empty_as(x);
   LayerNormArgs args{};
   args.x = {from.data_ptr(), dtype_of(from, "x"), width};
   args.weight = weight.data_ptr(), args.weight_dtype = dtype_of(weight, "weight");

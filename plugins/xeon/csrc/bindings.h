@@ -11,6 +11,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include "isa.h"
+#include "tape.h"
 
 namespace sglang_xeon {
 
@@ -31,38 +32,52 @@ inline DType float_of(const Tensor& t, const char* name) {
   return t.scalar_type() == ScalarType::Half ? DType::f16 : dtype_of(t, name);
 }
 
-// An uninitialised contiguous tensor on the host, without a trip through the dispatcher.
-template <size_t N>
-Tensor empty(const int64_t (&sizes)[N], ScalarType dtype) {
-  int64_t strides[N];
+// An uninitialised contiguous tensor on the host, without a trip through the dispatcher; where a tape records, one that a replay
+// may write again.
+inline Tensor empty(const int64_t* sizes, int64_t ndim, ScalarType dtype) {
+  std::vector<int64_t> strides(static_cast<size_t>(ndim));
   int64_t step = 1;
-  for (size_t i = N; i-- > 0;) strides[i] = step, step *= sizes[i];
+  for (int64_t i = ndim; i-- > 0;) strides[size_t(i)] = step, step *= sizes[i];
   int32_t type = dtype == ScalarType::Float      ? aoti_torch_dtype_float32()
                  : dtype == ScalarType::BFloat16 ? aoti_torch_dtype_bfloat16()
                  : dtype == ScalarType::Half     ? aoti_torch_dtype_float16()
                                                  : aoti_torch_dtype_int32();
+  size_t bytes = size_t(step) * (dtype == ScalarType::Float || dtype == ScalarType::Int ? 4 : 2);
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(int64_t(N), sizes, strides, type, aoti_torch_device_type_cpu(), 0, &handle));
+  if (void* memory = recorded_memory(bytes)) {
+    auto release = [](void* data, void*) { give_back(data); };
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_from_blob(
+        memory, ndim, sizes, strides.data(), 0, type, aoti_torch_device_type_cpu(), -1, &handle, aoti_torch_layout_strided(), nullptr, 0,
+        release, nullptr));
+  } else {
+    STABLE_TORCH_ERROR_CODE_CHECK(
+        aoti_torch_empty_strided(ndim, sizes, strides.data(), type, aoti_torch_device_type_cpu(), 0, &handle));
+  }
   return Tensor(handle);
 }
 
+template <size_t N>
+Tensor empty(const int64_t (&sizes)[N], ScalarType dtype) {
+  return empty(sizes, int64_t(N), dtype);
+}
+
 inline Tensor empty_as(const Tensor& like) {
-  int64_t ndim = like.dim(), step = 1;
-  std::vector<int64_t> sizes(like.sizes().begin(), like.sizes().end()), strides(sizes.size());
-  for (size_t i = sizes.size(); i-- > 0;) strides[i] = step, step *= sizes[i];
-  int32_t type = like.scalar_type() == ScalarType::Float ? aoti_torch_dtype_float32() : aoti_torch_dtype_bfloat16();
-  AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(ndim, sizes.data(), strides.data(), type, aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
+  std::vector<int64_t> sizes(like.sizes().begin(), like.sizes().end());
+  return empty(sizes.data(), like.dim(), like.scalar_type());
+}
+
+// x, or a copy of it where it is not contiguous.
+inline Tensor as_contiguous(const Tensor& x) {
+  if (x.is_contiguous()) return x;
+  cannot_replay("an operand was copied");
+  return torch::stable::contiguous(x);
 }
 
 // x, [rows, ...], with each row contiguous; copied only where it is not.
 inline Tensor with_contiguous_rows(const Tensor& x) {
   int64_t step = 1;
   for (int64_t i = x.dim() - 1; i > 0; --i) {
-    if (x.size(i) != 1 && x.stride(i) != step) return torch::stable::contiguous(x);
+    if (x.size(i) != 1 && x.stride(i) != step) return as_contiguous(x);
     step *= x.size(i);
   }
   return x;

@@ -82,7 +82,7 @@ int64_t pin_threads(std::vector<int64_t> cpus) {
 
 const Kernels& kernels() {
   STD_TORCH_CHECK(active != nullptr, "sglang_xeon: set_isa has not been called");
-  return *active;
+  return noted_kernels(*active);
 }
 
 // No tensor says where these belong, so they answer for every key.

@@ -12,6 +12,8 @@ from sglang_xeon.library import ops
 _attention, _attention_lse, _kv_write = ops.attention.default, ops.attention_lse.default, ops.kv_write.default
 _latent, _ragged, _merge = ops.latent_attention.default, ops.ragged_attention.default, ops.merge.default
 
+COLUMNS = 64  # of a page table, zeros past the pages there are
+
 
 def _stores(pool: Pool, layer: int) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """The layer's two leaves, and the scales of their codes if any."""
@@ -119,13 +121,20 @@ def merge(o_a: Tensor, lse_a: Tensor, o_b: Tensor, lse_b: Tensor) -> tuple[Tenso
 
 
 def plan(spec: AttnSpec | MLASpec, batch: AttnBatch, device: torch.device, out: Plan | None = None) -> Plan:
-    """The batch as it is: the kernel cuts its own work, so the reference's tiles are left out."""
+    """The batch as it is: the kernel cuts its own work, so the reference's tiles are left out.
+
+    Page tables grow by COLUMNS at a time, so that a step whose reqs have grown by a page still has the shape of the one before.
+    """
+    num_pages = batch.num_pages if batch.static else -(-batch.num_pages // COLUMNS) * COLUMNS
+    page_table = batch.page_table_cpu.contiguous()
+    if num_pages > batch.num_pages:
+        page_table = torch.nn.functional.pad(page_table, (0, num_pages - batch.num_pages))
     made = Plan(
         static=PlanStatic(
             num_tokens=batch.num_tokens,
             num_reqs=batch.num_reqs,
             max_extend=batch.max_extend,
-            num_pages=batch.num_pages,
+            num_pages=num_pages,
             page_size=batch.page_size,
             num_chunks=(),
             tree_words=0 if batch.tree_mask_cpu is None else batch.tree_mask_cpu.shape[1],
@@ -133,7 +142,7 @@ def plan(spec: AttnSpec | MLASpec, batch: AttnBatch, device: torch.device, out: 
         cu_extend=batch.cu_extend_cpu,
         prefix_lens=batch.prefix_lens_cpu,
         seq_lens=batch.seq_lens_cpu,
-        page_table=batch.page_table_cpu.contiguous(),
+        page_table=page_table,
         slot_mapping=batch.slot_mapping_cpu,
         tiles=(),
         tile_row=batch.slot_mapping_cpu[:0],

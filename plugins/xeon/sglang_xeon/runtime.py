@@ -21,6 +21,7 @@ from sglang_core.api import (
 )
 from sglang_xeon.collectives import meet
 from sglang_xeon.huge_pages import advise
+from sglang_xeon.step_graph import StepGraphs
 from sglang_xeon.team import Team
 from sglang_xeon.topology import compact, home_node, place, read_topology
 
@@ -50,7 +51,10 @@ class XeonRuntime(TorchRuntime):
         return HostStream(self.team.start)
 
     def compile_step(self, fn: Callable[..., Any], state: Any, buckets: Sequence[Bucket]) -> Callable[..., Any]:
+        """Replayed where shapes come again (`StepGraphs`): on one rank, as no tape knows of a meeting with others."""
         step = super().compile_step(fn, state, buckets)
+        if self.ctx.world_size == 1 and not self.ctx.watched:
+            step = StepGraphs(step)
 
         def followed(forward_batch: Any) -> Any:
             self.team.follow()

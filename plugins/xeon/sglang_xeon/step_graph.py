@@ -1,0 +1,248 @@
+"""Steps recorded once and replayed: no Python, no dispatcher and no interpreter lock between two kernels (csrc/tape.cpp).
+
+A decode step of a small model is hundreds of kernels of a tenth of a millisecond, and each streams the caches full of weights, so that
+the Python before the next one starts cold: 20 us an op in place of the 3 it takes alone. As CUDA graphs do, a tape keeps what each
+kernel was called with; a replay copies the step's inputs to where the recorded ones were and runs the kernels again.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from sglang_core.api import leaves, map_tensors
+from sglang_xeon.library import ops
+
+logger = logging.getLogger(__name__)
+
+RECORD_AT = 2  # a shape that comes a second time will come again
+MAX_SHAPES = 32  # remembered, those used last; a graph holds a step's logits and little else
+MAX_ROWS = 32  # longer steps have so much work for each kernel that Python before it is no matter
+LEAST_KERNELS = 16  # a step that runs fewer in one shape does so in all, and is left alone
+
+# Ops that do nothing but run kernels that a tape notes, with operands that are the caller's.
+TAPED = {
+    op.default
+    for op in (
+        ops.linear,
+        ops.linear_coded,
+        ops.attention,
+        ops.latent_attention,
+        ops.kv_write,
+        ops.rms_norm,
+        ops.add_rms_norm,
+        ops.layer_norm,
+        ops.rope,
+        ops.gated,
+        ops.embed,
+        ops.route,
+        ops.fused_experts,
+    )
+}
+
+
+class StepGraphs:
+    """`step` with graphs of the shapes that come often: called as it is, and with the same results.
+
+    A shape is recorded at its second step. At the third the replay is compared with the step itself, and only if they are equal
+    bit for bit does it stand for later ones. Steps may be run twice: that is a rule of the core.
+    """
+
+    def __init__(self, step: Callable[[Any], Any]) -> None:
+        self._step = step
+        self._shapes: OrderedDict[Hashable, _Shape] = OrderedDict()
+        self._worth_it = True
+
+    def __call__(self, batch: Any) -> Any:
+        if not self._worth_it:
+            return self._step(batch)
+        facts = list(leaves(batch, ""))
+        inputs = [leaf for _, leaf in facts if isinstance(leaf, Tensor)]
+        if any(x.dim() and x.shape[0] > MAX_ROWS + 1 for x in inputs):  # cu_extend has one more than there are reqs
+            return self._step(batch)
+        shape = self._shape_of(facts)
+        result = shape.run(self._step, batch, inputs)
+        self._worth_it = shape.num_kernels is None or shape.num_kernels >= LEAST_KERNELS
+        return result
+
+    def _shape_of(self, facts: Sequence[tuple[str, Any]]) -> _Shape:
+        key = tuple((path, (x.shape, x.dtype) if isinstance(x, Tensor) else x) for path, x in facts)
+        shape = self._shapes.setdefault(key, _Shape())
+        self._shapes.move_to_end(key)
+        if len(self._shapes) > MAX_SHAPES:
+            self._shapes.popitem(last=False)
+        return shape
+
+
+class _Shape:
+    """How far the graph of one shape is: seen some times, recorded, trusted or refused."""
+
+    def __init__(self) -> None:
+        self.num_steps = 0
+        self.num_kernels: int | None = None  # on tapes, once recorded
+        self.graph: StepGraph | None = None
+        self.trusted = self.refused = False
+
+    def run(self, step: Callable[[Any], Any], batch: Any, inputs: list[Tensor]) -> Any:
+        if self.trusted:
+            assert self.graph is not None
+            return self.graph.replay(inputs)
+        self.num_steps += 1
+        if self.refused or self.num_steps < RECORD_AT:
+            return step(batch)
+        if self.graph is None:
+            self.graph, result = StepGraph.record(step, batch)
+            self.num_kernels = self.graph.num_kernels
+            if self.graph.refusal:
+                self._refuse(self.graph.refusal)
+            return result
+        result = step(batch)
+        if _equal(result, self.graph.replay(inputs)):
+            self.trusted = True
+        else:
+            self._refuse("its replay differs")
+        return result
+
+    def _refuse(self, why: str) -> None:
+        logger.info("a kind of step is not replayed: %s", why)
+        self.graph, self.refused = None, True
+
+
+class StepGraph:
+    """One recorded step: tapes of kernels, and between them calls of ops that no tape notes."""
+
+    def __init__(self, inputs: list[Tensor], nodes: list[Tape | Call], outputs: Any, refusal: str) -> None:
+        self._inputs, self._nodes, self._outputs, self.refusal = inputs, nodes, outputs, refusal
+
+    @property
+    def num_kernels(self) -> int:
+        return sum(len(node) for node in self._nodes if isinstance(node, Tape))
+
+    @classmethod
+    def record(cls, step: Callable[[Any], Any], batch: Any) -> tuple[StepGraph, Any]:
+        """Runs the step on copies of the batch's tensors, which are the graph's inputs. -> the graph, and what the step gave."""
+        inputs: list[Tensor] = []
+
+        def copied(_: str, x: Tensor) -> Tensor:
+            inputs.append(x.clone(memory_format=torch.contiguous_format))
+            return inputs[-1]
+
+        own = map_tensors(batch, copied, "")
+        with Recorder() as recorder:
+            outputs = step(own)
+        graph = cls(inputs, recorder.nodes, outputs, recorder.refusal())
+        return graph, graph._handed_out({})
+
+    def replay(self, inputs: list[Tensor]) -> Any:
+        """What the step would give for a batch of these tensors; new memory each time."""
+        with torch.inference_mode():
+            torch._foreach_copy_(self._inputs, inputs)
+            for node in self._nodes[:-1]:
+                node.replay()
+            return self._handed_out(self._nodes[-1].replay(keep=False))
+
+    def _handed_out(self, fresh: dict[int, Tensor]) -> Any:
+        """`fresh` replaces outputs, by id, that the last call has just made; the others are copied out of the graph's memory."""
+        return map_tensors(self._outputs, lambda _, x: fresh[id(x)] if id(x) in fresh else x.clone(), "")
+
+
+class Recorder(TorchDispatchMode):
+    """Sees every op of a step and makes the nodes of its graph. Views are none: what they look at stays where it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.nodes: list[Tape | Call] = []
+        self._read_back = False
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """No: to be told so, torch imports its compiler, which takes seconds."""
+        return False
+
+    def refusal(self) -> str:
+        """Why the step cannot be replayed, "" if it can."""
+        tapes = [node for node in self.nodes if isinstance(node, Tape)]
+        reasons = [tape.refusal() for tape in tapes if tape.refusal()]
+        if not tapes:
+            reasons.append("no kernel of it goes on a tape")
+        if self._read_back:
+            reasons.append("the host reads a tensor in it")
+        return "; ".join(reasons)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in TAPED:
+            if not self.nodes or not isinstance(self.nodes[-1], Tape):
+                self.nodes.append(Tape())
+            with self.nodes[-1].recording():  # type: ignore[union-attr]
+                return func(*args, **kwargs)
+        made = func(*args, **kwargs)
+        outputs = list(_tensors(made))
+        self._read_back |= not outputs and bool(func._schema.returns)
+        known = {x.untyped_storage().data_ptr() for x in (*_tensors(args), *_tensors(kwargs))}
+        is_view = outputs and all(x.untyped_storage().data_ptr() in known for x in outputs)
+        if func._schema.is_mutable or not is_view:
+            self.nodes.append(Call(func, args, kwargs, outputs))
+        return made
+
+
+class Tape:
+    """Kernels in the order they ran, in C++."""
+
+    def __init__(self) -> None:
+        self._handle = ops.tape_new()
+
+    def __del__(self) -> None:
+        ops.tape_free(self._handle)
+
+    def __len__(self) -> int:
+        return ops.tape_length(self._handle)  # type: ignore[no-any-return]
+
+    def refusal(self) -> str:
+        return ops.tape_refusal(self._handle)  # type: ignore[no-any-return]
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """What this thread's kernels do is noted."""
+        ops.tape_record(self._handle)
+        try:
+            yield
+        finally:
+            ops.tape_record(0)
+
+    def replay(self, *, keep: bool = True) -> dict[int, Tensor]:
+        ops.tape_replay(self._handle)
+        return {}
+
+
+class Call:
+    """An op called again with the tensors it had: they are held here, so what is in them is what nodes before have put there."""
+
+    def __init__(self, func: Any, args: Any, kwargs: Any, outputs: list[Tensor]) -> None:
+        self._func, self._args, self._kwargs, self._outputs = func, args, kwargs, outputs
+
+    def replay(self, *, keep: bool = True) -> dict[int, Tensor]:
+        """With `keep`, the results go to where the recorded ones are; else they are returned, by the id of those."""
+        made = list(_tensors(self._func(*self._args, **self._kwargs)))
+        pairs = list(zip(self._outputs, made, strict=True))
+        if not keep and not self._func._schema.is_mutable:
+            return {id(old): new for old, new in pairs}
+        for old, new in pairs:
+            if old.data_ptr() != new.data_ptr():
+                old.copy_(new)
+        return {}
+
+
+def _tensors(tree: Any) -> Iterator[Tensor]:
+    return (leaf for _, leaf in leaves(tree, "") if isinstance(leaf, Tensor))
+
+
+def _equal(a: Any, b: Any) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(_tensors(a), _tensors(b), strict=True))
