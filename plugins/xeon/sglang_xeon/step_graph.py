@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sglang_core.api import leaves, map_tensors
+from sglang_xeon import weights
 from sglang_xeon.library import ops
 
 logger = logging.getLogger(__name__)
@@ -51,7 +52,7 @@ TAPED = {
 class StepGraphs:
     """`step` with graphs of the shapes that come often: called as it is, and with the same results.
 
-    A shape is recorded at its second step. At the third the replay is compared with the step itself, and only if they are equal
+    A shape is recorded at its second step, and again after a weight has been rewritten. At the third the replay is compared with the step itself, and only if they are equal
     bit for bit does it stand for later ones. Steps may be run twice: that is a rule of the core.
     """
 
@@ -59,10 +60,14 @@ class StepGraphs:
         self._step = step
         self._shapes: OrderedDict[Hashable, _Shape] = OrderedDict()
         self._worth_it = True
+        self._num_rewritten = weights.num_rewritten
 
     def __call__(self, batch: Any) -> Any:
         if not self._worth_it:
             return self._step(batch)
+        if self._num_rewritten != weights.num_rewritten:  # tapes point at what weights were
+            self._shapes.clear()
+            self._num_rewritten = weights.num_rewritten
         facts = list(leaves(batch, ""))
         inputs = [leaf for _, leaf in facts if isinstance(leaf, Tensor)]
         if any(x.dim() and x.shape[0] > MAX_ROWS + 1 for x in inputs):  # cu_extend has one more than there are reqs

@@ -98,11 +98,16 @@ def facts(w: PackedWeight) -> list[int]:
     return known
 
 
+num_rewritten = 0  # weights of this process that `pack` has changed since: their tensors may be others (step_graph.py)
+
+
 def pack(w: PackedWeight, out: PackedWeight | None = None) -> PackedWeight:
     """Canonical -> panels. With `out`, an earlier result, its bytes are rewritten; but escapes, which may be more or fewer, replaced.
 
     Raises ValueError where `out` was packed for another order of columns (act_order) that does not fit it.
     """
+    global num_rewritten
+    num_rewritten += out is not None
     coded = _coded(w, out)
     if out is not None and (coded is not None or "escapes" in out._buffers):
         _replace(out, coded or _plain(w, None))

@@ -75,6 +75,19 @@ def test_replays_give_what_steps_give(extra: Callable[[Tensor], Tensor]) -> None
     assert network.calls == 2 * (RECORD_AT + 1)  # and then replays only
 
 
+def test_a_rewritten_weight_is_recorded_anew() -> None:
+    network = Network()
+    graphs = StepGraphs(network)
+    for seed in range(RECORD_AT + 2):
+        graphs(batch_of(3, seed))
+    calls = network.calls
+    other = PackedWeight("dense", {"weight": torch.eye(WIDTH)}, out_features=WIDTH, in_features=WIDTH)
+    gemm.pack(other, network.weight)
+    for seed in range(RECORD_AT + 2):
+        assert all(torch.equal(a, b) for a, b in zip(graphs(batch_of(3, seed)), network(batch_of(3, seed)), strict=True))
+    assert network.calls == calls + RECORD_AT + 1 + RECORD_AT + 2
+
+
 def test_a_batch_is_not_changed() -> None:
     graphs = StepGraphs(Network())
     for seed in range(RECORD_AT + 3):
