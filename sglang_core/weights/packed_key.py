@@ -46,7 +46,7 @@ def _file_identity(file: Path) -> list[Any]:
     facts = file.stat()
     digest = hashlib.blake2b(digest_size=16)
     with file.open("rb") as f:
-        digest.update(f.read(8 + int.from_bytes(f.read(8), "little")))
+        digest.update(f.read(int.from_bytes(f.read(8), "little")))
         for i in range(SAMPLES):
             f.seek(i * facts.st_size // SAMPLES)
             digest.update(f.read(SAMPLE))

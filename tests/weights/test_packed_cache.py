@@ -179,8 +179,7 @@ def one_number_at_the_same_time(source: Path) -> None:
     """As a fine-tune that was unpacked from an archive with equal dates: only bytes differ."""
     file = source / "model.safetensors"
     before, tensors = file.stat(), load_file(file)
-    for tensor in tensors.values():
-        tensor += 1
+    tensors["model.layers.1.mlp.up_proj.weight"][-1, -1] += 1
     save_file(tensors, file)
     os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert file.stat().st_size == before.st_size
