@@ -64,6 +64,11 @@ class ModelConfigArgs:
         "quantised needs no flag",
         common=True,
     )
+    packed_cache: str | None = setting(
+        None,
+        "folder to keep weights in as the device's kernels pack them: later starts of the same model read them from there and "
+        "pack nothing; takes the room of the weights, a file a rank",
+    )
     revision: str | None = setting(None, "hub revision")
     trust_remote_code: bool = setting(False, "allow code from the checkpoint to run in tokenizer and config")
     skip_tokenizer_init: bool = setting(False, "serve token ids only")

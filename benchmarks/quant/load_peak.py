@@ -1,7 +1,9 @@
 """Peak memory of loading a bfloat16 checkpoint that is quantised on the way, over the size of its files.
 
     python benchmarks/quant/load_peak.py [--layers 12] [--hidden 2048] [--experts 0] [--quantization none,fp8,int8,int4]
-                                          [--backend cpu|xeon] [--json FILE]
+                                          [--backend cpu|xeon] [--packed-cache] [--json FILE]
+
+With --packed-cache every format is loaded twice more: once writing its packed weights, once reading them ("kept").
 
 Writes a random checkpoint, then loads it in a fresh process for each format and samples RssAnon of /proc/self/status: memory
 that belongs to the process and that only swap could take back. The pages of the mapped files (RssFile) are the kernel's
@@ -24,6 +26,7 @@ import torch
 from safetensors.torch import save_file
 
 from sglang_core.backend.discovery import find_backend
+from sglang_core.backend.interface import RuntimeContext
 from sglang_core.backend.selection import OpTable
 from sglang_core.layers.build import BuildContext, bind_model
 from sglang_core.layers.quant_config import ONLINE, online_quant_config
@@ -32,6 +35,7 @@ from sglang_core.ops import OPS
 from sglang_core.weights.checkpoint import read_config
 from sglang_core.weights.dummy import dummy_part
 from sglang_core.weights.loader import Wants, load_model
+from sglang_core.weights.packed_cache import PackedCache
 
 SHARD = 400 << 20  # bytes of a file, about
 MIB = 1 << 20
@@ -44,31 +48,41 @@ def main() -> None:
     parser.add_argument("--experts", type=int, default=0, help="of each layer; 0: a dense model")
     parser.add_argument("--quantization", default="none,fp8,int8,int4")
     parser.add_argument("--backend", choices=("cpu", "xeon"), default="cpu", help="xeon packs every weight as it loads")
+    parser.add_argument(
+        "--packed-cache", action="store_true", help="also with packed weights kept on disk, as a later start"
+    )
+    parser.add_argument("--kept", metavar="FOLDER", help=argparse.SUPPRESS)
     parser.add_argument("--json", metavar="FILE")
     parser.add_argument("--measure", nargs=2, metavar=("FOLDER", "FORMAT"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:
-        print(json.dumps(measure(Path(args.measure[0]), args.measure[1], args.backend)))
+        print(json.dumps(measure(Path(args.measure[0]), args.measure[1], args.backend, args.kept)))
         return
     facts = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         size = write_checkpoint(folder, config(args.layers, args.hidden, args.experts))
         print(f"{size / MIB:,.0f} MiB of bfloat16 in {len(list(folder.glob('*.safetensors')))} files")
-        print(f"{'format':8} {'held':>8} {'peak':>8} {'peak / file':>12} {'mapped files, peak':>20} {'seconds':>8}")
+        print(f"{'format':10} {'held':>8} {'peak':>8} {'peak / file':>12} {'mapped files, peak':>20} {'seconds':>8}")
+        kept = ("--kept", f"{name}/kept")
+        ways: list[tuple[str, tuple[str, ...]]] = [("", ())]
+        if args.packed_cache:
+            ways += [(" first", kept), (" kept", kept)]
         for fmt in args.quantization.split(","):
-            done = subprocess.run(
-                [sys.executable, __file__, "--measure", name, fmt, "--backend", args.backend],
-                capture_output=True,
-                text=True,
-                check=True,
-            )
-            row = json.loads(done.stdout) | {"file": size}
-            facts[fmt] = row | {"ratio": row["peak"] / size}
-            sizes = " ".join(f"{row[key] / MIB:7,.0f}M" for key in ("held", "peak"))
-            print(f"{fmt:8} {sizes} {row['peak'] / size:12.2f} {row['mapped'] / MIB:19,.0f}M {row['seconds']:8.1f}")
+            for label, options in ways:
+                row = in_a_process("--measure", name, fmt, "--backend", args.backend, *options) | {"file": size}
+                facts[fmt + label] = row | {"ratio": row["peak"] / size}
+                sizes = " ".join(f"{row[key] / MIB:7,.0f}M" for key in ("held", "peak"))
+                mapped = f"{row['mapped'] / MIB:19,.0f}M"
+                print(f"{fmt + label:10} {sizes} {row['peak'] / size:12.2f} {mapped} {row['seconds']:8.1f}")
     if args.json:
         Path(args.json).write_text(json.dumps(facts, indent=2) + "\n")
+
+
+def in_a_process(*arguments: str) -> dict[str, float]:
+    """What `measure` gives in a fresh process."""
+    done = subprocess.run([sys.executable, __file__, *arguments], capture_output=True, text=True, check=True)
+    return dict(json.loads(done.stdout))
 
 
 def config(layers: int, hidden: int, experts: int) -> dict[str, object]:
@@ -129,8 +143,8 @@ def context(name: str = "cpu") -> BuildContext:
     )
 
 
-def measure(folder: Path, fmt: str, backend: str) -> dict[str, float]:
-    """Load in this process -> bytes held afterwards and at the peak, and those of mapped files, and the time."""
+def measure(folder: Path, fmt: str, backend: str, kept: str | None = None) -> dict[str, float]:
+    """Load in this process, with packed weights in `kept` where given -> bytes held afterwards and at the peak, and those of mapped files, and the time."""
     hf_config = read_config(folder)
     cls = model_class(hf_config)
     cfg = cls.read_config(hf_config)
@@ -138,11 +152,14 @@ def measure(folder: Path, fmt: str, backend: str) -> dict[str, float]:
         assert fmt in ONLINE, f"{fmt}: there are none, {', '.join(ONLINE)}"
         cfg = cfg.replace(quantization=online_quant_config(fmt, None))
     model, ctx = cls(cfg), context(backend)
+    found = find_backend(backend)
+    runtime = found.create_runtime(RuntimeContext(devices=tuple(found.probe()[:1])))
+    cache = None if kept is None else PackedCache(Path(kept), runtime.alloc_packed)
     bind_model(model, ctx)
     torch.ones(64, 64).bfloat16() @ torch.ones(64, 64).bfloat16()  # what libraries allocate once
     before, start = memory()["RssAnon"], time.monotonic()
     with Peak() as peak:
-        load_model(model, folder, ctx, progress=False)
+        load_model(model, folder, ctx, progress=False, packed_cache=cache)
     seconds = time.monotonic() - start
     return {
         "held": memory()["RssAnon"] - before,

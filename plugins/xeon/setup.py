@@ -3,7 +3,9 @@
 import os
 import platform
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -35,6 +37,19 @@ class BuildKernels(build_ext):
                 "Install one (Debian, Ubuntu: apt-get install g++; Fedora: dnf install gcc-c++), or set CXX."
             )
         super().run()
+
+    def build_extensions(self) -> None:
+        """Files are compiled at once, as many as there are cores (or `-j`); setuptools itself is parallel over extensions only."""
+        compile_files = self.compiler.compile
+
+        def compile_at_once(sources: list[str], *args: Any, **kwargs: Any) -> list[str]:
+            longest_first = sorted(sources, key=lambda source: not Path(source).name.startswith("isa_"))
+            with ThreadPoolExecutor(self.parallel or len(os.sched_getaffinity(0))) as pool:
+                jobs = {source: pool.submit(compile_files, [source], *args, **kwargs) for source in longest_first}
+            return [made for source in sources for made in jobs[source].result()]
+
+        self.compiler.compile = compile_at_once
+        super().build_extensions()
 
 
 setup(

@@ -148,6 +148,10 @@ class DeviceRuntime(ABC):
         """The same for recurrent states, a slot each."""
 
     @abstractmethod
+    def alloc_packed(self, num_bytes: int) -> torch.Tensor:
+        """uint8[num_bytes] on the host, undefined: where a weight that was packed earlier is read to."""
+
+    @abstractmethod
     def communicator(self, ranks: Sequence[int], rank: int, store: Any) -> Communicator:
         """Collectives over `ranks`; `store` is a torch.distributed Store that they all reach."""
 

@@ -44,6 +44,10 @@ class Kernel:
     signature. `supports` returns None, or the reason why not. `device` lists path prefixes, whole segments each
     ("cuda/sm_90"; "*" is any device). `tokens` is an inclusive range of T, the size of the first argument; None as its end
     is no bound. Several kernels of one provider with ranges make the variants of one op, which share one pack.
+
+    `packed_layout` names the bytes that `pack` makes, as "acme.tiles/2": equal names promise equal bytes of equal weights, so
+    it changes whenever they do, and says which instruction set they are for where they depend on it. The core keeps packed
+    weights on disk (`--packed-cache`) under that name; those of a kernel without one are packed at every start.
     """
 
     op: str
@@ -56,6 +60,7 @@ class Kernel:
         default=None, kw_only=True
     )  # "module:function": pack(w: PackedWeight, out=None) -> PackedWeight
     unpack: str | None = field(default=None, kw_only=True)
+    packed_layout: str = field(default="", kw_only=True)
     kv_layouts: tuple[str, ...] = field(default=("canonical",), kw_only=True)
     tokens: tuple[int, int | None] | None = field(default=None, kw_only=True)
     features: frozenset[str] = field(default=frozenset(), kw_only=True)  # "graph_safe", "batch_invariant"

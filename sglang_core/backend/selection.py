@@ -53,6 +53,11 @@ class BoundOp:
     unpack: Callable[..., Any] | None = None
     dequantized: bool = False  # `fn` takes dense weights: the layer dequantises those of `site.fmt` as they load
 
+    @property
+    def packed_layout(self) -> str:
+        """The name of what `pack` makes, as its kernel states it; empty where there is none."""
+        return self.kernels[0].packed_layout if self.kernels else ""
+
 
 Instrument = Callable[[BoundOp], BoundOp]  # puts something around `fn`, as a profiler's clock
 
@@ -373,6 +378,8 @@ def _check_kernel(kernel: Kernel, ops: Mapping[str, OpLike]) -> None:
         problem = f"may not be of provider {kernel.provider!r}, which means the op's body; name it after the plugin"
     elif not all(":" in target for target in (kernel.fn, kernel.pack, kernel.unpack) if target is not None):
         problem = "must give fn, pack and unpack as 'module:function'"
+    elif kernel.packed_layout and kernel.pack is None:
+        problem = f"names a packed_layout, {kernel.packed_layout!r}, and has no pack"
     elif isinstance(kernel.device, str) or not kernel.device or isinstance(kernel.kv_layouts, str):
         problem = "must give device and kv_layouts as tuples of names, like device=('acme',)"
     elif low < 1 or (high is not None and high < low):

@@ -75,6 +75,9 @@ class TorchRuntime(DeviceRuntime):
         self._refuse_layout(spec.layout, StatePool.layout)
         return StatePool(spec, num_slots, self.torch_device)
 
+    def alloc_packed(self, num_bytes: int) -> torch.Tensor:
+        return torch.empty(num_bytes, dtype=torch.uint8, device="cpu")
+
     def _refuse_layout(self, wanted: str, ours: str) -> None:
         if wanted != ours:
             owner = self.infos[0].backend

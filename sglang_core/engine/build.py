@@ -48,6 +48,7 @@ from sglang_core.types import PoolGroup
 from sglang_core.weights.fit import FitTable, activation_bytes
 from sglang_core.weights.generation_config import read_generation_config
 from sglang_core.weights.loader import count_weight_bytes, load_model
+from sglang_core.weights.packed_cache import PackedCache
 from sglang_core.weights.pool_sizes import SCRATCH_PAGES, PoolSizes
 
 log = logging.getLogger(__name__)
@@ -197,6 +198,9 @@ def build_rank(
         load_format=settled.model.load_format,
         seed=settled.schedule.random_seed,
         progress=progress,
+        packed_cache=None
+        if (folder := settled.model.packed_cache) is None
+        else PackedCache(Path(folder), runtime.alloc_packed),
     )
     adapters, versions = None, {}
     if slots is not None and resolved.lora is not None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sglang_core.errors import WeightError
+from sglang_core.layers.staging import staging
 from sglang_core.layers.stored import Stored, StoredTensor
 from sglang_core.ops.formats import Fmt
 from sglang_core.ops.gemm import dense
@@ -86,7 +87,8 @@ class Assembly:
         """Where a canonical tensor is put together; the first part that comes tells its columns, dtype and device."""
         if name not in self._tensors:
             shape = part.shape if step is None else (-(-self.rows // step), *part.shape[1:])
-            self._tensors[name] = part.new_empty(*(() if self.num_experts is None else (self.num_experts,)), *shape)
+            stacked = shape if self.num_experts is None else (self.num_experts, *shape)
+            self._tensors[name] = staging(part, stacked)
         return self._tensors[name]
 
     def weight(self) -> PackedWeight:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sglang_core.backend.communicator import Communicator, LocalCommunicator
 from sglang_core.backend.pool import PoolSpec
-from sglang_core.backend.selection import OpTable
+from sglang_core.backend.selection import BoundOp, OpTable
 from sglang_core.backend.state_pool import StatePoolSpec
 from sglang_core.layers.lora import LoraSpec
 from sglang_core.layers.module import Module
@@ -95,6 +95,7 @@ class Layer(Module):
     quant: QuantConfig | None = None
     copies = False  # whether `place` copies every part, so that it may be a view of a mapped file
     packing: Packing | None = None  # of a layer whose weights are quantised; known once bound
+    packs: BoundOp | None = None  # known once bound: the op whose kernel packs all of its weights
 
     def bind(self, ctx: BuildContext) -> None:
         """Pick ops and settle what this rank holds."""

@@ -81,6 +81,7 @@ class LMHead(Layer):
         site = OpSite(op="gemm.linear", layer="LMHead", dtype=dtype_name(ctx.dtype), fmt="dense", dims=dims)
         bound = ctx.table.bind(site)
         self._linear, self._pack = bound.fn, bound.pack
+        self.packs = None if bound.pack is None else bound
         self.lora = None
         if (spec := covered(ctx.lora, [self.name])) is not None:
             vocab, hidden = self.cfg.vocab_size, self.cfg.hidden_size

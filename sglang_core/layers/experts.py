@@ -72,6 +72,7 @@ class Experts(Layer):
         online = self.stored13.online
         bound = ctx.table.bind_weight(site, dense_only=unlike, online=online)
         self._fused, self._pack = bound.fn, bound.pack
+        self.packs = None if bound.pack is None else bound
         self.fmt = DENSE.fmt if bound.dequantized else quantised
         convert = replace(site, spec=None, dims={})
         self._quantize = ctx.table.bind(replace(convert, op="quant.quantize")).fn if online else quantize

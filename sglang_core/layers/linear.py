@@ -69,6 +69,7 @@ class Linear(Layer):
         online = any(s.online for s in self.stored)
         bound = ctx.table.bind_weight(site, dense_only=self.dense_only or mixed, online=online)
         self._linear, self._pack = bound.fn, bound.pack
+        self.packs = None if bound.pack is None else bound
         self.fmt = DENSE.fmt if bound.dequantized else quantised
         if not self.fmt.is_dense:
             check_stacked(self.fmt, [b - a for _, _, ranges in self.parts for a, b in ranges], self.name)

@@ -52,6 +52,10 @@ class LatentUpLinear(ColumnLinear):
         super().__init__(mla.kv_rank, num_heads * (mla.nope_dim + mla.v_head_dim))
         self.mla = mla
 
+    def bind(self, ctx: BuildContext) -> None:
+        super().bind(ctx)
+        self.packs = None  # not all: what it keeps a head at a time is canonical
+
     def _take(self, weight: PackedWeight) -> None:
         super()._take(weight)
         per_head = weight["weight"].view(-1, self.mla.nope_dim + self.mla.v_head_dim, self.mla.kv_rank)

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import logging
-import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Container, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Literal, TypeVar
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from sglang_core.errors import ConfigError, WeightError
@@ -22,6 +18,9 @@ from sglang_core.layers.causal_lm import CausalLM
 from sglang_core.weights.checkpoint import CODES, DTYPES, Checkpoint, open_file, resolve_folder
 from sglang_core.weights.dummy import dummy_part
 from sglang_core.weights.kv_scales import is_attention_scale, kv_scale_name
+from sglang_core.weights.packed_cache import PackedCache
+from sglang_core.weights.packed_key import checkpoint_identity
+from sglang_core.weights.progress import byte_bar
 
 logger = logging.getLogger(__name__)
 
@@ -39,23 +38,36 @@ def load_model(
     load_format: str = "auto",
     seed: int = 0,
     progress: bool = True,
+    packed_cache: PackedCache | None = None,
 ) -> M:
     """Bind every layer of `model` and give it its weights from `source`: a folder, "demo" or a hub id (unread for "dummy").
 
-    Layers take their weights as soon as their parts are there, so that the peak is the model plus a layer. Raises WeightError,
-    naming tensors, where the checkpoint is not the model's; KernelSelectionError where an op has no kernel.
+    Layers take their weights as soon as their parts are there, so that the peak is the model plus a layer. What `packed_cache`
+    has of them is read from there instead; where it has nothing, it gets what the layers packed.
+
+    Raises WeightError, naming tensors, where the checkpoint is not the model's; KernelSelectionError where an op has no kernel.
     """
     bind_model(model, ctx)
-    wants = Wants(model)
-    start = time.monotonic()
-    with torch.no_grad(), _bar(progress, wants.num_bytes) as advance:
-        if load_format == "dummy":
-            _load_dummy(wants, ctx, seed, advance)
-        else:
-            folder = source if isinstance(source, Path) else resolve_folder(source)
-            _load_checkpoint(model, wants, Checkpoint.open(folder), ctx, advance)
-    seconds = time.monotonic() - start
-    logger.info("weights: %.2f GB loaded in %.1f s (%s)", wants.num_bytes / 1e9, seconds, load_format)
+    wants, checkpoint = Wants(model), None
+    if load_format != "dummy":
+        checkpoint = Checkpoint.open(source if isinstance(source, Path) else resolve_folder(source))
+    with torch.no_grad():
+        entry = None
+        if packed_cache is not None:
+            identity = {"seed": seed} if checkpoint is None else checkpoint_identity(checkpoint)
+            entry = packed_cache.entry(model, ctx, identity)
+        packed = entry is not None and entry.restore(progress=progress)
+        if entry is not None and packed:
+            wants.leave_out(entry.layers)
+        start, size = time.monotonic(), wants.num_bytes
+        with byte_bar(progress, "loading weights", size) as advance:
+            if checkpoint is None:
+                _load_dummy(wants, ctx, seed, advance)
+            else:
+                _load_checkpoint(model, wants, checkpoint, ctx, advance)
+        logger.info("weights: %.2f GB loaded in %.1f s (%s)", size / 1e9, time.monotonic() - start, load_format)
+        if entry is not None and not packed:
+            entry.store(progress=progress)
     return model.eval()
 
 
@@ -71,12 +83,26 @@ class Wants:
         self.layers: list[Layer] = []
         self.parts: list[list[Tensor | None]] = []
         self.specs: dict[str, list[tuple[int, int, WeightSpec]]] = {}  # name -> (layer, its part, spec)
+        self._left_out: set[int] = set()
+        self._names: list[str] = []  # of the layers
         for prefix, layer in named_layers(model):
+            self._names.append(prefix)
             specs = layer.weights(prefix)
             for i, spec in enumerate(specs):
                 self.specs.setdefault(spec.name, []).append((len(self.layers), i, spec))
             self.layers.append(layer)
             self.parts.append([None] * len(specs))
+
+    def leave_out(self, layers: Container[str]) -> None:
+        """Read nothing for these, by name: they have their weights."""
+        self._left_out.update(i for i, name in enumerate(self._names) if name in layers)
+
+    def wanted(self) -> Iterator[str]:
+        """The tensors to read."""
+        return (name for name in self.specs if self._users(name))
+
+    def _users(self, name: str) -> list[tuple[int, int, WeightSpec]]:
+        return [user for user in self.specs[name] if user[0] not in self._left_out]
 
     @property
     def num_bytes(self) -> int:
@@ -84,8 +110,8 @@ class Wants:
         return sum(spec.nbytes for spec in self.distinct())
 
     def distinct(self) -> Iterator[WeightSpec]:
-        for users in self.specs.values():
-            yield from {(s.dim, s.ranges, s.dtype): s for _, _, s in users}.values()
+        for name in self.specs:
+            yield from {(s.dim, s.ranges, s.dtype): s for _, _, s in self._users(name)}.values()
 
     def default(self, name: str) -> float | None:
         return self.specs[name][0][2].default
@@ -93,7 +119,7 @@ class Wants:
     def give(self, name: str, read: Callable[[WeightSpec], list[Tensor]], device: torch.device) -> int:
         """Hand a tensor's parts to the layers that want them; those that are complete load. Gives the bytes read."""
         made: dict[object, Tensor] = {}
-        for layer, i, spec in self.specs[name]:
+        for layer, i, spec in self._users(name):
             own = not self.layers[layer].copies
             key = (spec.dim, spec.ranges, spec.dtype, own)
             if key not in made:
@@ -117,25 +143,25 @@ def _load_dummy(wants: Wants, ctx: BuildContext, seed: int, advance: Callable[[i
         raise ConfigError(
             "load_format='dummy' draws floats, and config.json is of a quantised checkpoint; take out its quantization_config"
         )
-    for name in wants.specs:
+    for name in wants.wanted():
         advance(wants.give(name, lambda spec: dummy_part(spec, seed), ctx.device))
 
 
 def _load_checkpoint(
     model: CausalLM, wants: Wants, checkpoint: Checkpoint, ctx: BuildContext, advance: Callable[[int], None]
 ) -> None:
-    names = _match(model, wants, checkpoint)
+    names, to_read = _match(model, wants, checkpoint), set(wants.wanted())
     for file, stored in checkpoint.by_file():
-        wanted = [name for name in stored if name in names]
+        wanted = [name for name in stored if names.get(name) in to_read]
         if not wanted:
             continue
         with open_file(file) as f:
             for name in wanted:
                 advance(wants.give(names[name], partial(f.read, name), ctx.device))
-    left_out = wants.specs.keys() - set(names.values())
-    if left_out:
-        logger.warning("%s: taken as %g", _few("not in the checkpoint", sorted(left_out)), wants.default(min(left_out)))
-    for name in sorted(left_out):
+    absent = to_read - set(names.values())
+    if absent:
+        logger.warning("%s: taken as %g", _few("not in the checkpoint", sorted(absent)), wants.default(min(absent)))
+    for name in sorted(absent):
         advance(wants.give(name, _default, ctx.device))
 
 
@@ -190,15 +216,3 @@ def _few(kind: str, names: list[str]) -> str:
         return ""
     more = ", ..." if len(names) > NAMED else ""
     return f"{len(names)} {kind} ({', '.join(names[:NAMED])}{more})"
-
-
-@contextmanager
-def _bar(wanted: bool, total: int) -> Iterator[Callable[[int], None]]:
-    """Gives what to call with the bytes just read: a progress bar on a terminal, elsewhere nothing."""
-    if not (wanted and sys.stderr.isatty() and logger.isEnabledFor(logging.INFO)):
-        yield lambda num_bytes: None
-        return
-    columns = (TextColumn("loading weights"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task("weights", total=total)
-        yield lambda num_bytes: progress.advance(task, num_bytes)

@@ -310,6 +310,7 @@ def test_a_site_with_an_unknown_op_is_an_error() -> None:
         (Kernel("norm.rms", "p", fn="m:f", device=()), "device"),
         (Kernel("norm.rms", "p", fn="m:f", device="acme"), "tuples of names"),
         (Kernel("norm.rms", "reference", fn="m:f", device=("acme",)), "may not be of provider"),
+        (Kernel("gemm.linear", "p", fn="m:f", device=("acme",), packed_layout="x/1"), "has no pack"),
         (Kernel("norm.rms", "p", fn="m:f", device=("acme",), tokens=(8, 4)), r"tokens=\(8, 4\)"),
         (Kernel("norm.rms", "p", fn="m:f", device=("acme",), tokens=(0, 4)), r"tokens=\(0, 4\)"),
     ],

@@ -29,6 +29,11 @@ def runtime():
     runtime.close()
 
 
+def test_packed_weights_are_read_into_host_memory(runtime) -> None:
+    memory = runtime.alloc_packed(12)
+    assert (memory.dtype, memory.shape, memory.device.type) == (torch.uint8, (12,), "cpu")
+
+
 def test_a_runtime_has_exact_shapes_and_runs_steps_without_grad(runtime) -> None:
     assert list(runtime.buckets(max_num_tokens=8, max_num_reqs=8, max_num_pages=8)) == []
     weight = torch.ones(3, requires_grad=True)

@@ -25,6 +25,8 @@ DTYPES = ("bfloat16", "float32")
 LINEAR_DTYPES = (*DTYPES, "float16")  # and weights in every format
 # For --device auto: above the reference backend (0), below every accelerator (100 and up).
 SCORES = {"avx2": 30, "avx512": 40, "avx512_bf16": 50, "amx": 60}
+# The bytes that weights.pack makes, the same at every ISA level. A change of them is a new number: packed caches go by it.
+PACKED_LAYOUT = "xeon.panels/1"
 EXPERT_OPS = ("moe.fused", "gemm.grouped")
 ACT_ORDER = tuple(f"int4.gptq.g{group}.act_order" for group in (32, 64, 128, -1))
 PROFILES = (
@@ -95,8 +97,10 @@ class XeonBackend(Backend):
         return XeonRuntime(ctx)
 
     def kernels(self, ctx: KernelContext) -> list[Kernel]:
-        packing = {"supports": linear_limits, "pack": "sglang_xeon.gemm:pack", "unpack": "sglang_xeon.gemm:unpack"}
-        experts = {"supports": expert_limits, "pack": "sglang_xeon.moe:pack", "unpack": "sglang_xeon.moe:unpack"}
+        packing: dict[str, Any] = {"supports": linear_limits, "packed_layout": PACKED_LAYOUT}
+        packing |= {"pack": "sglang_xeon.gemm:pack", "unpack": "sglang_xeon.gemm:unpack"}
+        experts: dict[str, Any] = {"supports": expert_limits, "packed_layout": PACKED_LAYOUT}
+        experts |= {"pack": "sglang_xeon.moe:pack", "unpack": "sglang_xeon.moe:unpack"}
         return [
             _kernel("gemm.linear", "gemm:linear", **packing),
             # Not invariant: AMX tiles, from some number of rows on, sum in another order.

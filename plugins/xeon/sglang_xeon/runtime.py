@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from sglang_core.api import (
     Bucket,
@@ -20,7 +21,7 @@ from sglang_core.api import (
     TorchRuntime,
 )
 from sglang_xeon.collectives import meet
-from sglang_xeon.huge_pages import advise
+from sglang_xeon.huge_pages import advise, empty
 from sglang_xeon.step_graph import StepGraphs
 from sglang_xeon.team import Team
 from sglang_xeon.topology import compact, home_node, place, read_topology
@@ -67,6 +68,9 @@ class XeonRuntime(TorchRuntime):
         for leaf in pool.leaves:
             advise(leaf)
         return pool
+
+    def alloc_packed(self, num_bytes: int) -> Tensor:
+        return empty(num_bytes)
 
     def communicator(self, ranks: Sequence[int], rank: int, store: Any) -> Communicator:
         """Shared memory where all ranks are on this host, else gloo."""
