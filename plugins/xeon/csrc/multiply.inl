@@ -16,6 +16,7 @@ INLINE int64_t panels_per_step(const Weight& w, int64_t rows) {
 }
 
 constexpr int64_t kWidenDepth = 256;  // k of a panel that are widened at a time, where no group is shorter
+constexpr int64_t kTileDepth = 128;   // the same of a tile that widens: what is fetched ahead
 
 // One block of k: [k0, k1) of group `group`.
 struct KBlock {
@@ -47,12 +48,31 @@ static void add_scaled(
   }
 }
 
-// A block that tiles widen themselves.
+// Fetches the scales and zeros of the block after this one.
+INLINE void prefetch_group(const CodedTile& t, int64_t count) {
+  for (int64_t p = 0; p < count; ++p) {
+    if (t.scales) prefetch_l2(t.scales + p * t.scale_step + kPanel * scale_bytes(t.scale_type));
+    if (t.zeros) prefetch_l2(t.zeros + p * t.zero_step + kPanel);
+  }
+}
+
+// A block that tiles widen themselves, up to kCodedRows rows at a time.
 template <Element E>
 static void multiply_codes(const CodedTile& block, int64_t rows, int64_t count) {
   static constexpr CodedTiles<E> tiles;
   CodedTile t = block;
-  if (count == coded_panels(int(rows))) return tiles.many[rows](t);
+  prefetch_group(t, count);
+  int64_t groups = ceil_div(rows, kCodedRows);
+  if (count == coded_panels(int(ceil_div(rows, groups)))) {
+    for (int64_t g = 0; g < groups; ++g) {
+      int64_t start = group_start(rows, groups, g);
+      t.a = static_cast<const Act*>(block.a) + start * block.a_stride;
+      t.c = block.c + start * block.c_stride;
+      t.row_scales = block.row_scales ? block.row_scales + start * block.row_scale_step : nullptr;
+      tiles.many[group_start(rows, groups, g + 1) - start](t);
+    }
+    return;
+  }
   for (int64_t p = 0; p < count; ++p) {
     for (int64_t r = 0; r < rows; ++r) {
       t.a = static_cast<const Act*>(block.a) + r * block.a_stride;
@@ -100,29 +120,33 @@ static void multiply_widened(CodedTile t, int64_t length, int64_t rows, int64_t 
   if (t.scales) add_scaled(t, sums, c_stride, rows, count);
 }
 
-// Sums over panels [panel, panel + count) of one step, not yet scaled by row and column.
+// Sums over panels [panel, panel + count) of one step, not yet scaled by row and column. `more`: the panels after these come next.
 template <Element E>
 static void multiply_coded(
     const Weight& w, const Activations& x, int64_t row, int64_t rows, int64_t panel, int64_t count, float* c, int64_t c_stride,
-    const TileKernels* amx) {
+    const TileKernels* amx, bool more) {
   constexpr int64_t unit = unit_of(E);
+  // Of panels that fill no step, tiles take one row at a time.
+  bool tiles_widen = rows <= kCodedRows || (kTilesWiden && !amx && count == panels_per_step(w, rows));
+  int64_t depth = tiles_widen ? kTileDepth : kWidenDepth;
   int64_t bytes = panel_bytes(w), one_scale = kPanel * scale_bytes(w.scale_type);
   const char* codes = static_cast<const char*>(w.codes) + panel * bytes;
   CodedTile t{};
   t.a_stride = x.stride, t.c = c, t.c_stride = c_stride, t.panel_bytes = bytes;
   t.zero_step = w.groups * kPanel, t.scale_step = w.groups * one_scale;
   t.scale_type = w.scale_type, t.row_scale_step = w.groups;
-  for (int64_t b = 0, blocks = num_blocks(w, kWidenDepth); b < blocks; ++b) {
-    KBlock block = block_at(w, kWidenDepth, b);
+  for (int64_t b = 0, blocks = num_blocks(w, depth); b < blocks; ++b) {
+    KBlock block = block_at(w, depth, b);
     int64_t length = block.k1 - block.k0, at = panel * w.groups + block.group;
     if (length == 0 && b > 0) continue;
     t.a = static_cast<const Act*>(x.data) + row * x.stride + block.k0;
     t.w = codes + block.k0 / unit * unit_bytes(E), t.units = length / unit;
+    t.ahead = b + 1 < blocks ? t.units * unit_bytes(E) : more ? codes + count * bytes - t.w : 0;
     t.zeros = w.zeros ? w.zeros + at * kPanel : nullptr;
     t.scales = w.scales ? static_cast<const char*>(w.scales) + at * one_scale : nullptr;
     t.row_scales = x.group_scale ? x.group_scale + row * w.groups + block.group : nullptr;
     t.add = b > 0;
-    if (rows <= kCodedRows)
+    if (tiles_widen)
       multiply_codes<E>(t, rows, count);
     else
       multiply_widened<E>(t, length, rows, count, amx);
@@ -170,6 +194,7 @@ static void multiply(
   const TileKernels* amx = tiles && fits_tiles(w, rows) ? tiles : nullptr;
   for (int64_t p = 0; p < count; p += step, c += step * kPanel) {
     int64_t at = panel + p, some = min1(step, count - p), width = some * kPanel;
+    bool more = p + step < count;
     switch (w.element) {
 #ifdef HAS_DOT_BF16
       case Element::f32:
@@ -190,12 +215,20 @@ static void multiply(
         multiply_plain<Act>(table, w, x, row, rows, at, some, c, c_stride, nullptr);
         break;
       }
-      case Element::f16: multiply_coded<Element::f16>(w, x, row, rows, at, some, c, c_stride, amx); break;
+      case Element::f16: multiply_coded<Element::f16>(w, x, row, rows, at, some, c, c_stride, amx, more); break;
 #endif
-      case Element::int4: multiply_coded<Element::int4>(w, x, row, rows, at, some, c, c_stride, amx); break;
-      case Element::int4_zero: multiply_coded<Element::int4_zero>(w, x, row, rows, at, some, c, c_stride, amx); break;
-      case Element::e2m1: multiply_coded<Element::e2m1>(w, x, row, rows, at, some, c, c_stride, amx); break;
-      case Element::fp8: multiply_coded<Element::fp8>(w, x, row, rows, at, some, c, c_stride, amx); break;
+      case Element::int4: multiply_coded<Element::int4>(w, x, row, rows, at, some, c, c_stride, amx, more); break;
+      case Element::int4_zero: multiply_coded<Element::int4_zero>(w, x, row, rows, at, some, c, c_stride, amx, more); break;
+      case Element::e2m1: multiply_coded<Element::e2m1>(w, x, row, rows, at, some, c, c_stride, amx, more); break;
+      case Element::fp8:
+#ifdef HAS_DOT_BF16
+        if (has_vbmi()) {
+          multiply_coded<kFp8Bytes>(w, x, row, rows, at, some, c, c_stride, amx, more);
+          break;
+        }
+#endif
+        multiply_coded<Element::fp8>(w, x, row, rows, at, some, c, c_stride, amx, more);
+        break;
       case Element::int8: {
         static constexpr Int8Tiles table;
         auto* sums = reinterpret_cast<int32_t*>(c);
