@@ -153,7 +153,7 @@ INLINE vu pair_of(const char* unit, int v, int i, vu zero) {
   }
   if constexpr (E == kFp8Bytes) {
     vu low = look_up_bytes(kByteTables.low, code), high = look_up_bytes(kByteTables.high, code) | (code & 0x80808080u);
-    return i == 0 ? (low & 0x00ff00ffu) | ((vu)((vw)high << 8) & 0xff00ff00u) : (vu)((vw)low >> 8) | (high & 0xff00ff00u);
+    return i == 0 ? (low & 0x00ff00ffu) | (vu)((vw)high << 8) : (high & 0xff00ff00u) | (vu)((vw)low >> 8);
   }
 }
 INLINE vu spread_zero(const uint8_t* p) { return load_bytes(p) * 0x01010101u; }
@@ -188,15 +188,14 @@ struct CodedTile {
   int64_t zero_step;  // bytes from one panel's to the next one's
   float* c;
   int64_t c_stride;
-  bool add;
   const char* scales;  // of the group; null: none
   int64_t scale_step;
   ScaleType scale_type;
-  const float* row_scales;  // of the rows of x for this group; null: none
+  const float* row_scales;  // of the rows of x for this group; null: none, and so without scales
   int64_t row_scale_step;
 };
 
-// c (+)= scale * row_scale * the sum over the block, or c (+)= the sum where there are no scales.
+// c += scale * row_scale * the sum over the block; where there are no scales, the sum goes on from c.
 template <Element E, int R, int B>
 __attribute__((noinline)) static void coded_tile(const CodedTile& t) {
   constexpr int V = B * kVecs, unit = int(unit_of(E));
@@ -205,7 +204,7 @@ __attribute__((noinline)) static void coded_tile(const CodedTile& t) {
   vu zero[V] = {};
   UNROLL for (int v = 0; v < V; ++v) {
     UNROLL for (int r = 0; r < R; ++r)
-      acc[r][v] = t.add && !t.scales ? load(t.c + r * t.c_stride + v * VL) : vf{};
+      acc[r][v] = t.scales ? vf{} : load(t.c + r * t.c_stride + v * VL);
     if (E == Element::int4_zero) zero[v] = spread_zero(t.zeros + v / kVecs * t.zero_step + v % kVecs * VL);
   }
   const char* w = t.w;
@@ -238,16 +237,23 @@ __attribute__((noinline)) static void coded_tile(const CodedTile& t) {
     }
   }
 #endif
-  UNROLL for (int v = 0; v < V; ++v) {
-    vf scale = t.scales ? load_scales(t.scales + v / kVecs * t.scale_step, t.scale_type, v % kVecs * VL) : vf{};
+  if (t.row_scales) {
     UNROLL for (int r = 0; r < R; ++r) {
-      float* c = t.c + r * t.c_stride + v * VL;
-      vf x = acc[r][v];
-      if (t.scales) {
-        if (t.row_scales) x *= splat(t.row_scales[r * t.row_scale_step]);
-        x = t.add ? load(c) + x * scale : x * scale;
+      UNROLL for (int v = 0; v < V; ++v) acc[r][v] *= splat(t.row_scales[r * t.row_scale_step]);
+    }
+  }
+  vf scale[V];
+  if (t.scales) {
+    UNROLL for (int v = 0; v < V; ++v) scale[v] = load_scales(t.scales + v / kVecs * t.scale_step, t.scale_type, v % kVecs * VL);
+    UNROLL for (int r = 0; r < R; ++r) {
+      UNROLL for (int v = 0; v < V; ++v) {
+        float* c = t.c + r * t.c_stride + v * VL;
+        store(c, acc[r][v] * scale[v] + load(c));
       }
-      store(c, x);
+    }
+  } else {
+    UNROLL for (int r = 0; r < R; ++r) {
+      UNROLL for (int v = 0; v < V; ++v) store(t.c + r * t.c_stride + v * VL, acc[r][v]);
     }
   }
 }

@@ -31,7 +31,7 @@ INLINE KBlock block_at(const Weight& w, int64_t depth, int64_t i) {
   return {i * length, min1((i + 1) * length, w.k_padded), w.groups > 1 ? i : 0};
 }
 
-// c (+)= sums * scale * row_scale, for the panels of one group.
+// c += sums * scale * row_scale, for the panels of one group.
 static void add_scaled(
     const CodedTile& t, const float* sums, int64_t sums_stride, int64_t rows, int64_t panels) {
   for (int64_t p = 0; p < panels; ++p) {
@@ -42,7 +42,7 @@ static void add_scaled(
       UNROLL for (int v = 0; v < kVecs; ++v) {
         float* c = t.c + r * t.c_stride + p * kPanel + v * VL;
         vf x = load(sums + r * sums_stride + p * kPanel + v * VL) * row_scale;
-        store(c, t.add ? load(c) + x * scale[v] : x * scale[v]);
+        store(c, x * scale[v] + load(c));
       }
     }
   }
@@ -102,14 +102,14 @@ static void multiply_widened(CodedTile t, int64_t length, int64_t rows, int64_t 
   float* c = t.scales ? sums : t.c;
   int64_t c_stride = t.scales ? count * kPanel : t.c_stride, groups = ceil_div(rows, kMaxRows);
   if (amx) {
-    amx->bf16({t.a, t.a_stride * 2, wide, length * per_k, length / 2, c, c_stride, rows, count, t.add && !t.scales});
+    amx->bf16({t.a, t.a_stride * 2, wide, length * per_k, length / 2, c, c_stride, rows, count, !t.scales});
     groups = 0;
   }
   for (int64_t g = 0; g < groups; ++g) {
     int64_t start = group_start(rows, groups, g), size = group_start(rows, groups, g + 1) - start;
     const Act* a = static_cast<const Act*>(t.a) + start * t.a_stride;
     float* cp = c + start * c_stride;
-    bool add = t.add && !t.scales;
+    bool add = !t.scales;
     if (count == panels_at_once(int(size))) {
       tiles.many[size](a, t.a_stride, wide, length * per_k, length / 2, cp, c_stride, add);
     } else {
@@ -135,6 +135,7 @@ static void multiply_coded(
   t.a_stride = x.stride, t.c = c, t.c_stride = c_stride, t.panel_bytes = bytes;
   t.zero_step = w.groups * kPanel, t.scale_step = w.groups * one_scale;
   t.scale_type = w.scale_type, t.row_scale_step = w.groups;
+  for (int64_t r = 0; r < rows; ++r) __builtin_memset(c + r * c_stride, 0, size_t(count * kPanel) * sizeof(float));
   for (int64_t b = 0, blocks = num_blocks(w, depth); b < blocks; ++b) {
     KBlock block = block_at(w, depth, b);
     int64_t length = block.k1 - block.k0, at = panel * w.groups + block.group;
@@ -145,7 +146,6 @@ static void multiply_coded(
     t.zeros = w.zeros ? w.zeros + at * kPanel : nullptr;
     t.scales = w.scales ? static_cast<const char*>(w.scales) + at * one_scale : nullptr;
     t.row_scales = x.group_scale ? x.group_scale + row * w.groups + block.group : nullptr;
-    t.add = b > 0;
     if (tiles_widen)
       multiply_codes<E>(t, rows, count);
     else
