@@ -2,13 +2,16 @@
 // A tile widens as it goes, or a block of panels is widened once for all rows. Both add up the same numbers in the same order: a
 // row's result does not depend on how many there are.
 
-// Rows up to which a tile widens codes itself. VDPBF16PS leaves ports free for it, so with it all rows go through such tiles.
+// Rows up to which a tile widens codes itself. VDPBF16PS leaves ports free for it: with more rows the first tile keeps what it
+// widens for the others.
 #ifdef HAS_DOT_BF16
 constexpr int kCodedRows = 12;
 constexpr bool kTilesWiden = true;
+typedef uint16_t Act;  // of what is multiplied with floats
 #else
 constexpr int kCodedRows = VL == 16 ? 8 : 4;
 constexpr bool kTilesWiden = false;
+typedef float Act;
 #endif
 constexpr int coded_panels(int rows) { return VL == 16 ? (rows <= 1 ? 8 : rows <= 4 ? 4 : 2) : (rows <= 1 ? 2 : 1); }
 
@@ -177,102 +180,6 @@ INLINE vf value_of(const char* unit, int v, int i, vu zero) {
 INLINE vu spread_zero(const uint8_t* p) { return load_bytes(p); }
 #endif
 
-// A block of some panels: `units` of each, all of one group.
-struct CodedTile {
-  const void* a;
-  int64_t a_stride;
-  const char* w;
-  int64_t panel_bytes, units;
-  int64_t ahead;  // bytes from w to the codes that are needed next, to be prefetched; 0: none
-  const uint8_t* zeros;
-  int64_t zero_step;  // bytes from one panel's to the next one's
-  float* c;
-  int64_t c_stride;
-  const char* scales;  // of the group; null: none
-  int64_t scale_step;
-  ScaleType scale_type;
-  const float* row_scales;  // of the rows of x for this group; null: none, and so without scales
-  int64_t row_scale_step;
-};
-
-// c += scale * row_scale * the sum over the block; where there are no scales, the sum goes on from c.
-template <Element E, int R, int B>
-__attribute__((noinline)) static void coded_tile(const CodedTile& t) {
-  constexpr int V = B * kVecs, unit = int(unit_of(E));
-  constexpr int64_t bytes = unit_bytes(E);
-  vf acc[R][V];
-  vu zero[V] = {};
-  UNROLL for (int v = 0; v < V; ++v) {
-    UNROLL for (int r = 0; r < R; ++r)
-      acc[r][v] = t.scales ? vf{} : load(t.c + r * t.c_stride + v * VL);
-    if (E == Element::int4_zero) zero[v] = spread_zero(t.zeros + v / kVecs * t.zero_step + v % kVecs * VL);
-  }
-  const char* w = t.w;
-#ifdef HAS_DOT_BF16
-  const char* a = static_cast<const char*>(t.a);
-  for (int64_t u = 0; u < t.units; ++u, w += bytes, a += unit * 2) {
-    UNROLL for (int p = 0; p < B; ++p) prefetch_l2(w + p * t.panel_bytes + t.ahead);
-    UNROLL for (int i = 0; i < unit / 2; ++i) {
-      vu weights[V];
-      UNROLL for (int v = 0; v < V; ++v) weights[v] = pair_of<E>(w + v / kVecs * t.panel_bytes, v % kVecs, i, zero[v]);
-      UNROLL for (int r = 0; r < R; ++r) {
-        uint32_t x;
-        __builtin_memcpy(&x, a + r * t.a_stride * 2 + i * 4, 4);
-        UNROLL for (int v = 0; v < V; ++v) accumulate_pairs(acc[r][v], weights[v], x);
-      }
-    }
-  }
-#else
-  const float* a = static_cast<const float*>(t.a);
-  for (int64_t u = 0; u < t.units; ++u, w += bytes, a += unit) {
-    UNROLL for (int p = 0; p < B; ++p) prefetch_l2(w + p * t.panel_bytes + t.ahead);
-    // Not unrolled: a shift by a register costs no more, and there are many of these functions.
-    _Pragma("GCC unroll 1") for (int i = 0; i < unit; ++i) {
-      vf weights[V];
-      UNROLL for (int v = 0; v < V; ++v) weights[v] = value_of<E>(w + v / kVecs * t.panel_bytes, v % kVecs, i, zero[v]);
-      UNROLL for (int r = 0; r < R; ++r) {
-        UNROLL for (int v = 0; v < V; ++v) accumulate(acc[r][v], weights[v], splat(a[r * t.a_stride + i]));
-        if (R > 2) asm volatile("" ::: "memory");  // as in `tile`
-      }
-    }
-  }
-#endif
-  if (t.row_scales) {
-    UNROLL for (int r = 0; r < R; ++r) {
-      UNROLL for (int v = 0; v < V; ++v) acc[r][v] *= splat(t.row_scales[r * t.row_scale_step]);
-    }
-  }
-  vf scale[V];
-  if (t.scales) {
-    UNROLL for (int v = 0; v < V; ++v) scale[v] = load_scales(t.scales + v / kVecs * t.scale_step, t.scale_type, v % kVecs * VL);
-    UNROLL for (int r = 0; r < R; ++r) {
-      UNROLL for (int v = 0; v < V; ++v) {
-        float* c = t.c + r * t.c_stride + v * VL;
-        store(c, acc[r][v] * scale[v] + load(c));
-      }
-    }
-  } else {
-    UNROLL for (int r = 0; r < R; ++r) {
-      UNROLL for (int v = 0; v < V; ++v) store(t.c + r * t.c_stride + v * VL, acc[r][v]);
-    }
-  }
-}
-
-using CodedTileFn = void (*)(const CodedTile&);
-
-// Tiles of 1 .. kCodedRows rows over coded_panels panels, and of one row over one panel.
-template <Element E>
-struct CodedTiles {
-  CodedTileFn many[kCodedRows + 1] = {};
-  CodedTileFn one = coded_tile<E, 1, 1>;
-  constexpr CodedTiles() { fill<kCodedRows>(); }
-  template <int R>
-  constexpr void fill() {
-    many[R] = coded_tile<E, R, coded_panels(R)>;
-    if constexpr (R > 1) fill<R - 1>();
-  }
-};
-
 #ifdef HAS_DOT_BF16
 constexpr Element kWide = Element::bf16;  // what codes are widened to
 constexpr Path kWidePath = Path::dot_bf16;
@@ -280,6 +187,109 @@ constexpr Path kWidePath = Path::dot_bf16;
 constexpr Element kWide = Element::f32;
 constexpr Path kWidePath = Path::f32;
 #endif
+
+// A block of some panels: `units` of each, in groups of group_units, of which the last may have fewer.
+struct CodedTile {
+  const void* a;
+  int64_t a_stride;
+  const char* w;
+  int64_t panel_bytes, units, group_units;
+  int64_t ahead;  // bytes from w to the codes that are needed next, to be prefetched; 0: none
+  const uint8_t* zeros;  // of the first group, the next one's behind them
+  int64_t zero_step;     // bytes from one panel's to the next one's
+  float* c;
+  int64_t c_stride;
+  const char* scales;  // as zeros; null: none, and one group
+  int64_t scale_step;
+  ScaleType scale_type;
+  const float* row_scales;  // of the rows of x for the first group; null: none, and so without scales
+  int64_t row_scale_step;
+  char* wide;  // where a tile that keeps what it widens leaves it, as panels of kWide
+};
+
+// c += scale * row_scale * the sum over a group, group by group; where there are no scales, the sum goes on from c.
+template <Element E, int R, int B, bool Keep = false>
+__attribute__((noinline)) static void coded_tile(const CodedTile& t) {
+  constexpr int V = B * kVecs, unit = int(unit_of(E));
+  constexpr int64_t bytes = unit_bytes(E);
+  const char* w = t.w;
+  const Act* a = static_cast<const Act*>(t.a);
+  [[maybe_unused]] char* wide = t.wide;
+  for (int64_t left = t.units, group = 0; left > 0; left -= t.group_units, ++group) {
+    vf acc[R][V];
+    vu zero[V] = {};
+    UNROLL for (int v = 0; v < V; ++v) {
+      UNROLL for (int r = 0; r < R; ++r) acc[r][v] = t.scales ? vf{} : load(t.c + r * t.c_stride + v * VL);
+      if (E == Element::int4_zero) zero[v] = spread_zero(t.zeros + group * kPanel + v / kVecs * t.zero_step + v % kVecs * VL);
+    }
+    for (int64_t u = min1(left, t.group_units); u > 0; --u, w += bytes, a += unit) {
+      if constexpr (E != kWide) {
+        UNROLL for (int p = 0; p < B; ++p) prefetch_l2(w + p * t.panel_bytes + t.ahead);
+      }
+#ifdef HAS_DOT_BF16
+      UNROLL for (int i = 0; i < unit / 2; ++i) {
+        vu weights[V];
+        UNROLL for (int v = 0; v < V; ++v) weights[v] = pair_of<E>(w + v / kVecs * t.panel_bytes, v % kVecs, i, zero[v]);
+        if constexpr (Keep) {
+          UNROLL for (int v = 0; v < V; ++v) *reinterpret_cast<vu*>(wide + v * t.units * (unit * kPanel * 2)) = weights[v];
+          wide += 64;
+        }
+        UNROLL for (int r = 0; r < R; ++r) {
+          uint32_t x;
+          __builtin_memcpy(&x, a + r * t.a_stride + i * 2, 4);
+          UNROLL for (int v = 0; v < V; ++v) accumulate_pairs(acc[r][v], weights[v], x);
+        }
+      }
+#else
+      // Not unrolled: a shift by a register costs no more, and there are many of these functions.
+      _Pragma("GCC unroll 1") for (int i = 0; i < unit; ++i) {
+        vf weights[V];
+        UNROLL for (int v = 0; v < V; ++v) weights[v] = value_of<E>(w + v / kVecs * t.panel_bytes, v % kVecs, i, zero[v]);
+        UNROLL for (int r = 0; r < R; ++r) {
+          UNROLL for (int v = 0; v < V; ++v) accumulate(acc[r][v], weights[v], splat(a[r * t.a_stride + i]));
+          if (R > 2) asm volatile("" ::: "memory");  // as in `tile`
+        }
+      }
+#endif
+    }
+    if (t.row_scales) {
+      UNROLL for (int r = 0; r < R; ++r) {
+        UNROLL for (int v = 0; v < V; ++v) acc[r][v] *= splat(t.row_scales[r * t.row_scale_step + group]);
+      }
+    }
+    if (t.scales) {
+      const char* scales = t.scales + group * kPanel * scale_bytes(t.scale_type);
+      vf scale[V];
+      UNROLL for (int v = 0; v < V; ++v) scale[v] = load_scales(scales + v / kVecs * t.scale_step, t.scale_type, v % kVecs * VL);
+      UNROLL for (int r = 0; r < R; ++r) {
+        UNROLL for (int v = 0; v < V; ++v) {
+          float* c = t.c + r * t.c_stride + v * VL;
+          store(c, acc[r][v] * scale[v] + load(c));
+        }
+      }
+    } else {
+      UNROLL for (int r = 0; r < R; ++r) {
+        UNROLL for (int v = 0; v < V; ++v) store(t.c + r * t.c_stride + v * VL, acc[r][v]);
+      }
+    }
+  }
+}
+
+using CodedTileFn = void (*)(const CodedTile&);
+
+// Tiles of 1 .. kCodedRows rows over coded_panels panels, the larger ones also such as keep, and of one row over one panel.
+template <Element E>
+struct CodedTiles {
+  CodedTileFn many[kCodedRows + 1] = {}, keeping[kCodedRows + 1] = {};
+  CodedTileFn one = coded_tile<E, 1, 1>;
+  constexpr CodedTiles() { fill<kCodedRows>(); }
+  template <int R>
+  constexpr void fill() {
+    many[R] = coded_tile<E, R, coded_panels(R)>;
+    if constexpr (kTilesWiden && R >= kCodedRows / 2) keeping[R] = coded_tile<E, R, coded_panels(R), true>;
+    if constexpr (R > 1) fill<R - 1>();
+  }
+};
 
 // Units of one panel as the codes of a kWide panel.
 template <Element E>
