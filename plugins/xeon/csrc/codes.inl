@@ -13,7 +13,10 @@ constexpr int kCodedRows = VL == 16 ? 8 : 4;
 constexpr bool kTilesWiden = false;
 typedef float Act;
 #endif
-constexpr int coded_panels(int rows) { return VL == 16 ? (rows <= 1 ? 8 : rows <= 4 ? 4 : 2) : (rows <= 1 ? 2 : 1); }
+constexpr int coded_panels(int rows) {
+  if (VL == 16) return rows <= 1 && !kTilesWiden ? 8 : rows <= 4 ? 4 : 2;
+  return rows <= 1 ? 2 : 1;
+}
 
 typedef uint16_t vw __attribute__((vector_size(VL * 4), may_alias, aligned(4)));  // 16-bit halves of the lanes
 typedef uint8_t vb __attribute__((vector_size(VL), may_alias, aligned(1)));
@@ -109,7 +112,8 @@ constexpr ByteTables kByteTables = make_byte_tables();
 
 INLINE bool has_vbmi() {
 #ifdef EMULATE_AVX512
-  return true;
+  static thread_local bool has = false;  // both ways in turn: they must agree
+  return has = !has;
 #else
   return __builtin_cpu_supports("avx512vbmi");
 #endif

@@ -15,8 +15,7 @@ INLINE int64_t panels_per_step(const Weight& w, int64_t rows) {
   return panels_at_once(int(ceil_div(rows, ceil_div(rows, kMaxRows))));
 }
 
-constexpr int64_t kWidenDepth = 256;  // k of a panel that are widened at a time, where no group is shorter
-constexpr int64_t kTileDepth = 128;   // the same of a tile that widens: what is fetched ahead
+constexpr int64_t kWidenDepth = 256;  // k of a block of codes, where no group is longer: its panels, widened, fit L1
 
 // One block of k: [k0, k1), which begins with group `group`.
 struct KBlock {
@@ -133,8 +132,8 @@ static void multiply_coded(
   constexpr int64_t unit = unit_of(E);
   // Of panels that fill no step, tiles take one row at a time.
   bool tiles_widen = rows <= kCodedRows || (kTilesWiden && !amx && count == panels_per_step(w, rows));
-  int64_t length = tiles_widen ? kTileDepth : kWidenDepth;
-  if (w.groups > 1) length = tiles_widen ? max1(length / w.group, int64_t(1)) * w.group : w.group;
+  // A tile scales group after group; what is widened first is one group.
+  int64_t length = w.groups == 1 ? kWidenDepth : tiles_widen ? max1(kWidenDepth / w.group, int64_t(1)) * w.group : w.group;
   int64_t bytes = panel_bytes(w), one_scale = kPanel * scale_bytes(w.scale_type);
   const char* codes = static_cast<const char*>(w.codes) + panel * bytes;
   CodedTile t{};
