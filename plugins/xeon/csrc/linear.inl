@@ -83,8 +83,10 @@ static void linear(const LinearArgs& args) {
   }
   t.row_blocks = ceil_div(args.m, row_block(args.w));
   t.panels = ceil_div(args.w.n, kPanel);
-  // Enough tasks that a slow thread holds the others up by little; enough panels in one that a stream stays long.
-  int64_t wanted = 12 * num_threads(), longest = 8 * max1(int64_t(1), kPanel * 2 * args.w.k_padded / max1(int64_t(1), panel_bytes(args.w)));
+  // Enough tasks that a slow thread holds the others up by little; enough bytes in one, as of 8 panels of bf16, that a stream
+  // stays long.
+  Element element = args.w.element;
+  int64_t wanted = 12 * num_threads(), longest = 8 * max1(int64_t(1), unit_of(element) * kPanel * 2 / unit_bytes(element));
   int64_t per_task = max1(int64_t(1), min1(longest, t.panels * t.row_blocks / wanted));
   int64_t step = panels_per_step(args.w, min1(args.m, row_block(args.w)));
   t.panels_per_task = ceil_div(per_task, step) * step;

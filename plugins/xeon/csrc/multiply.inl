@@ -130,8 +130,9 @@ static void multiply_coded(
     const Weight& w, const Activations& x, int64_t row, int64_t rows, int64_t panel, int64_t count, float* c, int64_t c_stride,
     const TileKernels* amx, bool more) {
   constexpr int64_t unit = unit_of(E);
-  // Of panels that fill no step, tiles take one row at a time.
-  bool tiles_widen = rows <= kCodedRows || (kTilesWiden && !amx && count == panels_per_step(w, rows));
+  // Of panels that fill no step, tiles take one row at a time: worth it for a few.
+  bool whole_step = count == panels_per_step(w, rows);
+  bool tiles_widen = rows <= (whole_step ? kCodedRows : min1(int64_t(kCodedRows), int64_t(8))) || (kTilesWiden && whole_step && !amx);
   // A tile scales group after group; what is widened first is one group.
   int64_t length = w.groups == 1 ? kWidenDepth : tiles_widen ? max1(kWidenDepth / w.group, int64_t(1)) * w.group : w.group;
   int64_t bytes = panel_bytes(w), one_scale = kPanel * scale_bytes(w.scale_type);
@@ -145,7 +146,8 @@ static void multiply_coded(
     KBlock block = block_at(w, length, b);
     int64_t at = panel * w.groups + block.group, groups = w.bounds || w.groups == 1 ? 1 : length / w.group;
     t.a = static_cast<const Act*>(x.data) + row * x.stride + block.k0;
-    t.w = codes + block.k0 / unit * unit_bytes(E), t.units = (block.k1 - block.k0) / unit, t.group_units = groups > 1 ? w.group / unit : t.units;
+    t.w = codes + block.k0 / unit * unit_bytes(E), t.units = (block.k1 - block.k0) / unit;
+    t.group_units = groups > 1 ? w.group / unit : t.units;
     t.zeros = w.zeros ? w.zeros + at * kPanel : nullptr;
     t.scales = w.scales ? static_cast<const char*>(w.scales) + at * one_scale : nullptr;
     t.row_scales = x.group_scale ? x.group_scale + row * w.groups + block.group : nullptr;
