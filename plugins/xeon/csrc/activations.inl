@@ -2,11 +2,9 @@
 // Codes are those of sglang_core/ops/quant.py, bit for bit: float32, true divisions, ties to even.
 
 #ifdef HAS_DOT_BF16
-typedef uint16_t Act;  // of what is multiplied with floats
 typedef uint8_t ActInt8;  // code + 128
 constexpr int32_t kInt8Bias = 128;
 #else
-typedef float Act;
 typedef int16_t ActInt8;  // the codes k0, k2, k1, k3 of a quad
 constexpr int32_t kInt8Bias = 0;
 #endif

@@ -16,7 +16,7 @@ INLINE vu unpack_bytes(vu low, vu high, bool second) {
 }
 
 // The table's byte for the low nibble of each byte.
-INLINE vu look_up_bytes(const uint8_t* table, vu codes) {
+INLINE vu look_up_nibbles(const uint8_t* table, vu codes) {
   codes &= 0x0f0f0f0fu;
   __m128i entries = _mm_loadu_si128(reinterpret_cast<const __m128i*>(table));
 #if VL == 16 && !defined(EMULATE_AVX512)
@@ -34,7 +34,7 @@ INLINE vu look_up_bytes(const uint8_t* table, vu codes) {
 // Pair i of a unit, vector v: k = 2i and 2i + 1.
 INLINE vu coded_pair(const char* unit, const uint8_t* table, int v, int i) {
   vu codes = load_bits(unit + 2 * kHalfUnit + v * (VL * 4)), low = load_bits(unit + i / 2 * kHalfUnit + v * (VL * 4));
-  return unpack_bytes(low, look_up_bytes(table, i < 2 ? codes : codes >> 4), i % 2);
+  return unpack_bytes(low, look_up_nibbles(table, i < 2 ? codes : codes >> 4), i % 2);
 }
 
 constexpr int64_t kCodedUnit = unit_of(Element::bf16_coded), kCodedBytes = unit_bytes(Element::bf16_coded);

@@ -38,7 +38,8 @@ static void linear_task(const void* opaque, int64_t index) {
   int64_t block = row_block(args.w), row = index % t.row_blocks * block, rows = min1(block, args.m - row);
   int64_t panel0 = index / t.row_blocks * t.panels_per_task;
   int64_t panels = min1(t.panels_per_task, t.panels - panel0);
-  int64_t step = panels_per_step(args.w, rows), c_stride = step * kPanel;
+  // Of codes, few rows take all panels at once: `multiply` then fetches a step's first codes during the step before.
+  int64_t step = is_coded(args.w) && rows <= kCodedRows ? panels : panels_per_step(args.w, rows), c_stride = step * kPanel;
   float* c = static_cast<float*>(scratch(kSlotTile, size_t(rows * c_stride) * sizeof(float)));
   for (int64_t p = 0; p < panels; p += step) {
     int64_t count = min1(step, panels - p);
@@ -82,9 +83,11 @@ static void linear(const LinearArgs& args) {
   }
   t.row_blocks = ceil_div(args.m, row_block(args.w));
   t.panels = ceil_div(args.w.n, kPanel);
-  // Enough tasks that a slow thread holds the others up by little; enough panels in one that a stream stays long.
-  int64_t wanted = 12 * num_threads();
-  int64_t per_task = max1(int64_t(1), min1(int64_t(8), t.panels * t.row_blocks / wanted));
+  // Enough tasks that a slow thread holds the others up by little; enough bytes in one, as of 8 panels of bf16, that a stream
+  // stays long.
+  Element element = args.w.element;
+  int64_t wanted = 12 * num_threads(), longest = 8 * max1(int64_t(1), unit_of(element) * kPanel * 2 / unit_bytes(element));
+  int64_t per_task = max1(int64_t(1), min1(longest, t.panels * t.row_blocks / wanted));
   int64_t step = panels_per_step(args.w, min1(args.m, row_block(args.w)));
   t.panels_per_task = ceil_div(per_task, step) * step;
   run_tasks(t.row_blocks * ceil_div(t.panels, t.panels_per_task), linear_task, &t);

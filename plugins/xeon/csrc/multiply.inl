@@ -15,22 +15,21 @@ INLINE int64_t panels_per_step(const Weight& w, int64_t rows) {
   return panels_at_once(int(ceil_div(rows, ceil_div(rows, kMaxRows))));
 }
 
-constexpr int64_t kWidenDepth = 256;  // k of a panel that are widened at a time, where no group is shorter
+constexpr int64_t kWidenDepth = 256;  // k of a block of codes, where no group is longer: its panels, widened, fit L1
 
-// One block of k: [k0, k1) of group `group`.
+// One block of k: [k0, k1), which begins with group `group`.
 struct KBlock {
   int64_t k0, k1, group;
 };
 
-INLINE int64_t num_blocks(const Weight& w, int64_t depth) { return w.groups > 1 ? w.groups : ceil_div(w.k_padded, depth); }
+INLINE int64_t num_blocks(const Weight& w, int64_t length) { return w.bounds ? w.groups : ceil_div(w.k_padded, length); }
 
-INLINE KBlock block_at(const Weight& w, int64_t depth, int64_t i) {
+INLINE KBlock block_at(const Weight& w, int64_t length, int64_t i) {
   if (w.bounds) return {w.bounds[i], w.bounds[i + 1], i};
-  int64_t length = w.groups > 1 ? w.group : depth;
-  return {i * length, min1((i + 1) * length, w.k_padded), w.groups > 1 ? i : 0};
+  return {i * length, min1((i + 1) * length, w.k_padded), w.groups > 1 ? i * length / w.group : 0};
 }
 
-// c (+)= sums * scale * row_scale, for the panels of one group.
+// c += sums * scale * row_scale, for the panels of one group.
 static void add_scaled(
     const CodedTile& t, const float* sums, int64_t sums_stride, int64_t rows, int64_t panels) {
   for (int64_t p = 0; p < panels; ++p) {
@@ -41,26 +40,51 @@ static void add_scaled(
       UNROLL for (int v = 0; v < kVecs; ++v) {
         float* c = t.c + r * t.c_stride + p * kPanel + v * VL;
         vf x = load(sums + r * sums_stride + p * kPanel + v * VL) * row_scale;
-        store(c, t.add ? load(c) + x * scale[v] : x * scale[v]);
+        store(c, x * scale[v] + load(c));
       }
     }
   }
 }
 
-// A block that tiles widen themselves.
-template <Element E>
-static void multiply_codes(const CodedTile& block, int64_t rows, int64_t count) {
-  static constexpr CodedTiles<E> tiles;
-  CodedTile t = block;
-  if (count == coded_panels(int(rows))) return tiles.many[rows](t);
+// Fetches scales and zeros of the `groups` groups that are `ahead` groups further on.
+INLINE void prefetch_groups(const CodedTile& t, int64_t ahead, int64_t groups, int64_t count) {
+  int64_t size = t.scales ? kPanel * scale_bytes(t.scale_type) : 0;
   for (int64_t p = 0; p < count; ++p) {
-    for (int64_t r = 0; r < rows; ++r) {
-      t.a = static_cast<const Act*>(block.a) + r * block.a_stride;
-      t.c = block.c + r * block.c_stride + p * kPanel;
-      t.row_scales = block.row_scales ? block.row_scales + r * block.row_scale_step : nullptr;
-      tiles.one(t);
+    for (int64_t i = 0; i < groups * size; i += 64) prefetch_l2(t.scales + p * t.scale_step + ahead * size + i);
+    if (t.zeros) prefetch_l2(t.zeros + p * t.zero_step + ahead * kPanel);
+  }
+}
+
+// `rows` rows of a block, from row `start`.
+INLINE CodedTile rows_of(CodedTile t, int64_t start) {
+  t.a = static_cast<const Act*>(t.a) + start * t.a_stride, t.c += start * t.c_stride;
+  if (t.row_scales) t.row_scales += start * t.row_scale_step;
+  return t;
+}
+
+// A block that tiles widen themselves, up to kCodedRows rows at a time: the first of them for all.
+template <Element E>
+static void multiply_codes(CodedTile t, int64_t rows, int64_t count) {
+  static constexpr CodedTiles<E> tiles;
+  int64_t groups = ceil_div(rows, kCodedRows), first = group_start(rows, groups, 1);
+  if (count == coded_panels(int(first))) {
+    if (groups == 1) return tiles.many[rows](t);
+#ifdef HAS_DOT_BF16
+    static constexpr CodedTiles<kWide> plain;
+    constexpr int64_t step = unit_of(E) / unit_of(kWide);
+    t.wide = static_cast<char*>(scratch(kSlotWidened, size_t(count * t.units * step * unit_bytes(kWide))));
+    tiles.keeping[first](t);
+    t.w = t.wide, t.units *= step, t.group_units *= step, t.panel_bytes = t.units * unit_bytes(kWide);
+    for (int64_t g = 1; g < groups; ++g) {
+      int64_t start = group_start(rows, groups, g);
+      plain.many[group_start(rows, groups, g + 1) - start](rows_of(t, start));
     }
-    t.w += t.panel_bytes, t.zeros += t.zero_step, t.scales += t.scales ? t.scale_step : 0;
+#endif
+    return;
+  }
+  for (int64_t p = 0; p < count; ++p) {
+    for (int64_t r = 0; r < rows; ++r) tiles.one(rows_of(t, r));
+    t.w += t.panel_bytes, t.zeros += t.zero_step, t.c += kPanel, t.scales += t.scales ? t.scale_step : 0;
   }
 }
 
@@ -107,36 +131,46 @@ static void multiply_widened(const CodedTile& t, int64_t length, int64_t rows, i
   for (int64_t p = 0; p < count; ++p) widen<E>(t.w + p * t.panel_bytes, t.units, t.zeros + p * t.zero_step, wide + p * length * per_k);
   float* c = t.scales ? sums : t.c;
   int64_t c_stride = t.scales ? count * kPanel : t.c_stride;
-  multiply_wide({static_cast<const Act*>(t.a), t.a_stride, wide, length, c, c_stride, t.add && !t.scales}, rows, count, amx);
+  multiply_wide({static_cast<const Act*>(t.a), t.a_stride, wide, length, c, c_stride, !t.scales}, rows, count, amx);
   if (t.scales) add_scaled(t, sums, c_stride, rows, count);
 }
 
-// Sums over panels [panel, panel + count) of one step, not yet scaled by row and column.
+// Sums over panels [panel, panel + count) of one step, not yet scaled by row and column. `more`: the panels after these come next.
 template <Element E>
 static void multiply_coded(
     const Weight& w, const Activations& x, int64_t row, int64_t rows, int64_t panel, int64_t count, float* c, int64_t c_stride,
-    const TileKernels* amx) {
+    const TileKernels* amx, bool more) {
   constexpr int64_t unit = unit_of(E);
+  // Of panels that fill no step, tiles take one row at a time: worth it for a few.
+  bool whole_step = count == panels_per_step(w, rows);
+  bool tiles_widen = rows <= (whole_step ? kCodedRows : min1(int64_t(kCodedRows), int64_t(8))) || (kTilesWiden && whole_step && !amx);
+  // A tile scales group after group; what is widened first is one group.
+  int64_t length = w.groups == 1 ? kWidenDepth : tiles_widen ? max1(kWidenDepth / w.group, int64_t(1)) * w.group : w.group;
   int64_t bytes = panel_bytes(w), one_scale = kPanel * scale_bytes(w.scale_type);
   const char* codes = static_cast<const char*>(w.codes) + panel * bytes;
   CodedTile t{};
   t.a_stride = x.stride, t.c = c, t.c_stride = c_stride, t.panel_bytes = bytes;
   t.zero_step = w.groups * kPanel, t.scale_step = w.groups * one_scale;
   t.scale_type = w.scale_type, t.row_scale_step = w.groups;
-  for (int64_t b = 0, blocks = num_blocks(w, kWidenDepth); b < blocks; ++b) {
-    KBlock block = block_at(w, kWidenDepth, b);
-    int64_t length = block.k1 - block.k0, at = panel * w.groups + block.group;
-    if (length == 0 && b > 0) continue;
+  for (int64_t r = 0; r < rows; ++r) __builtin_memset(c + r * c_stride, 0, size_t(count * kPanel) * sizeof(float));
+  for (int64_t b = 0, blocks = num_blocks(w, length); b < blocks; ++b) {
+    KBlock block = block_at(w, length, b);
+    int64_t at = panel * w.groups + block.group, groups = w.bounds || w.groups == 1 ? 1 : length / w.group;
     t.a = static_cast<const Act*>(x.data) + row * x.stride + block.k0;
-    t.w = codes + block.k0 / unit * unit_bytes(E), t.units = length / unit;
+    t.w = codes + block.k0 / unit * unit_bytes(E), t.units = (block.k1 - block.k0) / unit;
+    t.group_units = groups > 1 ? w.group / unit : t.units;
     t.zeros = w.zeros ? w.zeros + at * kPanel : nullptr;
     t.scales = w.scales ? static_cast<const char*>(w.scales) + at * one_scale : nullptr;
     t.row_scales = x.group_scale ? x.group_scale + row * w.groups + block.group : nullptr;
-    t.add = b > 0;
-    if (rows <= kCodedRows)
-      multiply_codes<E>(t, rows, count);
-    else
-      multiply_widened<E>(t, length, rows, count, amx);
+    bool last = b + 1 == blocks;
+    t.ahead = !last ? t.units * unit_bytes(E) : more ? codes + count * bytes - t.w : 0;
+    if (t.units == 0) continue;
+    if (!tiles_widen) {
+      multiply_widened<E>(t, block.k1 - block.k0, rows, count, amx);
+      continue;
+    }
+    if (!last || more) prefetch_groups(t, last ? count * w.groups - block.group : groups, groups, count);
+    multiply_codes<E>(t, rows, count);
   }
 }
 
@@ -183,6 +217,7 @@ static void multiply(
   const TileKernels* amx = tiles && fits_tiles(w, rows) ? tiles : nullptr;
   for (int64_t p = 0; p < count; p += step, c += step * kPanel) {
     int64_t at = panel + p, some = min1(step, count - p), width = some * kPanel;
+    bool more = p + step < count;
     switch (w.element) {
 #ifdef HAS_DOT_BF16
       case Element::f32:
@@ -203,13 +238,21 @@ static void multiply(
         multiply_plain<Act>(table, w, x, row, rows, at, some, c, c_stride, nullptr);
         break;
       }
-      case Element::f16: multiply_coded<Element::f16>(w, x, row, rows, at, some, c, c_stride, amx); break;
+      case Element::f16: multiply_coded<Element::f16>(w, x, row, rows, at, some, c, c_stride, amx, more); break;
 #endif
       case Element::bf16_coded: multiply_exponents(w, x, row, rows, at, some, c, c_stride, amx); break;
-      case Element::int4: multiply_coded<Element::int4>(w, x, row, rows, at, some, c, c_stride, amx); break;
-      case Element::int4_zero: multiply_coded<Element::int4_zero>(w, x, row, rows, at, some, c, c_stride, amx); break;
-      case Element::e2m1: multiply_coded<Element::e2m1>(w, x, row, rows, at, some, c, c_stride, amx); break;
-      case Element::fp8: multiply_coded<Element::fp8>(w, x, row, rows, at, some, c, c_stride, amx); break;
+      case Element::int4: multiply_coded<Element::int4>(w, x, row, rows, at, some, c, c_stride, amx, more); break;
+      case Element::int4_zero: multiply_coded<Element::int4_zero>(w, x, row, rows, at, some, c, c_stride, amx, more); break;
+      case Element::e2m1: multiply_coded<Element::e2m1>(w, x, row, rows, at, some, c, c_stride, amx, more); break;
+      case Element::fp8:
+#ifdef HAS_DOT_BF16
+        if (has_vbmi()) {
+          multiply_coded<kFp8Bytes>(w, x, row, rows, at, some, c, c_stride, amx, more);
+          break;
+        }
+#endif
+        multiply_coded<Element::fp8>(w, x, row, rows, at, some, c, c_stride, amx, more);
+        break;
       case Element::int8: {
         static constexpr Int8Tiles table;
         auto* sums = reinterpret_cast<int32_t*>(c);

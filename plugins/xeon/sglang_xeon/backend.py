@@ -25,8 +25,8 @@ DTYPES = ("bfloat16", "float32")
 LINEAR_DTYPES = (*DTYPES, "float16")  # and weights in every format
 # For --device auto: above the reference backend (0), below every accelerator (100 and up).
 SCORES = {"avx2": 30, "avx512": 40, "avx512_bf16": 50, "amx": 60}
-# The bytes that weights.pack makes, the same at every ISA level. A change of them is a new number: packed caches go by it.
-PACKED_LAYOUT = "xeon.panels/1"
+# The bytes that weights.pack makes. A change of them is a new number: packed caches go by it.
+PACKED_LAYOUT = "xeon.panels/2"
 EXPERT_OPS = ("moe.fused", "gemm.grouped")
 ACT_ORDER = tuple(f"int4.gptq.g{group}.act_order" for group in (32, 64, 128, -1))
 PROFILES = (
@@ -97,9 +97,11 @@ class XeonBackend(Backend):
         return XeonRuntime(ctx)
 
     def kernels(self, ctx: KernelContext) -> list[Kernel]:
-        packing: dict[str, Any] = {"supports": linear_limits, "packed_layout": PACKED_LAYOUT}
+        coded = isa.codes_exponents(str(ctx.device.facts.get("isa", "avx2")))
+        layout = f"{PACKED_LAYOUT}, {'coded' if coded else 'plain'} bfloat16"
+        packing: dict[str, Any] = {"supports": linear_limits, "packed_layout": layout}
         packing |= {"pack": "sglang_xeon.gemm:pack", "unpack": "sglang_xeon.gemm:unpack"}
-        experts: dict[str, Any] = {"supports": expert_limits, "packed_layout": PACKED_LAYOUT}
+        experts: dict[str, Any] = {"supports": expert_limits, "packed_layout": layout}
         experts |= {"pack": "sglang_xeon.moe:pack", "unpack": "sglang_xeon.moe:unpack"}
         return [
             _kernel("gemm.linear", "gemm:linear", **packing),

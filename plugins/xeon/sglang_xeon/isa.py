@@ -16,6 +16,7 @@ _FLAGS = {
     "avx512_bf16": {"avx512_bf16", "avx512_vnni"},
     "amx": {"amx_tile", "amx_bf16", "amx_int8"},
 }
+ENV_BF16 = "SGLANG_XEON_BF16"  # for measuring: "plain" keeps bfloat16 weights as they are
 ENV = "SGLANG_XEON_ISA"  # debugging only: run as if the CPU had no more than this
 
 
@@ -69,6 +70,14 @@ def levels_here() -> tuple[str, ...]:
     """Every level that this CPU can run at, lowest first."""
     found = host()
     return () if found is None else LEVELS[: LEVELS.index(found) + 1]
+
+
+def codes_exponents(level: str) -> bool:
+    """Whether bfloat16 weights are packed with coded exponents. Raises ConfigError for a value of SGLANG_XEON_BF16 that is none."""
+    wanted = os.environ.get(ENV_BF16) or "coded"
+    if wanted not in ("coded", "plain"):
+        raise ConfigError(f"{ENV_BF16}={wanted!r}: it may be 'coded' (the default) or 'plain'")
+    return wanted == "coded" and LEVELS.index(level) >= LEVELS.index("avx512_bf16")
 
 
 def _field(cpuinfo: str, key: str) -> str:

@@ -8,13 +8,11 @@ has one leading dim more in every tensor.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from sglang_core.api import ConfigError
 from sglang_core.api.ops import Fmt, PackedWeight
 from sglang_xeon import huge_pages, isa, library
 from sglang_xeon.library import ops
@@ -37,7 +35,6 @@ _TENSORS = (
     *("tables", "starts", "escapes", "order", "bounds", "x_scale"),
 )
 
-ENV = "SGLANG_XEON_BF16"  # for measuring: "plain" keeps bfloat16 weights as they are
 MOST_ESCAPES = 1e-3  # of a weight's numbers: each costs as much as forty others
 
 _pack, _unpack, _measure = ops.pack.default, ops.unpack.default, ops.measure_exponents.default
@@ -152,14 +149,6 @@ def _replace(out: PackedWeight, made: dict[str, Tensor]) -> None:
     out.__dict__.pop("_xeon_facts", None)
 
 
-def codes_exponents(level: str) -> bool:
-    """Whether bfloat16 weights are packed with coded exponents. Raises ConfigError for a value of SGLANG_XEON_BF16 that is none."""
-    wanted = os.environ.get(ENV) or "coded"
-    if wanted not in ("coded", "plain"):
-        raise ConfigError(f"{ENV}={wanted!r}: it may be 'coded' (the default) or 'plain'")
-    return wanted == "coded" and isa.LEVELS.index(level) >= isa.LEVELS.index("avx512_bf16")
-
-
 def _coded(w: PackedWeight, out: PackedWeight | None) -> dict[str, Tensor] | None:
     """The packed tensors with coded exponents, codes where `out` has its own; None where a weight is better off as it is."""
     weight = w["weight"]
@@ -167,7 +156,7 @@ def _coded(w: PackedWeight, out: PackedWeight | None) -> dict[str, Tensor] | Non
         w.fmt != "dense"
         or weight.dtype is not torch.bfloat16
         or not weight.numel()
-        or not codes_exponents(library.level())
+        or not isa.codes_exponents(library.level())
     ):
         return None
     each = [_rows(one) for one in (weight if w.num_experts is not None else weight[None])]

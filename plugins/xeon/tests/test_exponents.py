@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from sglang_xeon import gemm, library, moe, weights
+from sglang_xeon import gemm, isa, library, moe, weights
 from tolerance import assert_close
 
 from sglang_core.api import ConfigError
@@ -18,7 +18,7 @@ ODD_VALUES = torch.tensor([0.0, -0.0, 1e-40, -1e-40, 3e38, float("inf"), float("
 def packed_at_the_highest_level(monkeypatch: pytest.MonkeyPatch) -> None:
     """Coded whatever this machine has: every level reads such weights."""
     monkeypatch.setattr(library, "level", lambda: "avx512_bf16")
-    monkeypatch.delenv(weights.ENV, raising=False)
+    monkeypatch.delenv(isa.ENV_BF16, raising=False)
 
 
 def normal(*shape: int) -> torch.Tensor:
@@ -111,7 +111,7 @@ def test_every_row_count_gives_the_same_rows(level: str) -> None:
 def test_without_escapes_the_bits_are_those_of_plain_weights(level: str, monkeypatch: pytest.MonkeyPatch) -> None:
     w, x = (torch.rand(48, 300) + 1).bfloat16(), torch.randn(100, 300).bfloat16()
     coded = gemm.pack(dense(w))
-    monkeypatch.setenv(weights.ENV, "plain")
+    monkeypatch.setenv(isa.ENV_BF16, "plain")
     plain = gemm.pack(dense(w))
     assert is_coded(coded) and not is_coded(plain)
     for m in (1, 8, 100):
@@ -153,7 +153,7 @@ def test_rewritten_by_weights_of_another_size() -> None:
 
 def test_only_where_decoding_pays(monkeypatch: pytest.MonkeyPatch) -> None:
     for level, coded in (("avx2", False), ("avx512", False), ("avx512_bf16", True), ("amx", True)):
-        assert weights.codes_exponents(level) == coded
-    monkeypatch.setenv(weights.ENV, "zip")
+        assert isa.codes_exponents(level) == coded
+    monkeypatch.setenv(isa.ENV_BF16, "zip")
     with pytest.raises(ConfigError, match="SGLANG_XEON_BF16='zip': it may be 'coded'"):
-        weights.codes_exponents("amx")
+        isa.codes_exponents("amx")

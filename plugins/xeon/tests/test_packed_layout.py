@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from sglang_xeon import gemm
+from sglang_xeon import gemm, isa, library, weights
 from sglang_xeon.backend import PACKED_LAYOUT, XeonBackend
 from sglang_xeon.runtime import XeonRuntime
 from test_huge_pages import is_advised
@@ -100,9 +100,10 @@ def test_what_is_read_lies_in_huge_pages() -> None:
 
 # Of the bytes that `pack` makes of `weight` below. Where they change, so must PACKED_LAYOUT: caches of old bytes go by it.
 BYTES = {
-    "xeon.panels/1": {
+    "xeon.panels/2": {
         "dense.float32": "0055e0a99ac9a6a2",
-        "dense.bfloat16": "29db7520aed33391",
+        "dense.bfloat16": "29db7520aed33391",  # plain
+        "dense.bfloat16, coded": "9f0ee60db2a4545b",
         "dense.float16": "824ae2e6a084dffc",
         "fp8.token_channel": "a7aa582ad30d808e",
         "fp8.block128": "d1840af0beb73ee6",
@@ -132,8 +133,12 @@ def digest(w: PackedWeight) -> str:
     return made.hexdigest()
 
 
-def test_the_name_of_the_layout_stands_for_its_bytes() -> None:
-    made = {fmt: digest(gemm.pack(weight(fmt))) for fmt in FORMATS}
+def test_the_name_of_the_layout_stands_for_its_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weights, "MOST_ESCAPES", 1.0)
+    monkeypatch.setattr(library, "level", lambda: "avx512_bf16")
+    made = {"dense.bfloat16, coded": digest(gemm.pack(weight("dense.bfloat16")))}
+    monkeypatch.setenv(isa.ENV_BF16, "plain")
+    made |= {fmt: digest(gemm.pack(weight(fmt))) for fmt in FORMATS}
     assert {PACKED_LAYOUT: made} == BYTES, (
         "other bytes: give PACKED_LAYOUT in backend.py a new number, and the digests here"
     )
