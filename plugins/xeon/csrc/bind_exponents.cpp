@@ -8,15 +8,19 @@ namespace sglang_xeon {
 namespace {
 
 struct Coding {
-  uint16_t* w;  // [n, k], rows `stride` apart
-  int64_t n, k, stride;
-  uint8_t* tables;   // [panels][kCodes]
+  uint16_t* w;  // [experts, n, k], rows `stride` and experts `expert_stride` apart
+  int64_t n, k, stride, expert_stride;
+  uint8_t* tables;   // [panels of all experts][kCodes]
   int32_t* starts;   // [panels + 1]: where each panel's escapes begin
   uint8_t* packed;   // [panels][units][192]
   Escape* escapes;
 
+  int64_t panels_of_expert() const { return (n + kPanel - 1) / kPanel; }
   int64_t units() const { return (k + unit_of(Element::bf16_coded) - 1) / unit_of(Element::bf16_coded); }
-  int64_t columns(int64_t panel) const { return std::min(kPanel, n - panel * kPanel); }
+  int64_t columns(int64_t panel) const { return std::min(kPanel, n - panel % panels_of_expert() * kPanel); }
+  uint16_t* row(int64_t panel, int64_t column) const {
+    return w + panel / panels_of_expert() * expert_stride + (panel % panels_of_expert() * kPanel + column) * stride;
+  }
   uint8_t* unit(int64_t panel, int64_t u) const { return packed + (panel * units() + u) * unit_bytes(Element::bf16_coded); }
 };
 
@@ -34,7 +38,7 @@ void measure_panel(const void* opaque, int64_t panel) {
   const Coding& c = *static_cast<const Coding*>(opaque);
   int32_t counts[2][256] = {};  // two, so that equal neighbours do not wait for each other
   for (int64_t j = 0; j < c.columns(panel); ++j) {
-    const uint16_t* row = c.w + (panel * kPanel + j) * c.stride;
+    const uint16_t* row = c.row(panel, j);
     for (int64_t k = 0; k < c.k; ++k) ++counts[k % 2][row[k] >> 8];
   }
   int64_t left = c.columns(panel) * c.k;
@@ -56,7 +60,7 @@ void pack_panel(const void* opaque, int64_t panel) {
   std::fill(c.unit(panel, 0), c.unit(panel + 1, 0), uint8_t(0));
   Escape* escape = c.escapes + c.starts[panel];
   for (int64_t j = 0; j < c.columns(panel); ++j) {
-    const uint16_t* row = c.w + (panel * kPanel + j) * c.stride;
+    const uint16_t* row = c.row(panel, j);
     for (int64_t k = 0; k < c.k; ++k) {
       uint8_t code = codes[row[k] >> 8], byte = kBytes.at[j][k % 4];
       if (code == none) {
@@ -75,7 +79,7 @@ void unpack_panel(const void* opaque, int64_t panel) {
   const Coding& c = *static_cast<const Coding*>(opaque);
   const uint8_t* table = c.tables + panel * kCodes;
   for (int64_t j = 0; j < c.columns(panel); ++j) {
-    uint16_t* row = c.w + (panel * kPanel + j) * c.stride;
+    uint16_t* row = c.row(panel, j);
     for (int64_t k = 0; k < c.k; ++k) {
       const uint8_t* unit = c.unit(panel, k / 8);
       int64_t half = k / 4 % 2, byte = kBytes.at[j][k % 4];
@@ -83,21 +87,22 @@ void unpack_panel(const void* opaque, int64_t panel) {
     }
   }
   for (const Escape* e = c.escapes + c.starts[panel]; e < c.escapes + c.starts[panel + 1]; ++e)
-    c.w[(panel * kPanel + e->column) * c.stride + e->k] = e->value;
+    c.row(panel, e->column)[e->k] = e->value;
 }
 
-// w: bf16[n, k], tables: uint8[panels, 16], starts: int32[panels + 1].
+// w: bf16[experts, n, k], tables: uint8[panels, 16], starts: int32[panels + 1], with the panels of all experts.
 Coding coding_of(const Tensor& w, const Tensor& tables, const Tensor& starts) {
   STD_TORCH_CHECK(
-      w.dim() == 2 && w.scalar_type() == ScalarType::BFloat16 && (w.size(1) <= 1 || w.stride(1) == 1),
+      w.dim() == 3 && w.scalar_type() == ScalarType::BFloat16 && (w.size(2) <= 1 || w.stride(2) == 1),
       "sglang_xeon: exponents are coded of rows of bfloat16");
-  int64_t panels = (w.size(0) + kPanel - 1) / kPanel;
+  Coding coding{static_cast<uint16_t*>(w.data_ptr()), w.size(1), w.size(2), w.stride(1), w.stride(0)};
+  int64_t panels = w.size(0) * coding.panels_of_expert();
   int32_of(starts, "starts");
   STD_TORCH_CHECK(
       tables.scalar_type() == ScalarType::Byte && tables.is_contiguous() && tables.numel() == panels * kCodes && starts.numel() == panels + 1,
-      "sglang_xeon: a weight of ", w.size(0), " rows has [", panels, ", 16] tables and ", panels + 1, " starts");
-  return {static_cast<uint16_t*>(w.data_ptr()), w.size(0), w.size(1), w.stride(0),
-          static_cast<uint8_t*>(tables.data_ptr()), static_cast<int32_t*>(starts.data_ptr()), nullptr, nullptr};
+      "sglang_xeon: a weight of ", panels, " panels has [", panels, ", 16] tables and ", panels + 1, " starts");
+  coding.tables = static_cast<uint8_t*>(tables.data_ptr()), coding.starts = static_cast<int32_t*>(starts.data_ptr());
+  return coding;
 }
 
 // Fills tables and starts, of which the last is the number of escapes.

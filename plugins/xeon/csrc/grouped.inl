@@ -44,10 +44,7 @@ INLINE Weight expert_of(const ExpertStack& stack, int64_t expert) {
   if (w.zeros) w.zeros += by_group;
   if (w.column_scale) w.column_scale += column;
   if (w.column_sum) w.column_sum += column;
-  if (w.element == Element::bf16_coded) {
-    w.tables += expert * panels * kCodes, w.starts += expert * (panels + 1);
-    w.escapes = static_cast<const Escape*>(w.escapes) + expert * w.num_escapes;
-  }
+  if (w.tables) w.tables += expert * panels * kCodes, w.starts += expert * panels;
   return w;
 }
 

@@ -58,8 +58,7 @@ struct Weight {
   const int32_t* bounds;      // [groups + 1]: where groups begin in k, where they are of unequal length
   const uint8_t* tables;      // [panels][16], for bf16_coded: upper bytes by code
   const int32_t* starts;      // [panels + 1], for bf16_coded: where each panel's escapes begin
-  const void* escapes;        // Escape[num_escapes], of exponents.h
-  int64_t num_escapes;        // room for so many an expert
+  const void* escapes;        // Escape[starts[panels]], of exponents.h
   int64_t n, k, k_padded;
   int64_t group, groups;      // k that share scales and zeros, and how many such groups there are
 };

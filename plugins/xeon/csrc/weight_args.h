@@ -38,12 +38,11 @@ inline Weight weight_of(
   w.tables = data_or_null<uint8_t>(tables);
   w.starts = data_or_null<int32_t>(starts);
   w.escapes = data_or_null<void>(escapes);
-  w.num_escapes = escapes ? escapes->size(-1) : 0;
   auto fits = [&](const MaybeTensor& t, int64_t size) { return !t || (t->is_contiguous() && t->numel() % size == 0 && t->numel() > 0); };
   int64_t by_group = panels * w.groups * kPanel, bytes = panels * w.k_padded / unit * unit_bytes(w.element);
   bool complete = w.element != Element::bf16_coded || (tables && starts && escapes);
   bool whole = packed.is_contiguous() && packed.numel() * int64_t(packed.element_size()) % std::max<int64_t>(bytes, 1) == 0 &&
-               packed.numel() > 0 && complete && fits(tables, panels * kCodes) && fits(starts, panels + 1) && fits(scales, by_group) && fits(zeros, by_group) && fits(column_scale, panels * kPanel) &&
+               packed.numel() > 0 && complete && fits(tables, panels * kCodes) && (!starts || starts->numel() * kCodes == tables->numel() + kCodes) && fits(scales, by_group) && fits(zeros, by_group) && fits(column_scale, panels * kPanel) &&
                fits(column_sum, panels * kPanel);
   STD_TORCH_CHECK(whole || w.n * w.k == 0, "sglang_xeon: not a packed [", w.n, ", ", w.k, "] weight");
   return w;

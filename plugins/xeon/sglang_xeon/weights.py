@@ -3,7 +3,7 @@
 One copy serves every batch size and every ISA level, AMX tiles included: with few rows a kernel widens codes in registers, with many it
 widens a block of panels once for all of them. Codes keep the bits that the checkpoint has; bfloat16 too, whose exponents are
 coded where decoding them hides behind the products (csrc/exponents.h): 0.75 of the bytes, the same numbers. A stack of experts
-has one leading dim more in every tensor.
+has one leading dim more in every tensor, but panels of coded exponents are counted through.
 """
 
 from __future__ import annotations
@@ -99,32 +99,34 @@ num_rewritten = 0  # weights of this process that `pack` has changed since: thei
 
 
 def pack(w: PackedWeight, out: PackedWeight | None = None) -> PackedWeight:
-    """Canonical -> panels. With `out`, an earlier result, its bytes are rewritten; but escapes, which may be more or fewer, replaced.
+    """Canonical -> panels. With `out`, an earlier result, its bytes are rewritten; its tensors are replaced only where exponents were
+    coded and too many numbers have no code now.
 
     Raises ValueError where `out` was packed for another order of columns (act_order) that does not fit it.
     """
     global num_rewritten
-    num_rewritten += out is not None
-    coded = _coded(w, out)
-    if out is not None and (coded is not None or "escapes" in out._buffers):
-        _replace(out, coded or _plain(w, None))
-        return out
-    made = coded or _plain(w, None if out is None else _tensors(out))
-    if out is not None:
-        return out
-    return PackedWeight(
-        w.fmt,
-        made,
-        out_features=w.out_features,
-        in_features=w.in_features,
-        num_experts=w.num_experts,
-        layout=LAYOUT,
-    )
+    if out is None:
+        return PackedWeight(
+            w.fmt,
+            _coded(w) or _plain(w, None),
+            out_features=w.out_features,
+            in_features=w.in_features,
+            num_experts=w.num_experts,
+            layout=LAYOUT,
+        )
+    num_rewritten += 1
+    if "escapes" in out._buffers:
+        _rewrite_coded(out, _coded(w) or _plain(w, None))
+    else:
+        _plain(w, _tensors(out))
+    return out
 
 
 def unpack(w: PackedWeight, out: PackedWeight | None = None) -> PackedWeight:
     """The inverse of `pack`, bit for bit."""
-    if w.num_experts is None:
+    if "escapes" in w._buffers:
+        made = _decoded(w)
+    elif w.num_experts is None:
         made = _canonical(w, _tensors(w))
     else:
         tensors = _tensors(w)
@@ -141,42 +143,44 @@ def _plain(w: PackedWeight, into: dict[str, Tensor] | None) -> dict[str, Tensor]
     return _packed(w, into) if w.num_experts is None else _packed_stack(w, into)
 
 
-def _replace(out: PackedWeight, made: dict[str, Tensor]) -> None:
-    for name in set(out._buffers) | set(made):
-        out._buffers.pop(name, None)
+def _rewrite_coded(out: PackedWeight, made: dict[str, Tensor]) -> None:
+    if "escapes" in made:
+        for name, tensor in made.items():
+            out[name].copy_(tensor)
+        return
+    for name in tuple(out._buffers):
+        del out._buffers[name]
     for name, tensor in made.items():
         out.register_buffer(name, tensor)
     out.__dict__.pop("_xeon_facts", None)
 
 
-def _coded(w: PackedWeight, out: PackedWeight | None) -> dict[str, Tensor] | None:
-    """The packed tensors with coded exponents, codes where `out` has its own; None where a weight is better off as it is."""
+def _coded(w: PackedWeight) -> dict[str, Tensor] | None:
+    """The packed tensors with coded exponents, or None where a weight is better off as it is."""
     weight = w["weight"]
-    if (
-        w.fmt != "dense"
-        or weight.dtype is not torch.bfloat16
-        or not weight.numel()
-        or not isa.codes_exponents(library.level())
-    ):
+    if w.fmt != "dense" or weight.dtype is not torch.bfloat16 or not weight.numel():
         return None
-    each = [_rows(one) for one in (weight if w.num_experts is not None else weight[None])]
-    panels = -(-w.out_features // PANEL)
-    tables = torch.empty(len(each), panels, 16, dtype=torch.uint8)
-    starts = torch.empty(len(each), panels + 1, dtype=torch.int32)
-    for i, one in enumerate(each):
-        _measure(one, tables[i], starts[i])
-    if int(starts[:, -1].sum()) > MOST_ESCAPES * weight.numel():
+    if not isa.codes_exponents(library.level()):
         return None
-    num_bytes = panels * -(-w.in_features // _UNITS[_CODED]) * _UNIT_BYTES[_CODED]
-    if out is not None and "escapes" in out._buffers:
-        packed = out["packed"].view(len(each), num_bytes)
-    else:
-        packed = huge_pages.empty(len(each) * num_bytes).view(len(each), num_bytes)
-    escapes = torch.zeros(len(each), max(int(starts[:, -1].max()), 1), dtype=torch.int64)
-    for i, one in enumerate(each):
-        _pack_coded(one, tables[i], starts[i], packed[i], escapes[i])
-    made = {"packed": packed, "tables": tables, "starts": starts, "escapes": escapes}
-    return made if w.num_experts is not None else {name: t[0] for name, t in made.items()}
+    stack = _rows(weight if w.num_experts is not None else weight[None])
+    panels = len(stack) * -(-w.out_features // PANEL)
+    tables, starts = torch.empty(panels, 16, dtype=torch.uint8), torch.empty(panels + 1, dtype=torch.int32)
+    _measure(stack, tables, starts)
+    room = max(int(MOST_ESCAPES * weight.numel()), 1)  # for other weights in their place, too
+    if int(starts[-1]) > room:
+        return None
+    packed = huge_pages.empty(panels * -(-w.in_features // _UNITS[_CODED]) * _UNIT_BYTES[_CODED])
+    escapes = torch.zeros(room, dtype=torch.int64)
+    _pack_coded(stack, tables, starts, packed, escapes)
+    if w.num_experts is not None:
+        packed = packed.view(w.num_experts, -1)
+    return {"packed": packed, "tables": tables, "starts": starts, "escapes": escapes}
+
+
+def _decoded(w: PackedWeight) -> dict[str, Tensor]:
+    weight = torch.empty(w.num_experts or 1, w.out_features, w.in_features, dtype=torch.bfloat16)
+    _unpack_coded(w["packed"], w["tables"], w["starts"], w["escapes"], weight)
+    return {"weight": weight if w.num_experts is not None else weight[0]}
 
 
 def _rows(weight: Tensor) -> Tensor:
@@ -253,10 +257,6 @@ def _rewrite(into: dict[str, Tensor], made: dict[str, Tensor], fmt: str) -> None
 def _canonical(w: PackedWeight, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """One matrix's packed tensors -> canonical ones."""
     shape, fmt, packed = Shape.of(w), Fmt.parse(w.fmt), tensors["packed"]
-    if shape.element == _CODED:
-        weight = torch.empty(shape.n, shape.k, dtype=torch.bfloat16)
-        _unpack_coded(packed, tensors["tables"], tensors["starts"], tensors["escapes"], weight)
-        return {"weight": weight}
     dtype = packed.dtype if fmt.is_dense else fmt.containers(shape.k)["weight"].dtype
     columns = shape.k // 2 if _UNITS[shape.element] == 8 else shape.k
     weight = torch.zeros(shape.n, columns, dtype=dtype)

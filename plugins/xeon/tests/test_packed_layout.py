@@ -103,7 +103,7 @@ BYTES = {
     "xeon.panels/2": {
         "dense.float32": "0055e0a99ac9a6a2",
         "dense.bfloat16": "29db7520aed33391",  # plain
-        "dense.bfloat16, coded": "9f0ee60db2a4545b",
+        "dense.bfloat16, coded": "d9a674f9cad8e1e2",
         "dense.float16": "824ae2e6a084dffc",
         "fp8.token_channel": "a7aa582ad30d808e",
         "fp8.block128": "d1840af0beb73ee6",

@@ -84,7 +84,9 @@ def test_a_rewritten_weight_is_recorded_anew() -> None:
     other = PackedWeight("dense", {"weight": torch.eye(WIDTH)}, out_features=WIDTH, in_features=WIDTH)
     gemm.pack(other, network.weight)
     for seed in range(RECORD_AT + 2):
-        assert all(torch.equal(a, b) for a, b in zip(graphs(batch_of(3, seed)), network(batch_of(3, seed)), strict=True))
+        assert all(
+            torch.equal(a, b) for a, b in zip(graphs(batch_of(3, seed)), network(batch_of(3, seed)), strict=True)
+        )
     assert network.calls == calls + RECORD_AT + 1 + RECORD_AT + 2
 
 
