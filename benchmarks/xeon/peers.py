@@ -26,7 +26,7 @@ from typing import Any
 from install_peers import PEERS
 from peer_engines import checkpoint, rows, servers
 from peer_engines.child import Child, ChildError
-from peer_engines.engines import LLAMA_CPP, OURS, OWN_VARIANTS, TRANSFORMERS, VLLM, Place, preloads, start
+from peer_engines.engines import LLAMA_CPP, OURS, OWN_VARIANTS, PLAIN, TRANSFORMERS, VLLM, Place, preloads, start
 from peer_engines.rows import Row
 from peer_engines.workloads import SERVERS, Workload, workloads
 from sglang_xeon import isa
@@ -186,17 +186,20 @@ def table(facts: Mapping[str, Any]) -> str:
 
 
 def own_formats(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Weights of fewer bits against our own bfloat16, where a row has them."""
+    """Our other ways to keep a weight against our bfloat16, as it is and in 16 bits, where a row has them."""
     lines = []
     for row in rows:
-        for engine, target in OWN_TARGETS.items():
-            ours, fewer = row["medians"].get(OURS), row["medians"].get(engine)
-            if ours and fewer:
-                met = "yes" if fewer / ours >= target else "**no**"
-                what = f"{row['workload']}, {engine.removeprefix(OURS).strip()}, {row['unit']}"
-                lines.append(
-                    f"| {row['shape']} | {what} | {fewer:.4g} | - | - | - | {fewer / ours:.2f}x of bf16 | {target:g}x | {met} |"
-                )
+        ours, plain = row["medians"].get(OURS), row["medians"].get(PLAIN)
+        for engine in OWN_VARIANTS:
+            figure = row["medians"].get(engine)
+            if not (ours and plain and figure):
+                continue
+            target, ratio = OWN_TARGETS.get(engine), figure / plain
+            met = "" if target is None else "yes" if ratio >= target else "**no**"
+            what = f"{row['workload']}, {engine.removeprefix(OURS).strip()}, {row['unit']}"
+            shown = f"{figure / ours:.2f}x of bf16, {ratio:.2f}x of plain"
+            wanted = "" if target is None else f"{target:g}x"
+            lines.append(f"| {row['shape']} | {what} | {figure:.4g} | - | - | - | {shown} | {wanted} | {met} |")
     return lines
 
 

@@ -14,7 +14,12 @@ from peer_engines.child import Child
 
 HERE = Path(__file__).parent
 OURS, VLLM, LLAMA_CPP, TRANSFORMERS = "sglang-core", "vllm", "llama.cpp", "transformers"
-OWN_VARIANTS = {"sglang-core int8": {"quantization": "int8"}, "sglang-core int4": {"quantization": "int4"}}
+PLAIN = "sglang-core plain"  # bfloat16 in 16 bits a weight, as everybody else has it
+OWN_VARIANTS: dict[str, dict[str, str]] = {
+    PLAIN: {},
+    "sglang-core int8": {"quantization": "int8"},
+    "sglang-core int4": {"quantization": "int4"},
+}
 KV_GIB, KV_TOKENS = 4, 36 * 1024  # Qwen3-0.6B's tokens in as much; engines that are told bytes and tokens get the same
 CONTEXT, MAX_REQS = 4096, 64
 START = 1800.0  # seconds that an engine may take to be ready: vLLM compiles its model, which a busy machine makes long
@@ -63,6 +68,8 @@ def start(engine: str, folder: Path, place: Place, *, cache: bool = False) -> Ch
 def environment(engine: str, place: Place) -> dict[str, str]:
     """Ours, with as many OpenMP threads as every engine gets, and what vLLM's CPU guide asks for."""
     env = os.environ | {"OMP_NUM_THREADS": str(place.threads), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    if engine == PLAIN:
+        return env | {"SGLANG_XEON_BF16": "plain"}
     if engine != VLLM:
         return env
     env.pop("PYTHONPATH", None)  # this project's packages are no part of vLLM's environment
