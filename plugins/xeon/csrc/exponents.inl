@@ -1,5 +1,5 @@
-// Products with weights of coded exponents (exponents.h): tiles like those of gemm.inl, which decode as they go; with many rows, or on
-// AMX, a block of panels is decoded once for all of them. Last, escapes are added. Sums have one order, whatever the rows.
+// Products with weights of coded exponents (exponents.h): tiles like those of gemm.inl, which decode as they go. AMX has a block of panels
+// decoded once for all rows. Last, escapes are added. Sums have one order, whatever the rows.
 
 // Lower and upper bytes of 4 k -> pairs: of k 0, 1 where `second` is false, of k 2, 3 where it is true.
 INLINE vu unpack_bytes(vu low, vu high, bool second) {
@@ -40,7 +40,6 @@ INLINE vu coded_pair(const char* unit, const uint8_t* table, int v, int i) {
 constexpr int64_t kCodedUnit = unit_of(Element::bf16_coded), kCodedBytes = unit_bytes(Element::bf16_coded);
 #ifdef HAS_DOT_BF16
 constexpr int64_t kAhead = 12 * kCodedBytes;  // bytes of a panel that are asked for before they are needed
-constexpr int64_t kStreamedRows = kRowBlock;  // up to which tiles decode themselves: decoding hides behind products and memory
 
 // As `tile` of gemm.inl, over `units`. tables: [B][kCodes]
 template <int R, int B>
@@ -122,7 +121,7 @@ static void multiply_exponents(
   constexpr int64_t wide_bytes = unit_bytes(kWide) / unit_of(kWide);
 #ifdef HAS_DOT_BF16
   static constexpr ExponentTiles tiles;
-  bool direct = rows <= kStreamedRows && !amx;
+  bool direct = !amx;  // decoding hides behind products and memory
 #else
   bool direct = false;  // float32 activations on bfloat16 weights are rare
 #endif

@@ -15,8 +15,8 @@ struct ExpertCut {
 };
 
 // starts: [experts + 1], the first sorted row of each.
-static ExpertCut cut(const Weight& w, const int32_t* starts, int64_t experts, int64_t panels) {
-  int64_t blocks = 0, height = row_block(w);
+static ExpertCut cut(const Weight& w, const TileKernels* tiles, const int32_t* starts, int64_t experts, int64_t panels) {
+  int64_t blocks = 0, height = row_block(w, tiles);
   for (int64_t e = 0; e < experts; ++e) blocks += ceil_div(starts[e + 1] - starts[e], height);
   // Enough tasks that a slow thread holds the others up by little.
   int64_t wanted = max1(int64_t(1), min1(kExpertPanels, blocks * panels / (12 * num_threads())));
@@ -124,7 +124,7 @@ static void grouped_of(const GroupedArgs& args) {
   starts[0] = 0;
   for (int64_t e = 0; e < args.num_experts; ++e)
     starts[e + 1] = int32_t(min1(args.rows, starts[e] + max1(int64_t(0), int64_t(args.sizes[e]))));
-  ExpertCut sweep = cut(args.w.first, starts, args.num_experts, ceil_div(args.w.first.n, kPanel));
+  ExpertCut sweep = cut(args.w.first, args.tiles, starts, args.num_experts, ceil_div(args.w.first.n, kPanel));
   GroupedSweep s{&args, sweep.tasks};
   run_tasks(sweep.count, grouped_task<T>, &s);
   for (int64_t row = starts[args.num_experts]; row < args.rows; ++row)

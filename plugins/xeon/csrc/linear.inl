@@ -35,7 +35,7 @@ static void linear_task(const void* opaque, int64_t index) {
   const LinearTask& t = *static_cast<const LinearTask*>(opaque);
   const LinearArgs& args = *t.args;
   // Row blocks of one group of panels follow each other, so that its weights come from L3 for all but the first.
-  int64_t block = row_block(args.w), row = index % t.row_blocks * block, rows = min1(block, args.m - row);
+  int64_t block = row_block(args.w, args.tiles), row = index % t.row_blocks * block, rows = min1(block, args.m - row);
   int64_t panel0 = index / t.row_blocks * t.panels_per_task;
   int64_t panels = min1(t.panels_per_task, t.panels - panel0);
   // Of codes, few rows take all panels at once: `multiply` then fetches a step's first codes during the step before.
@@ -60,17 +60,20 @@ static void prepare_task(const void* opaque, int64_t row) {
   prepare_row(t.args->x, row, t.args->w, t.args->quantize, t.args->x_scale, t.x, row);
 }
 
+constexpr int64_t kL1Way = 4096;  // bytes: rows so far apart share their sets, and eight of them at most stay
+
 // Whether the tiles can read x where it is.
-INLINE bool reads_as_is(const Rows& x, const Weight& w, Quantize kind) {
+INLINE bool reads_as_is(const Rows& x, const Weight& w, Quantize kind, int64_t m) {
   constexpr DType wanted = sizeof(Act) == 2 ? DType::bf16 : DType::f32;
-  return kind == Quantize::as_is && !w.order && w.k == w.k_padded && x.dtype == wanted;
+  bool spread = m < kRowBlock || x.stride * int64_t(sizeof(Act)) % kL1Way != 0;
+  return kind == Quantize::as_is && !w.order && w.k == w.k_padded && x.dtype == wanted && spread;
 }
 
 static void linear(const LinearArgs& args) {
   LinearTask t{};
   t.args = &args;
   // AMX reads rows in steps of 32, and where x ends it finds what is next in memory.
-  if (reads_as_is(args.x, args.w, args.quantize) && !(args.tiles && args.w.k % 32)) {
+  if (reads_as_is(args.x, args.w, args.quantize, args.m) && !(args.tiles && args.w.k % 32)) {
     t.x = {args.x.data, args.x.stride, nullptr, nullptr, nullptr};
   } else {
     int64_t bytes = lay_out(args.w, args.quantize, args.m, nullptr, t.x);
@@ -81,14 +84,14 @@ static void linear(const LinearArgs& args) {
       run_tasks(args.m, prepare_task, &t);
     }
   }
-  t.row_blocks = ceil_div(args.m, row_block(args.w));
+  t.row_blocks = ceil_div(args.m, row_block(args.w, args.tiles));
   t.panels = ceil_div(args.w.n, kPanel);
   // Enough tasks that a slow thread holds the others up by little; enough bytes in one, as of 8 panels of bf16, that a stream
   // stays long.
   Element element = args.w.element;
   int64_t wanted = 12 * num_threads(), longest = 8 * max1(int64_t(1), unit_of(element) * kPanel * 2 / unit_bytes(element));
   int64_t per_task = max1(int64_t(1), min1(longest, t.panels * t.row_blocks / wanted));
-  int64_t step = panels_per_step(args.w, min1(args.m, row_block(args.w)));
+  int64_t step = panels_per_step(args.w, min1(args.m, row_block(args.w, args.tiles)));
   t.panels_per_task = ceil_div(per_task, step) * step;
   run_tasks(t.row_blocks * ceil_div(t.panels, t.panels_per_task), linear_task, &t);
 }

@@ -172,11 +172,11 @@ static void experts_of(const ExpertsArgs& args) {
   s.h = memory + x_bytes + g_bytes, s.y = memory + x_bytes + g_bytes + h_bytes;
 
   prepare_rows(x_rows, prepare_x<T>, &s);
-  ExpertCut sweep = cut(args.w13.first, starts, experts, ceil_div(args.width, kPanel));
+  ExpertCut sweep = cut(args.w13.first, args.tiles, starts, experts, ceil_div(args.width, kPanel));
   s.tasks = sweep.tasks;
   run_tasks(sweep.count, gate_up_task<T>, &s);
   prepare_rows(rows, prepare_h, &s);
-  sweep = cut(args.w2.first, starts, experts, ceil_div(args.hidden, kPanel));
+  sweep = cut(args.w2.first, args.tiles, starts, experts, ceil_div(args.hidden, kPanel));
   s.tasks = sweep.tasks;
   run_tasks(sweep.count, down_task<T>, &s);
   run_tasks(args.tokens, combine_task<T>, &s);

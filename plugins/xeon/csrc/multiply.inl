@@ -6,8 +6,11 @@ INLINE bool is_coded(const Weight& w) {
   return w.element != Element::f32 && w.element != Element::bf16 && w.element != Element::int8;
 }
 
-// Rows of a task. Of codes more, as each task widens its panels anew: for 96 rows that takes a tenth of the products' time.
-INLINE int64_t row_block(const Weight& w) { return is_coded(w) ? 4 * kRowBlock : kRowBlock; }
+// Rows of a task. Of what is widened first more, as each task widens its panels anew: for 96 rows that takes a tenth of the products' time.
+INLINE int64_t row_block(const Weight& w, const TileKernels* tiles) {
+  bool widened = w.element == Element::bf16_coded ? tiles != nullptr : is_coded(w);
+  return widened ? 4 * kRowBlock : kRowBlock;
+}
 
 // Panels that `multiply` takes side by side.
 INLINE int64_t panels_per_step(const Weight& w, int64_t rows) {
@@ -207,7 +210,7 @@ static void multiply_plain(
   }
 }
 
-// c[r, j] = sum over k of x[row + r, k] * w[panel * 16 + j, k], all scales applied, for `rows` <= row_block(w) prepared rows
+// c[r, j] = sum over k of x[row + r, k] * w[panel * 16 + j, k], all scales applied, for `rows` <= row_block(w, tiles) prepared rows
 // and panels [panel, panel + count). Rows of c are c_stride >= count * 16 floats apart. Fastest with count a multiple of
 // panels_per_step(w, rows). With `tiles` AMX may do it, and then sums in another order where there are rows enough.
 static void multiply(
