@@ -40,7 +40,7 @@ Tensor run(const Tensor& x, LinearArgs& args, const MaybeTensor& bias) {
   args.x = {rows.data_ptr(), float_of(rows, "x"), args.m > 1 ? rows.stride(0) : args.w.k};
   Tensor held;
   if (bias) {
-    held = torch::stable::contiguous(*bias);
+    held = as_contiguous(*bias);
     STD_TORCH_CHECK(held.numel() == args.w.n, "sglang_xeon: bias must have ", args.w.n, " elements");
     args.bias = held.data_ptr(), args.bias_dtype = float_of(held, "bias");
   }

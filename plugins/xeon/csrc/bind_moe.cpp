@@ -11,7 +11,7 @@ ExpertStack stack_of(
   ExpertStack stack{w, Quantize(facts[2]), data_or_null<float>(x_scale), nullptr, DType::f32};
   STD_TORCH_CHECK(!x_scale || x_scale->numel() == experts, "sglang_xeon: x_scale must have ", experts, " elements");
   if (bias) {
-    held = torch::stable::contiguous(*bias);
+    held = as_contiguous(*bias);
     STD_TORCH_CHECK(held.numel() == experts * w.n, "sglang_xeon: the experts' bias must be [", experts, ", ", w.n, "]");
     stack.bias = held.data_ptr(), stack.bias_dtype = dtype_of(held, "bias");
   }
@@ -84,7 +84,7 @@ std::tuple<Tensor, Tensor> route(
   RouteArgs args{};
   args.logits = rows_of(from, "logits");
   if (bias) {
-    held = torch::stable::contiguous(*bias);
+    held = as_contiguous(*bias);
     STD_TORCH_CHECK(
         held.scalar_type() == ScalarType::Float && held.numel() == experts, "sglang_xeon: the router's bias must be float32[", experts, "]");
     args.bias = static_cast<const float*>(held.data_ptr());

@@ -44,11 +44,11 @@ inline Tensor empty(const int64_t* sizes, int64_t ndim, ScalarType dtype) {
                                                  : aoti_torch_dtype_int32();
   size_t bytes = size_t(step) * (dtype == ScalarType::Float || dtype == ScalarType::Int ? 4 : 2);
   AtenTensorHandle handle;
-  if (void* memory = recorded_memory(bytes)) {
-    auto release = [](void* data, void*) { give_back(data); };
+  if (Recorded memory = recorded_memory(bytes); memory.data) {
+    auto release = [](void*, void* lease) { give_back(lease); };
     STABLE_TORCH_ERROR_CODE_CHECK(torch_from_blob(
-        memory, ndim, sizes, strides.data(), 0, type, aoti_torch_device_type_cpu(), -1, &handle, aoti_torch_layout_strided(), nullptr, 0,
-        release, nullptr));
+        memory.data, ndim, sizes, strides.data(), 0, type, aoti_torch_device_type_cpu(), -1, &handle, aoti_torch_layout_strided(), nullptr,
+        0, release, memory.lease));
   } else {
     STABLE_TORCH_ERROR_CODE_CHECK(
         aoti_torch_empty_strided(ndim, sizes, strides.data(), type, aoti_torch_device_type_cpu(), 0, &handle));

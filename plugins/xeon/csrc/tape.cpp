@@ -1,9 +1,10 @@
-// Tapes as torch ops. A tape is a handle: the address of a Tape.
+// Tapes as torch ops. A tape and an arena are handles: addresses.
 
 #include "tape.h"
 
 #include <cstdlib>
 #include <functional>
+#include <memory>
 #include <mutex>
 #include <new>
 #include <string>
@@ -13,17 +14,15 @@
 namespace sglang_xeon {
 namespace {
 
-struct Tape {
-  std::vector<std::function<void()>> calls;
-  std::string refusal;
-};
-
-thread_local Tape* recording = nullptr;
-
-// Outputs of all recordings. Steps run one after the other and write a block before they read it, so a block whose tensor died
-// while a tape recorded serves the next output of this tape, and of others. Never given back: tapes point into it.
+// Outputs of the recordings of one step function. Its steps run one after the other and write a block before they read it, so a
+// block whose tensor died while a tape recorded serves the next output of this tape, and of the function's others. Another
+// function's steps may run at the same time, and have their own. Tapes and tensors keep it.
 class Arena {
  public:
+  ~Arena() {
+    for (Block& block : blocks_) std::free(block.data);
+  }
+
   void* take(size_t bytes) {
     std::lock_guard<std::mutex> lock(mutex_);
     Block* best = nullptr;
@@ -55,11 +54,20 @@ class Arena {
   std::mutex mutex_;
   std::vector<Block> blocks_;
 };
+using SharedArena = std::shared_ptr<Arena>;
 
-Arena& arena() {
-  static Arena* arena = new Arena;  // never destroyed: tensors outlive static destruction
-  return *arena;
-}
+struct Lease {
+  SharedArena arena;
+  void* data;
+};
+
+struct Tape {
+  SharedArena arena;
+  std::vector<std::function<void()>> calls;
+  std::string refusal;
+};
+
+thread_local Tape* recording = nullptr;
 
 thread_local const Kernels* noted_level = nullptr;
 
@@ -88,7 +96,11 @@ Kernels noting(const Kernels& level) {
 
 Tape& tape_of(int64_t handle) { return *reinterpret_cast<Tape*>(handle); }
 
-int64_t tape_new() { return reinterpret_cast<int64_t>(new Tape); }
+int64_t arena_new() { return reinterpret_cast<int64_t>(new SharedArena(std::make_shared<Arena>())); }
+
+void arena_free(int64_t handle) { delete reinterpret_cast<SharedArena*>(handle); }
+
+int64_t tape_new(int64_t arena) { return reinterpret_cast<int64_t>(new Tape{*reinterpret_cast<SharedArena*>(arena), {}, {}}); }
 
 void tape_free(int64_t handle) { delete &tape_of(handle); }
 
@@ -112,16 +124,25 @@ const Kernels& noted_kernels(const Kernels& level) {
   return table;
 }
 
-void* recorded_memory(size_t bytes) { return recording ? arena().take(bytes) : nullptr; }
+Recorded recorded_memory(size_t bytes) {
+  if (recording == nullptr) return {nullptr, nullptr};
+  void* data = recording->arena->take(bytes);
+  return {data, new Lease{recording->arena, data}};
+}
 
-void give_back(void* memory) { arena().give_back(memory); }
+void give_back(void* opaque) {
+  std::unique_ptr<Lease> lease(static_cast<Lease*>(opaque));
+  lease->arena->give_back(lease->data);
+}
 
 void cannot_replay(const char* why) {
   if (recording) recording->refusal = why;
 }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(sglang_xeon, m) {
-  m.def("tape_new() -> int");
+  m.def("arena_new() -> int");
+  m.def("arena_free(int arena) -> ()");
+  m.def("tape_new(int arena) -> int");
   m.def("tape_free(int tape) -> ()");
   m.def("tape_record(int tape) -> ()");
   m.def("tape_length(int tape) -> int");
@@ -130,6 +151,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(sglang_xeon, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(sglang_xeon, CompositeExplicitAutograd, m) {
+  m.impl("arena_new", TORCH_BOX(&arena_new));
+  m.impl("arena_free", TORCH_BOX(&arena_free));
   m.impl("tape_new", TORCH_BOX(&tape_new));
   m.impl("tape_free", TORCH_BOX(&tape_free));
   m.impl("tape_record", TORCH_BOX(&tape_record));

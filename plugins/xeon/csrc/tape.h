@@ -10,9 +10,13 @@ namespace sglang_xeon {
 const Kernels& noted_kernels(const Kernels& level);
 
 // While this thread records: memory of at least `bytes` that stays after the tensor in it has died, for a replay writes there
-// again. Null where it does not record. `give_back` lets a later output of a recording have it.
-void* recorded_memory(size_t bytes);
-void give_back(void* memory);
+// again, and what the tensor's deleter gives to `give_back`, so that a later output of a recording may have it. Nulls where it does not.
+struct Recorded {
+  void* data;
+  void* lease;
+};
+Recorded recorded_memory(size_t bytes);
+void give_back(void* lease);
 
 // What an op says that did more than its kernels: made a copy of an operand, or filled an output itself.
 void cannot_replay(const char* why);

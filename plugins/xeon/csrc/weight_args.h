@@ -40,10 +40,11 @@ inline Weight weight_of(
   w.escapes = data_or_null<void>(escapes);
   auto fits = [&](const MaybeTensor& t, int64_t size) { return !t || (t->is_contiguous() && t->numel() % size == 0 && t->numel() > 0); };
   int64_t by_group = panels * w.groups * kPanel, bytes = panels * w.k_padded / unit * unit_bytes(w.element);
-  bool complete = w.element != Element::bf16_coded || (tables && starts && escapes);
+  bool coded = w.element == Element::bf16_coded;  // panels of all experts are counted through in what it has
+  bool complete = !coded || (tables && starts && escapes && starts->numel() * kCodes == tables->numel() + kCodes);
   bool whole = packed.is_contiguous() && packed.numel() * int64_t(packed.element_size()) % std::max<int64_t>(bytes, 1) == 0 &&
-               packed.numel() > 0 && complete && fits(tables, panels * kCodes) && (!starts || starts->numel() * kCodes == tables->numel() + kCodes) && fits(scales, by_group) && fits(zeros, by_group) && fits(column_scale, panels * kPanel) &&
-               fits(column_sum, panels * kPanel);
+               packed.numel() > 0 && complete && fits(tables, panels * kCodes) && fits(scales, by_group) && fits(zeros, by_group) &&
+               fits(column_scale, panels * kPanel) && fits(column_sum, panels * kPanel);
   STD_TORCH_CHECK(whole || w.n * w.k == 0, "sglang_xeon: not a packed [", w.n, ", ", w.k, "] weight");
   return w;
 }

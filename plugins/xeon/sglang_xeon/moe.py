@@ -9,24 +9,13 @@ from torch import Tensor
 from sglang_core.api.ops import ExpertSpec, PackedWeight, RouteSpec
 from sglang_xeon.activation import KINDS
 from sglang_xeon.library import ops
-from sglang_xeon.weights import LAYOUT, facts, pack, unpack
+from sglang_xeon.weights import LAYOUT, facts, pack, stack_operands, unpack
 
 __all__ = ["LAYOUT", "fused", "fused_amx", "grouped", "grouped_amx", "pack", "route", "unpack"]
 
 SCORINGS = {"softmax": 0, "sigmoid": 1, "softmax_after_top_k": 2}  # enum Scoring of csrc/isa.h
 
 _route, _fused, _grouped = ops.route.default, ops.fused_experts.default, ops.grouped.default
-_TENSORS = (
-    "packed",
-    "scales",
-    "zeros",
-    "column_scale",
-    "column_sum",
-    "tables",
-    "starts",
-    "escapes",
-    "x_scale",
-)  # of a stack, as the C++ ops take them
 
 
 def route(logits: Tensor, spec: RouteSpec, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -64,10 +53,10 @@ def fused(
     clamped = act.activation == "swiglu_clamped"
     y: Tensor = _fused(
         x,
-        *_operands(w13),
+        *stack_operands(w13),
         bias13,
         facts(w13),
-        *_operands(w2),
+        *stack_operands(w2),
         bias2,
         facts(w2),
         weights,
@@ -87,13 +76,9 @@ def grouped(
     x: Tensor, w: PackedWeight, group_sizes: Tensor, bias: Tensor | None = None, *, tiles: bool = False
 ) -> Tensor:
     """x: [S, in], w: [X, out, in], group_sizes: int32[X], bias: [X, out] -> [S, out]."""
-    return _grouped(x, *_operands(w), bias, facts(w), group_sizes, tiles)  # type: ignore[no-any-return]
+    return _grouped(x, *stack_operands(w), bias, facts(w), group_sizes, tiles)  # type: ignore[no-any-return]
 
 
 # With AMX tiles for experts that have rows enough: those sum in another order than with few rows.
 fused_amx = partial(fused, tiles=True)
 grouped_amx = partial(grouped, tiles=True)
-
-
-def _operands(w: PackedWeight) -> tuple[Tensor | None, ...]:
-    return tuple(w._buffers.get(name) for name in _TENSORS)

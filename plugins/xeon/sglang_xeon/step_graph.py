@@ -59,6 +59,7 @@ class StepGraphs:
     def __init__(self, step: Callable[[Any], Any]) -> None:
         self._step = step
         self._shapes: OrderedDict[Hashable, _Shape] = OrderedDict()
+        self._arena = Arena()
         self._worth_it = True
         self._num_rewritten = weights.num_rewritten
 
@@ -73,7 +74,7 @@ class StepGraphs:
         if any(x.dim() and x.shape[0] > MAX_ROWS + 1 for x in inputs):  # cu_extend has one more than there are reqs
             return self._step(batch)
         shape = self._shape_of(facts)
-        result = shape.run(self._step, batch, inputs)
+        result = shape.run(self._step, batch, inputs, self._arena)
         self._worth_it = shape.num_kernels is None or shape.num_kernels >= LEAST_KERNELS
         return result
 
@@ -95,7 +96,7 @@ class _Shape:
         self.graph: StepGraph | None = None
         self.trusted = self.refused = False
 
-    def run(self, step: Callable[[Any], Any], batch: Any, inputs: list[Tensor]) -> Any:
+    def run(self, step: Callable[[Any], Any], batch: Any, inputs: list[Tensor], arena: Arena) -> Any:
         if self.trusted:
             assert self.graph is not None
             return self.graph.replay(inputs)
@@ -103,7 +104,7 @@ class _Shape:
         if self.refused or self.num_steps < RECORD_AT:
             return step(batch)
         if self.graph is None:
-            self.graph, result = StepGraph.record(step, batch)
+            self.graph, result = StepGraph.record(step, batch, arena)
             self.num_kernels = self.graph.num_kernels
             if self.graph.refusal:
                 self._refuse(self.graph.refusal)
@@ -131,7 +132,7 @@ class StepGraph:
         return sum(len(node) for node in self._nodes if isinstance(node, Tape))
 
     @classmethod
-    def record(cls, step: Callable[[Any], Any], batch: Any) -> tuple[StepGraph, Any]:
+    def record(cls, step: Callable[[Any], Any], batch: Any, arena: Arena) -> tuple[StepGraph, Any]:
         """Runs the step on copies of the batch's tensors, which are the graph's inputs. -> the graph, and what the step gave."""
         inputs: list[Tensor] = []
 
@@ -140,7 +141,7 @@ class StepGraph:
             return inputs[-1]
 
         own = map_tensors(batch, copied, "")
-        with Recorder() as recorder:
+        with Recorder(arena) as recorder:
             outputs = step(own)
         graph = cls(inputs, recorder.nodes, outputs, recorder.refusal())
         return graph, graph._handed_out({})
@@ -161,8 +162,9 @@ class StepGraph:
 class Recorder(TorchDispatchMode):
     """Sees every op of a step and makes the nodes of its graph. Views are none: what they look at stays where it is."""
 
-    def __init__(self) -> None:
+    def __init__(self, arena: Arena) -> None:
         super().__init__()
+        self._arena = arena
         self.nodes: list[Tape | Call] = []
         self._read_back = False
 
@@ -185,7 +187,7 @@ class Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         if func in TAPED:
             if not self.nodes or not isinstance(self.nodes[-1], Tape):
-                self.nodes.append(Tape())
+                self.nodes.append(Tape(self._arena))
             with self.nodes[-1].recording():  # type: ignore[union-attr]
                 return func(*args, **kwargs)
         made = func(*args, **kwargs)
@@ -198,11 +200,21 @@ class Recorder(TorchDispatchMode):
         return made
 
 
+class Arena:
+    """Memory of what tapes of one step function write, in C++."""
+
+    def __init__(self) -> None:
+        self.handle = ops.arena_new()
+
+    def __del__(self) -> None:
+        ops.arena_free(self.handle)
+
+
 class Tape:
     """Kernels in the order they ran, in C++."""
 
-    def __init__(self) -> None:
-        self._handle = ops.tape_new()
+    def __init__(self, arena: Arena) -> None:
+        self._handle = ops.tape_new(arena.handle)
 
     def __del__(self) -> None:
         ops.tape_free(self._handle)

@@ -34,6 +34,7 @@ _TENSORS = (
     *("packed", "scales", "zeros", "column_scale", "column_sum"),
     *("tables", "starts", "escapes", "order", "bounds", "x_scale"),
 )
+_STACK_TENSORS = tuple(name for name in _TENSORS if name not in ("order", "bounds"))
 
 MOST_ESCAPES = 1e-3  # of a weight's numbers: each costs as much as forty others
 
@@ -84,6 +85,11 @@ class Shape:
 def operands(w: PackedWeight) -> tuple[Tensor | None, ...]:
     """The tensors of a packed weight in the order of the C++ ops, None for those that its format lacks."""
     return tuple(w._buffers.get(name) for name in _TENSORS)
+
+
+def stack_operands(w: PackedWeight) -> tuple[Tensor | None, ...]:
+    """As `operands`, of a stack of experts, which knows no order of columns."""
+    return tuple(w._buffers.get(name) for name in _STACK_TENSORS)
 
 
 def facts(w: PackedWeight) -> list[int]:

@@ -75,6 +75,30 @@ def test_replays_give_what_steps_give(extra: Callable[[Tensor], Tensor]) -> None
     assert network.calls == 2 * (RECORD_AT + 1)  # and then replays only
 
 
+IN_THE_MIDDLE: list[Callable[[], None]] = []  # what happens while a step is replayed
+
+
+@torch.library.custom_op("test_step_graph::meanwhile", mutates_args=())
+def meanwhile(x: Tensor) -> Tensor:
+    for happens in IN_THE_MIDDLE:
+        happens()
+    return x.clone()
+
+
+def test_two_step_functions_may_run_at_once() -> None:
+    """As two engines in one process: what one writes, the other does not."""
+    first, second, plain = StepGraphs(Network(meanwhile)), StepGraphs(Network()), Network()
+    for seed in range(RECORD_AT + 2):
+        first(batch_of(4, seed)), second(batch_of(4, seed))
+    IN_THE_MIDDLE.append(lambda: second(batch_of(4, 99)))
+    try:
+        got = first(batch_of(4, 7))
+    finally:
+        IN_THE_MIDDLE.clear()
+    expected = plain(batch_of(4, 7))
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
 def test_a_rewritten_weight_is_recorded_anew() -> None:
     network = Network()
     graphs = StepGraphs(network)
