@@ -110,6 +110,7 @@ def test_a_client_that_leaves_frees_its_request(live_server: LiveServer) -> None
     with httpx.stream("POST", f"{live_server.url}/generate", json=body, timeout=30) as response:
         next(response.iter_lines())
     wait_until(lambda: "sglang_num_running_reqs" in metrics(live_server) and running(live_server) == 0)
+    assert running(live_server) == 0
 
 
 def metrics(server: LiveServer) -> str:
