@@ -73,9 +73,8 @@ class PackedFile:
                 at = 8 + int.from_bytes(f.read(8), "little")
             with safe_open(path, framework="pt") as f:
                 metadata, entries = f.metadata() or {}, []
-                for (
-                    name
-                ) in f.offset_keys():  # without holes: the library checks it, and that the file ends with the last
+                # Without holes: the library checks it, and that the file ends with the last.
+                for name in f.offset_keys():
                     view = f.get_slice(name)
                     dtype, shape = DTYPES[view.get_dtype()], tuple(view.get_shape())
                     entries.append((name, dtype, shape, at))
