@@ -113,6 +113,7 @@ class DeviceRuntime(ABC):
     infos: tuple[DeviceInfo, ...]
     torch_device: torch.device
     poisons_freed_pages: bool = False  # the engine then calls pool.poison on pages as they become free
+    takes_exact_shapes: bool = False  # beside its buckets: what none of them holds (long prefills) is not padded
 
     @abstractmethod
     def memory(self) -> MemoryInfo: ...
@@ -125,7 +126,10 @@ class DeviceRuntime(ABC):
 
     @abstractmethod
     def buckets(self, *, max_num_tokens: int, max_num_reqs: int, max_num_pages: int) -> Sequence[Bucket]:
-        """The shapes it compiles at start; empty for a runtime that runs exact shapes, with no padding."""
+        """The shapes it compiles at start; empty for a runtime that runs exact shapes only, with no padding.
+
+        Every step must fit one, unless `takes_exact_shapes`: then the others go to a step that was compiled for no bucket.
+        """
 
     @abstractmethod
     def compile_step(self, fn: Callable[..., Any], state: Any, buckets: Sequence[Bucket]) -> Callable[..., Any]:

@@ -80,6 +80,24 @@ class PendingStep:
         return rows
 
 
+class _Compiled:
+    """A step function for padded batches, and for exact ones where the runtime takes both."""
+
+    def __init__(
+        self, runtime: DeviceRuntime, fn: Callable[..., Any], state: StepState, buckets: Sequence[Bucket]
+    ) -> None:
+        self._padded = runtime.compile_step(fn, state, buckets)
+        self._exact = runtime.compile_step(fn, state, ()) if buckets and runtime.takes_exact_shapes else self._padded
+
+    def __call__(self, batch: Any, padded: bool) -> Any:
+        return self._padded(batch) if padded else self._exact(batch)
+
+
+def _in_few(count: int, many: int, padded: bool) -> int:
+    """A bound that joins the compile key, in few values where steps are compiled: `many` for all from 1 to it."""
+    return many if padded and 0 < count <= many else count
+
+
 class ModelRunner:
     """One rank's model, pools and slots. `launch` may be called again before the step before has finished."""
 
@@ -104,14 +122,16 @@ class ModelRunner:
         self._sampler = Sampler(table, vocab_size)
         self._adjustments = Adjustments(vocab_size)
         self._stream = runtime.stream()
-        self._forward = runtime.compile_step(self._forward_step, state, buckets)
-        self._sample = runtime.compile_step(self._sampler.step, state, buckets)
+        self._forward = _Compiled(runtime, self._forward_step, state, buckets)
+        self._sample = _Compiled(runtime, self._sampler.step, state, buckets)
         self._adjusted_before: PendingStep | None = None  # the step before, where its tokens change later logits
 
     def launch(self, plan: StepPlan) -> PendingStep:
         """Start a step; the caller's thread only lays out its input. Plans are launched in the order of `plan.step`."""
         self._slots.apply(plan)
-        step = build_step_input(plan, self._slots, self._page_size, self._buckets)
+        step = build_step_input(
+            plan, self._slots, self._page_size, self._buckets, exact_too=self._runtime.takes_exact_shapes
+        )
         forward_batch = self._forward_batch(step)
         num_top = self._slots.num_top_logprobs[step.slots[: step.num_real_reqs]]
         wanted = InputLogprobs.of(plan, num_top)
@@ -120,12 +140,14 @@ class ModelRunner:
             params=self._sample_params(step),
             slots=self._tensor(step.slots),
             adjustment=None,
-            num_top=self._in_few(int(num_top.max()), MANY_LOGPROBS),
+            num_top=_in_few(int(num_top.max()), MANY_LOGPROBS, step.padded),
         )
         adjusted = bool(self._slots.adjusted[step.slots].any())
         run = self._run if self._verifier is None or not self._verifier.choose(plan.step) else self._run_verified
         writes = self._adapters.taken(plan.adapter_writes) if self._adapters is not None else []
-        work = self._stream.submit(run, plan, forward_batch, sample, wanted, adjusted, self._adjusted_before, writes)
+        work = self._stream.submit(
+            run, plan, step.padded, forward_batch, sample, wanted, adjusted, self._adjusted_before, writes
+        )
         pending = PendingStep(plan, work, wanted, num_top)
         self._adjusted_before = pending if adjusted else None
         return pending
@@ -166,6 +188,7 @@ class ModelRunner:
     def _run(
         self,
         plan: StepPlan,
+        padded: bool,
         forward_batch: ForwardBatch,
         sample: SampleInput,
         input_logprobs: InputLogprobs | None,
@@ -176,7 +199,7 @@ class ModelRunner:
         if adapter_writes:
             assert self._adapters is not None
             self._adapters.write(adapter_writes)
-        hidden, sample.logits = self._forward(forward_batch)
+        hidden, sample.logits = self._forward(forward_batch, padded)
         if input_logprobs is not None:
             input_logprobs.run(hidden, self._model.head, forward_batch.token_adapter)
         if adjusted_before is not None:  # on an asynchronous device this waits; on a host stream it has just finished
@@ -185,13 +208,13 @@ class ModelRunner:
         for init in plan.inits:
             self._adjustments.admit(init)
         if adjusted:
-            sample.adjustment = self._adjustment(plan)
-        output: SampleOutput = self._sample(sample)
+            sample.adjustment = self._adjustment(plan, padded)
+        output: SampleOutput = self._sample(sample, padded)
         return output
 
     def _forward_and_sample(self, forward_batch: ForwardBatch, sample: SampleInput) -> None:
-        _, sample.logits = self._forward(forward_batch)
-        self._sample(sample)
+        _, sample.logits = self._forward(forward_batch, True)
+        self._sample(sample, True)
 
     def _run_verified(self, *args: Any) -> SampleOutput:
         """`_run` with every kernel compared with its reference body."""
@@ -213,9 +236,9 @@ class ModelRunner:
         row_adapter = None if fb.token_adapter is None else fb.token_adapter[fb.sample_rows]
         return hidden, self._model.head(hidden[fb.sample_rows], row_adapter)
 
-    def _adjustment(self, plan: StepPlan) -> AdjustmentTensors:
+    def _adjustment(self, plan: StepPlan, padded: bool) -> AdjustmentTensors:
         sparse = self._adjustments.sparse(plan.slots)
-        if self._buckets:
+        if padded:
             sparse = sparse.padded()
         return AdjustmentTensors(
             rows=self._tensor(sparse.rows),
@@ -229,9 +252,9 @@ class ModelRunner:
         temperature, top_p = table.temperature[slots], table.top_p[slots]
         top_k, min_p = table.top_k[slots], table.min_p[slots]
         greedy = bool((temperature == 0).all())
-        bounded = not (greedy and self._buckets) and bool((top_k < table.vocab_size).all())
+        bounded = not (greedy and step.padded) and bool((top_k < table.vocab_size).all())
         filters = bool((top_p < 1).any() or (top_k < table.vocab_size).any() or (min_p > 0).any())
-        max_top_k = self._in_few(int(top_k.max()), MANY_TOP_K) if bounded else 0
+        max_top_k = _in_few(int(top_k.max()), MANY_TOP_K, step.padded) if bounded else 0
         return SampleParams(
             temperature=self._tensor(temperature),
             top_p=self._tensor(top_p),
@@ -240,13 +263,9 @@ class ModelRunner:
             seeds=self._tensor(table.seed[slots]),
             positions=self._tensor(step.seq_lens),
             all_greedy=greedy,
-            max_top_k=0 if self._buckets and max_top_k > MANY_TOP_K else max_top_k,
-            needs_filter=filters and not (greedy and self._buckets),
+            max_top_k=0 if step.padded and max_top_k > MANY_TOP_K else max_top_k,
+            needs_filter=filters and not (greedy and step.padded),
         )
-
-    def _in_few(self, count: int, many: int) -> int:
-        """A bound that joins the compile key, in few values where steps are compiled: `many` for all from 1 to it."""
-        return many if self._buckets and 0 < count <= many else count
 
     def _forward_batch(self, step: StepInput) -> ForwardBatch:
         device = self._runtime.torch_device
@@ -264,8 +283,8 @@ class ModelRunner:
         )
 
     def _token_adapter(self, step: StepInput) -> Tensor | None:
-        """None where no token has one, unless steps are compiled: each bucket then has one form."""
-        if self._adapters is None or not (self._buckets or (step.token_adapter >= 0).any()):
+        """None where no token has one, unless the step is padded: each bucket has one form."""
+        if self._adapters is None or not (step.padded or (step.token_adapter >= 0).any()):
             return None
         return self._tensor(step.token_adapter)
 
@@ -288,7 +307,7 @@ class ModelRunner:
             max_extend=step.max_extend,
             num_pages=step.encoder_table.shape[1],
             page_size=self._page_size,
-            static=bool(self._buckets),
+            static=step.padded,
         )
 
     def _attn_batch(self, step: StepInput, group: PoolGroup) -> AttnBatch:
@@ -303,7 +322,7 @@ class ModelRunner:
             max_extend=step.max_extend,
             num_pages=step.num_pages,
             page_size=self._page_size,
-            static=bool(self._buckets),
+            static=step.padded,
         )
 
     def _state_batch(self, step: StepInput) -> StateBatch:
@@ -314,7 +333,7 @@ class ModelRunner:
             num_tokens=step.num_tokens,
             num_reqs=step.num_reqs,
             max_extend=step.max_extend,
-            static=bool(self._buckets),
+            static=step.padded,
         )
 
     def _tensor(self, x: NDArray[Any]) -> Tensor:

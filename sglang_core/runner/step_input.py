@@ -25,6 +25,7 @@ class StepInput:
     num_reqs: int  # R, padding included
     max_extend: int  # Q
     num_pages: int  # C
+    padded: bool  # to a bucket; else it has its own shape
     slots: Int32  # [R]
     prefix_lens: Int32  # [R]
     seq_lens: Int32  # [R]
@@ -43,8 +44,13 @@ class StepInput:
     num_real_reqs: int
 
 
-def build_step_input(plan: StepPlan, table: SlotTable, page_size: int, buckets: Sequence[Bucket]) -> StepInput:
-    """Lay out `plan` against the slot table. Raises LookupError if no bucket holds it."""
+def build_step_input(
+    plan: StepPlan, table: SlotTable, page_size: int, buckets: Sequence[Bucket], *, exact_too: bool = False
+) -> StepInput:
+    """Lay out `plan` against the slot table, in its own shape where there are no buckets, or none holds it and `exact_too`.
+
+    Raises LookupError where it must be padded and no bucket holds it.
+    """
     slots = np.asarray(plan.slots, np.int32)
     prefix_lens = np.asarray(plan.prefix_lens, np.int32)
     extend_lens = np.asarray(plan.extend_lens, np.int32)
@@ -55,8 +61,12 @@ def build_step_input(plan: StepPlan, table: SlotTable, page_size: int, buckets: 
     max_extend = int(extend_lens.max())
 
     num_tokens, num_reqs = num_real_tokens, num_real_reqs
-    if buckets:
-        bucket = pick_bucket(buckets, num_tokens, num_reqs, max_extend, num_pages)
+    bucket = pick_bucket(buckets, num_tokens, num_reqs, max_extend, num_pages)
+    if bucket is None and buckets and not exact_too:
+        raise LookupError(
+            f"no bucket holds a step of {num_tokens} tokens, {num_reqs} reqs, longest extend {max_extend}, {num_pages} pages"
+        )
+    if bucket is not None:
         num_tokens, num_reqs = bucket.num_tokens, bucket.num_reqs
         max_extend, num_pages = bucket.max_extend, bucket.num_pages
         slots = _pad(slots, num_reqs, table.padding_slot)
@@ -76,13 +86,14 @@ def build_step_input(plan: StepPlan, table: SlotTable, page_size: int, buckets: 
     }
     unknown = token_ids == UNKNOWN_TOKEN
     token_slots = None
-    if buckets or unknown.any():
+    if bucket is not None or unknown.any():
         token_slots = np.where(unknown, _pad(slot_of_token, num_tokens, table.padding_slot), -1).astype(np.int32)
     return StepInput(
         num_tokens=num_tokens,
         num_reqs=num_reqs,
         max_extend=max_extend,
         num_pages=num_pages,
+        padded=bucket is not None,
         slots=slots,
         prefix_lens=prefix_lens,
         seq_lens=seq_lens,
@@ -111,6 +122,7 @@ def padding_input(bucket: Bucket, table: SlotTable) -> StepInput:
         num_reqs=bucket.num_reqs,
         max_extend=bucket.max_extend,
         num_pages=bucket.num_pages,
+        padded=True,
         slots=slots,
         prefix_lens=reqs,
         seq_lens=reqs,
@@ -130,8 +142,10 @@ def padding_input(bucket: Bucket, table: SlotTable) -> StepInput:
     )
 
 
-def pick_bucket(buckets: Sequence[Bucket], num_tokens: int, num_reqs: int, max_extend: int, num_pages: int) -> Bucket:
-    """The cheapest bucket that holds the step, by tokens, then reqs, then columns."""
+def pick_bucket(
+    buckets: Sequence[Bucket], num_tokens: int, num_reqs: int, max_extend: int, num_pages: int
+) -> Bucket | None:
+    """The cheapest bucket that holds the step, by tokens, then reqs, then columns; None where none does."""
     fits = [
         b
         for b in buckets
@@ -140,11 +154,7 @@ def pick_bucket(buckets: Sequence[Bucket], num_tokens: int, num_reqs: int, max_e
         and b.max_extend >= max_extend
         and b.num_pages >= num_pages
     ]
-    if not fits:
-        raise LookupError(
-            f"no bucket holds a step of {num_tokens} tokens, {num_reqs} reqs, longest extend {max_extend}, {num_pages} pages"
-        )
-    return min(fits, key=lambda b: (b.num_tokens, b.num_reqs, b.num_pages, b.max_extend))
+    return min(fits, key=lambda b: (b.num_tokens, b.num_reqs, b.num_pages, b.max_extend), default=None)
 
 
 def _pad(x: Int32, size: int, value: int) -> Int32:

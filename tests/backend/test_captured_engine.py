@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from sglang_core import Engine
 from tests.backend.conftest import Install
 
@@ -15,11 +17,15 @@ SETTINGS = {
 }
 
 
-def test_an_engine_replays_captured_steps(install: Install) -> None:
-    """Prefill and decode in turn, penalties, a prefix from the cache, retraction: two buckets, each captured once."""
+@pytest.mark.parametrize("backend", ["CapturingBackend", "DecodeCapturingBackend"])
+def test_an_engine_replays_captured_steps(install: Install, backend: str) -> None:
+    """Prefill and decode in turn, penalties, a prefix from the cache, retraction: two buckets, each captured once.
+
+    The second backend captures decode only, and runs what is longer as it is.
+    """
     install(
         "sglang-capturing",
-        entry_points={"sglang_core.backends": {"capturing": "tests.conformance.capturing:CapturingBackend"}},
+        entry_points={"sglang_core.backends": {"capturing": f"tests.conformance.capturing:{backend}"}},
         modules={},
     )
     asked = [

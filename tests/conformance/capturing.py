@@ -135,4 +135,20 @@ def _shares(results: list[Any], inputs: list[Any]) -> bool:
     return any(isinstance(t, Tensor) and t.untyped_storage()._cdata in places for t in results)
 
 
+class DecodeCapturingRuntime(CapturingRuntime):
+    """One bucket, of decode steps; prefills run in their own shapes, and are not captured."""
+
+    takes_exact_shapes = True
+
+    def buckets(self, *, max_num_tokens: int, max_num_reqs: int, max_num_pages: int) -> Sequence[Bucket]:
+        return [Bucket(num_tokens=max_num_reqs, num_reqs=max_num_reqs, max_extend=1, num_pages=max_num_pages)]
+
+    def compile_step(self, fn: Callable[..., Any], state: Any, buckets: Sequence[Bucket]) -> Callable[..., Any]:
+        return super().compile_step(fn, state, buckets) if buckets else TorchRuntime.compile_step(self, fn, state, ())
+
+
+class DecodeCapturingBackend(CapturingBackend):
+    runtime = DecodeCapturingRuntime
+
+
 CapturingBackend.runtime = CapturingRuntime

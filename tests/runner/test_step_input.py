@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from sglang_core.backend.interface import Bucket
 from sglang_core.runner.slot_table import SlotTable
-from sglang_core.runner.step_input import build_step_input, pick_bucket
+from sglang_core.runner.step_input import build_step_input
 from sglang_core.types import FULL, SamplingParams, SlotInit, StepPlan
 
 
@@ -102,6 +102,13 @@ def test_a_slot_forgets_its_former_req() -> None:
     assert table.top_k[1] == 10 and table.temperature[1] == 0 and table.min_p[1] == 0
 
 
-def test_no_bucket_says_what_was_needed() -> None:
+def test_a_step_that_no_bucket_holds() -> None:
+    """An error that says what was needed; or, where the runtime takes exact shapes too, a step in its own shape."""
+    table = SlotTable(max_running=5, max_pages_per_req=16, vocab_size=1000)
+    plan = plan_of([(0, 9)], page_size=4)
+    table.apply(plan)
+    buckets = [Bucket(num_tokens=8, num_reqs=8, max_extend=8, num_pages=8)]
     with pytest.raises(LookupError, match="9 tokens, 1 reqs"):
-        pick_bucket([Bucket(num_tokens=8, num_reqs=8, max_extend=8, num_pages=8)], 9, 1, 1, 1)
+        build_step_input(plan, table, 4, buckets)
+    step = build_step_input(plan, table, 4, buckets, exact_too=True)
+    assert not step.padded and (step.num_tokens, step.num_reqs, step.max_extend, step.num_pages) == (9, 1, 9, 3)
