@@ -22,4 +22,11 @@ def _kernel(op: str, fn: str, **facts: Any) -> Kernel:
     return Kernel(op, fn=f"sglang_triton.{fn}", device=DEVICES, **(defaults | facts))
 
 
-KERNELS = (_kernel("act.gated", "activation:gated"),)
+KERNELS = (
+    _kernel("act.gated", "activation:gated"),
+    _kernel("norm.rms", "norm:rms_norm"),
+    _kernel("norm.add_rms", "norm:add_rms_norm"),
+    _kernel("norm.layer", "norm:layer_norm"),
+    _kernel("rope.apply", "rope:rope_apply"),
+    _kernel("embed.lookup", "embedding:embed_lookup"),
+)
