@@ -8,7 +8,7 @@ MODEL  ?= demo
 DEVICE ?= auto
 ARGS   ?=
 
-.PHONY: install serve test lint types test-core test-slow test-conformance test-xeon test-isa reports format clean
+.PHONY: install serve test lint types test-core test-slow test-conformance test-xeon test-triton test-isa reports format clean
 
 install: $(VENV)/.installed
 
@@ -19,16 +19,16 @@ $(VENV)/.torch:
 	$(PY) -m pip install --quiet $(TORCH)
 	touch $@
 
-$(VENV)/.installed: $(VENV)/.torch pyproject.toml plugins/xeon/pyproject.toml $(wildcard plugins/xeon/setup.py plugins/xeon/csrc/*) conformance/pyproject.toml compat/pyproject.toml tests/toy_vendor/pyproject.toml
+$(VENV)/.installed: $(VENV)/.torch pyproject.toml plugins/xeon/pyproject.toml $(wildcard plugins/xeon/setup.py plugins/xeon/csrc/*) plugins/triton/pyproject.toml conformance/pyproject.toml compat/pyproject.toml tests/toy_vendor/pyproject.toml
 	$(PY) -m pip install --quiet -e ".[dev]"
-	$(PY) -m pip install --quiet --no-build-isolation -e plugins/xeon
+	$(PY) -m pip install --quiet --no-build-isolation -e plugins/xeon -e plugins/triton
 	$(PY) -m pip install --quiet --no-build-isolation --no-deps -e conformance -e compat -e tests/toy_vendor
 	touch $@
 
 serve: install
 	$(VENV)/bin/sglang-core serve --model-path $(MODEL) --device $(DEVICE) $(ARGS)
 
-test: lint types test-core test-xeon test-conformance
+test: lint types test-core test-xeon test-triton test-conformance
 
 lint: install
 	$(VENV)/bin/ruff format --check .
@@ -43,6 +43,11 @@ test-core: install
 
 test-xeon: install
 	$(PY) -m pytest plugins/xeon/tests
+
+# Every Triton kernel against its op's definition, interpreted; and compiled, once a kernel, for every architecture.
+test-triton: install
+	$(PY) -m pytest plugins/triton/tests
+	TRITON_INTERPRET=1 $(VENV)/bin/sglang-conformance run triton --level ops --jobs 2 --num-threads 1
 
 test-conformance: install
 	$(VENV)/bin/sglang-conformance run cpu --strict --jobs 2 --num-threads 1

@@ -1,0 +1,44 @@
+"""`AotSpec`: one compilation of a kernel that has to work without a device at hand. Each kernel module lists its own in `AOT`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from sglang_triton.tuning import Config, choose_for
+
+POINTER = "*"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AotSpec:
+    """A kernel as a model would launch it.
+
+    `sizes` is what the launcher asks `tuning.choose` about; `signature` has the run-time parameters in Triton's words ("*bf16",
+    "i32"), and `constexprs` what no config gives. Pointers are taken as aligned to 16 bytes, and so are integers but for those in
+    `odd`. `instructions`: by prefix of the architecture, what its assembly must have ("sm_90": "wgmma").
+    """
+
+    op: str
+    name: str = ""  # what sets it apart from the op's others: "gelu", "M=4096"
+    kernel: Any
+    signature: Mapping[str, str]
+    constexprs: Mapping[str, Any] = field(default_factory=dict)
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    odd: tuple[str, ...] = ()
+    instructions: Mapping[str, str] = field(default_factory=dict)
+    archs: tuple[str, ...] = ()  # the only ones it is for; (): all
+
+    @property
+    def title(self) -> str:
+        return f"{self.op}[{self.name}]" if self.name else self.op
+
+    def config(self, arch: str) -> Config:
+        return choose_for(arch, self.op, self.sizes)
+
+    def attrs(self) -> dict[tuple[int, ...], list[list[object]]]:
+        """What Triton finds out about arguments at a launch, as its compiler takes it."""
+        names = self.kernel.arg_names
+        whole = [n for n, of in self.signature.items() if of[0] == POINTER or (of[0] == "i" and n not in self.odd)]
+        return {(names.index(name),): [["tt.divisibility", 16]] for name in whole}

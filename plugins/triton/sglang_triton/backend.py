@@ -1,0 +1,50 @@
+"""`TritonBackend`: host tensors through Triton's interpreter, so that conformance holds every kernel on a machine without a GPU.
+
+Its kernels are those of the provider. Importing it imports neither torch nor triton.
+"""
+
+from __future__ import annotations
+
+import os
+from importlib.metadata import PackageNotFoundError, version
+
+from sglang_core.api import Claim, Claims, DeviceInfo, KernelContext, Support, TorchBackend
+from sglang_triton.kernels import DTYPES, KERNELS
+
+SWITCH = "TRITON_INTERPRET"  # Triton's own: it reads it as it is imported
+PROFILES = ("base", "odd_sizes")
+
+
+class TritonBackend(TorchBackend):
+    """One device, which no model is served on: `emulated` in its facts, and a score that `--device auto` never takes."""
+
+    name = "triton"
+    torch_device = "cpu"
+
+    def probe(self) -> list[DeviceInfo]:
+        if os.environ.get(SWITCH) != "1":
+            return []
+        try:
+            versions = {"triton": version("triton")}
+        except PackageNotFoundError:
+            return []
+        facts = {"emulated": True}
+        return [
+            DeviceInfo(
+                backend=self.name,
+                path="triton/interpreter",
+                name="Triton's interpreter",
+                score=-1,
+                facts=facts,
+                total_memory=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+                versions=versions,
+            )
+        ]
+
+    def absent_reason(self) -> str:
+        return f"it interprets Triton kernels on the host, for tests; set {SWITCH}=1, with `pip install triton`"
+
+    def claims(self, ctx: KernelContext) -> Claims:
+        """All of the provider's kernels. Of the other ops only float16 is refused, which their bodies were never checked with."""
+        native = [Claim(op=op, dtypes=DTYPES) for op in dict.fromkeys(kernel.op for kernel in KERNELS)]
+        return Claims((*native, Claim(op="*", dtypes=("float16",), support=Support.UNSUPPORTED)), profiles=PROFILES)

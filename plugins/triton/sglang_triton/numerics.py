@@ -1,0 +1,71 @@
+"""What kernels do with numbers so that they are right compiled and interpreted alike.
+
+Triton's interpreter keeps bfloat16 as raw 16 bits: arithmetic on them is silently wrong, a dot of them is noise, subnormals
+widen to other numbers, and float32 is cut off to bfloat16 and not rounded. Its float8 casts round ties up. So kernels
+widen what they load, compute in float32, and round what they store, with the functions below; compiled, each is one cast.
+"""
+
+from __future__ import annotations
+
+import os
+
+import triton
+import triton.language as tl
+from triton import knobs
+
+# A multiplication and an addition may be one instruction. It is so up to Triton 3.9, which warns that it will not stay so.
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+INTERPRETED = tl.constexpr(bool(knobs.runtime.interpret))
+
+
+@triton.jit
+def widen(x):
+    """x of any float dtype -> the same numbers in float32."""
+    if INTERPRETED and x.dtype == tl.bfloat16:
+        y = (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    else:
+        y = x.to(tl.float32)
+    return y
+
+
+@triton.jit
+def rounded(x, dtype: tl.constexpr):
+    """x: float32 -> dtype, to the nearest, a tie to the even one."""
+    if INTERPRETED and dtype == tl.bfloat16:
+        bits = x.to(tl.uint32, bitcast=True)
+        near = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        y = tl.where(x == x, near, 0x7FC0).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        y = x.to(dtype)
+    return y
+
+
+@triton.jit
+def dot(a, b, acc):
+    """a: [m, k], b: [k, n] of one float dtype, acc: float32[m, n] -> acc + a b, summed in float32.
+
+    float32 is multiplied as float32, never as TF32: a reference of seven digits asks for it.
+    """
+    if INTERPRETED:
+        y = tl.dot(widen(a), widen(b), acc, input_precision="ieee")
+    else:
+        y = tl.dot(a, b, acc, input_precision="ieee")
+    return y
+
+
+@triton.jit
+def sigmoid(x):
+    """x: float32. Overflows nowhere."""
+    z = tl.exp(-tl.abs(x))
+    return tl.where(x >= 0, 1.0, z) / (1.0 + z)
+
+
+@triton.jit
+def tanh(x):
+    """x: float32, to some units of the last place: a series where 1 - exp(-2 |x|) would cancel."""
+    near = tl.where(tl.abs(x) < 0.15, x, 0.0)
+    square = near * near
+    series = near * (1.0 + square * (-1.0 / 3 + square * (2.0 / 15 - square * (17.0 / 315))))
+    z = tl.exp(-2.0 * tl.abs(x))
+    far = (1.0 - z) / (1.0 + z)
+    return tl.where(tl.abs(x) < 0.15, series, tl.where(x < 0, -far, far))

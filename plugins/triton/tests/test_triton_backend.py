@@ -1,0 +1,58 @@
+"""The provider and the device that interprets: what they say, and when they are there."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+from sglang_triton.backend import TritonBackend
+from sglang_triton.kernels import KERNELS
+
+from sglang_core.api import Claims, DeviceInfo, KernelContext, Support
+from sglang_core.backend.devices import installed_backends, open_device
+from sglang_core.backend.providers import Providers
+from sglang_core.errors import DeviceError
+
+OPS = {kernel.op for kernel in KERNELS}
+
+
+def context(path: str) -> KernelContext:
+    return KernelContext(device=DeviceInfo(backend=path.split("/")[0], path=path, name="a device"))
+
+
+def test_it_is_there_only_where_triton_interprets(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [info.label for info in TritonBackend().probe()] == ["triton:0"]
+    monkeypatch.delenv("TRITON_INTERPRET")
+    assert TritonBackend().probe() == []
+    with pytest.raises(DeviceError, match="TRITON_INTERPRET=1"):
+        open_device("triton")
+
+
+def test_it_is_emulated_and_never_taken_unasked() -> None:
+    (row,) = [row for row in installed_backends() if row.name == "triton"]
+    assert row.devices[0].facts["emulated"] and row.devices[0].score < 0
+
+
+@pytest.mark.parametrize("path", ["cuda/sm_90", "rocm/gfx942", "triton/interpreter"])
+def test_devices_get_every_kernel_once(path: str) -> None:
+    found = [kernel for kernel in Providers().kernels(context(path)) if kernel.provider == "triton"]
+    assert [kernel.fn for kernel in found] == [kernel.fn for kernel in KERNELS]
+
+
+def test_every_kernel_is_claimed_in_every_dtype() -> None:
+    claims: Claims = TritonBackend().claims(context("triton/interpreter"))
+    for op in OPS:
+        for dtype in ("float32", "bfloat16", "float16"):
+            assert claims.support(op, dtype=dtype) is Support.NATIVE
+    assert claims.support("no.such_op", dtype="bfloat16") is Support.REFERENCE
+
+
+def test_listing_devices_imports_neither_torch_nor_triton() -> None:
+    code = (
+        "import sys, sglang_triton.backend as b, sglang_triton.provider; b.TritonBackend().probe();"
+        " print([name for name in ('torch', 'triton') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ)
+    assert done.stdout.strip() == "[]"
