@@ -19,9 +19,9 @@ $(VENV)/.torch:
 	$(PY) -m pip install --quiet $(TORCH)
 	touch $@
 
-$(VENV)/.installed: $(VENV)/.torch pyproject.toml plugins/xeon/pyproject.toml $(wildcard plugins/xeon/setup.py plugins/xeon/csrc/*) plugins/triton/pyproject.toml conformance/pyproject.toml compat/pyproject.toml tests/toy_vendor/pyproject.toml
+$(VENV)/.installed: $(VENV)/.torch pyproject.toml plugins/xeon/pyproject.toml $(wildcard plugins/xeon/setup.py plugins/xeon/csrc/*) plugins/triton/pyproject.toml plugins/cuda/pyproject.toml plugins/rocm/pyproject.toml conformance/pyproject.toml compat/pyproject.toml tests/toy_vendor/pyproject.toml
 	$(PY) -m pip install --quiet -e ".[dev]"
-	$(PY) -m pip install --quiet --no-build-isolation -e plugins/xeon -e plugins/triton
+	$(PY) -m pip install --quiet --no-build-isolation -e plugins/xeon -e plugins/triton -e plugins/cuda -e plugins/rocm
 	$(PY) -m pip install --quiet --no-build-isolation --no-deps -e conformance -e compat -e tests/toy_vendor
 	touch $@
 
@@ -46,7 +46,7 @@ test-xeon: install
 
 # Every Triton kernel against its op's definition, interpreted; and compiled, once a kernel, for every architecture.
 test-triton: install
-	$(PY) -m pytest plugins/triton/tests
+	$(PY) -m pytest plugins/triton/tests plugins/cuda/tests plugins/rocm/tests
 	TRITON_INTERPRET=1 $(VENV)/bin/sglang-conformance run triton --level ops --jobs 2 --num-threads 1
 
 test-conformance: install

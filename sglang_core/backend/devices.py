@@ -56,12 +56,10 @@ def open_device(device: str) -> ChosenDevice:
     if not infos:
         raise DeviceError(f"device {name!r} is not here: {backend.absent_reason()}")
     if not which:
-        return ChosenDevice(
-            backend=backend, info=infos[0], reason=f"{device!r} was asked for; {infos[0].label} is its best"
-        )
+        return _chosen(backend, infos[0], f"{device!r} was asked for; {infos[0].label} is its best")
     for info in infos:
         if which in _labels(info):
-            return ChosenDevice(backend=backend, info=info, reason=f"{device!r} was asked for")
+            return _chosen(backend, info, f"{device!r} was asked for")
     known = ", ".join(f"{name}:{info.index} ({info.path})" for info in infos)
     raise DeviceError(f"device {device!r} is not here; {name!r} has {known}")
 
@@ -118,7 +116,14 @@ def _best_device() -> ChosenDevice:
         )
     beaten = [f"{info.label} scores {info.score}" for _, info in others]
     reason = f"{best.label} ({best.name}) has the best score, {best.score}"
-    return ChosenDevice(backend=backend, info=best, reason="; ".join([reason, *beaten, *absent]))
+    return _chosen(backend, best, "; ".join([reason, *beaten, *absent]))
+
+
+def _chosen(backend: Backend, info: DeviceInfo, reason: str) -> ChosenDevice:
+    """The best device with a problem is an error too: the next best must not run in its place unasked."""
+    if info.problem:
+        raise DeviceError(f"device {info.label} ({info.name}) cannot be opened: {info.problem}")
+    return ChosenDevice(backend=backend, info=info, reason=reason)
 
 
 def _probe(backend: Backend, entry: PluginEntry | None = None) -> list[DeviceInfo]:

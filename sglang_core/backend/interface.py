@@ -39,6 +39,7 @@ class DeviceInfo:
     total_memory: int = 0  # bytes
     facts: Mapping[str, str | int | float | bool] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)  # {"driver": "580.65"}
+    problem: str = ""  # why it cannot be opened and what to do, where that is known without opening it
 
     @property
     def label(self) -> str:

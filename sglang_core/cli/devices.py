@@ -36,9 +36,11 @@ def run(argv: list[str]) -> int:
 
 def rows_of(backend: InstalledBackend) -> list[tuple[object, ...]]:
     """A row for each device of a backend; one with the reason where it has none."""
-    end = (f"{backend.dist} {backend.version}", backend.status, backend.message)
+    package = f"{backend.dist} {backend.version}"
     if not backend.devices:
-        return [(backend.name, "", "", "", "", *end)]
+        return [(backend.name, "", "", "", "", package, backend.status, backend.message)]
     return [
-        (d.label, d.path, d.name, d.score, gib(d.total_memory) if d.total_memory else "", *end) for d in backend.devices
+        (d.label, d.path, d.name, d.score, gib(d.total_memory) if d.total_memory else "", package)
+        + (("problem", d.problem) if d.problem else (backend.status, backend.message))
+        for d in backend.devices
     ]

@@ -167,7 +167,9 @@ def _devices() -> Iterator[Check]:
 
     for backend in installed_backends():
         for device in backend.devices:
-            yield Check(name=f"device {device.label}", status="ok", found=f"{device.name} ({device.path})")
+            status: Literal["ok", "fail"] = "fail" if device.problem else "ok"
+            found = f"{device.name} ({device.path})"
+            yield Check(name=f"device {device.label}", status=status, found=found, fix=device.problem)
         if backend.status == "absent":
             yield Check(name=f"device {backend.name}", status="warn", found="no device found", fix=backend.message)
     try:

@@ -84,6 +84,17 @@ def test_an_absent_device_gives_its_own_reason(install) -> None:
         open_device("acme")
 
 
+@pytest.mark.parametrize("asked", ["acme", "acme:0", "auto"])
+def test_a_device_with_a_problem_is_no_device_to_run_on(install, asked: str) -> None:
+    """Nor is the next best taken in its place."""
+    probe = "return [DeviceInfo(backend='acme', path='acme/v1', name='fake', score=500, problem='torch is not built for it; do X')]"
+    install_backend(install, probe=probe)
+    with pytest.raises(DeviceError, match=r"acme:0 \(fake\) cannot be opened: torch is not built for it; do X"):
+        open_device(asked)
+    (row,) = [row for row in installed_backends() if row.name == "acme"]
+    assert row.status == "ok" and row.devices[0].problem
+
+
 def test_a_wrong_api_range_is_refused_before_anything_is_imported(install) -> None:
     install_backend(install, requires=("sglang-core>=0.7,<0.8",), source="raise RuntimeError('imported')")
     with pytest.raises(PluginError) as e:

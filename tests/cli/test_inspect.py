@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import types
+from dataclasses import replace
 
 import pytest
 
@@ -47,6 +48,13 @@ def test_devices_shows_failures_as_rows(cli: Cli, backends: list[InstalledBacken
     assert all(words in lines["nope"] for words in ("absent", "no driver"))
     assert "--device auto is nothing: zeta is broken" in outcome.out
     assert outcome.status == 1
+
+
+def test_a_device_with_a_problem_shows_it(cli: Cli, backends: list[InstalledBackend]) -> None:
+    info = DeviceInfo(backend="acme", index=2, path="acme/v1", name="Acme Two", problem="do X")
+    backends.append(replace(GOOD, devices=(info,)))
+    lines = {line.split()[0]: line for line in cli("devices").out.splitlines() if line.strip()}
+    assert "problem" in lines["acme:2"] and "do X" in lines["acme:2"]
 
 
 def test_absent_devices_are_no_failure(cli: Cli, backends: list[InstalledBackend]) -> None:
@@ -117,6 +125,14 @@ def test_doctor_fails_on_a_broken_plugin(cli: Cli, backends: list[InstalledBacke
     assert (checks["--device auto"]["status"], checks["--device auto"]["fix"]) == ("fail", "zeta is broken")
     assert checks["device acme:1"]["status"] == "ok"
     assert (checks["device nope"]["status"], checks["device nope"]["fix"]) == ("warn", "no driver")
+
+
+def test_doctor_fails_on_a_device_that_cannot_be_opened(backends: list[InstalledBackend]) -> None:
+    info = DeviceInfo(backend="acme", index=2, path="acme/v1", name="Acme Two", problem="do X")
+    backends.append(replace(GOOD, devices=(info,)))
+    found = {check.name: check for check in doctor._devices()}
+    assert (found["device acme:2"].status, found["device acme:2"].fix) == ("fail", "do X")
+    assert found["device acme:1"].status == "ok"
 
 
 def test_doctor_warns_without_failing(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from intel_extension_for_pytorch.llm import functional  # noqa: TID251  banned in the core; this is a plugin
+from intel_extension_for_pytorch.llm import functional
 from torch import Tensor
 
 

@@ -1,0 +1,89 @@
+"""`CudaBackend`: NVIDIA GPUs from Ampere on. Importing it opens no device and imports no torch."""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from sglang_triton.gpu.claims import claims
+
+from sglang_core.api import (
+    Backend,
+    Claims,
+    DefaultsContext,
+    DeviceInfo,
+    DeviceRuntime,
+    KernelContext,
+    RuntimeContext,
+)
+from sglang_cuda import nvml
+
+OLDEST = (8, 0)  # bfloat16 in the tensor cores
+LARGE = 60 * 2**30  # bytes
+INSTALL = "pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/cu130"
+
+
+class CudaBackend(Backend):
+    """A device for each GPU that CUDA_VISIBLE_DEVICES leaves. Kernels come from the provider `triton`; other ops run their body."""
+
+    name = "cuda"
+
+    def probe(self) -> list[DeviceInfo]:
+        machine = nvml.read()
+        if machine is None:
+            return []
+        versions = {"driver": machine.driver, "cuda": machine.cuda}
+        return [self._info(i, gpu, versions) for i, gpu in enumerate(nvml.visible(machine.gpus))]
+
+    def _info(self, index: int, gpu: nvml.Gpu, versions: dict[str, str]) -> DeviceInfo:
+        major, minor = gpu.compute_capability
+        problem = wrong_torch()
+        if gpu.compute_capability < OLDEST:
+            problem = f"kernels are for compute capability {OLDEST[0]}.{OLDEST[1]} and later, and this has {major}.{minor}; take --device cpu"
+        return DeviceInfo(
+            backend=self.name,
+            index=index,
+            path=f"cuda/sm_{major}{minor}",
+            name=gpu.name,
+            score=200 + major,
+            total_memory=gpu.total_memory,
+            facts={"uuid": gpu.uuid, "nvlinks": gpu.num_nvlinks},
+            versions=versions,
+            problem=problem,
+        )
+
+    def absent_reason(self) -> str:
+        machine = nvml.read()
+        if machine is None:
+            return "no NVIDIA driver answers: install it, or give the container its GPUs (docker run --gpus all)"
+        if machine.gpus:
+            return (
+                f"CUDA_VISIBLE_DEVICES leaves none of the {len(machine.gpus)} GPUs here; unset it, or list one of them"
+            )
+        return "the NVIDIA driver finds no GPU"
+
+    def create_runtime(self, ctx: RuntimeContext) -> DeviceRuntime:
+        from sglang_triton.gpu.driver import TorchDriver  # torch: not needed to list devices
+        from sglang_triton.gpu.runtime import GpuRuntime
+
+        return GpuRuntime(ctx, TorchDriver(ctx.devices[0].index))
+
+    def claims(self, ctx: KernelContext) -> Claims:
+        return claims()
+
+    def config_defaults(self, ctx: DefaultsContext) -> dict[str, Any]:
+        """Long chunks keep the GPU busy in a prefill; on a large GPU their activations are no matter."""
+        chunk = 8192 if ctx.device.total_memory >= LARGE else 2048
+        return {"dtype": "bfloat16", "page_size": 16, "chunked_prefill_size": chunk}
+
+
+def wrong_torch() -> str:
+    """What is wrong with the PyTorch installed, by its version alone: "" or a sentence that says what to install."""
+    try:
+        installed = version("torch")
+    except PackageNotFoundError:
+        return f"PyTorch is not installed; {INSTALL}"
+    build = installed.partition("+")[2]
+    if build.startswith(("cpu", "rocm", "xpu")):
+        return f"PyTorch {installed} is not built for CUDA; {INSTALL}"
+    return ""

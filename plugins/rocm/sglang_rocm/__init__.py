@@ -1,0 +1,1 @@
+"""sglang-core on AMD GPUs."""
