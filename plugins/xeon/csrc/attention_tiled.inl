@@ -183,8 +183,8 @@ static void tiled_scores(
 
 template <typename T>
 static void tiled_block(
-    const AttentionArgs& a, const AttentionTask& t, Softmax& s, const Block<T>& block, const Scales* scales, Ahead<T>& next_first,
-    Ahead<T>& next_second, const Operand* q, int64_t q_stride, int64_t begin, int64_t count) {
+    const AttentionArgs& a, const AttentionTask& t, TaskState& state, const Block<T>& block, int64_t begin, int64_t count, int64_t found) {
+  Softmax& s = state.softmax;
   int64_t group = a.group(), v_dim = a.v_head_dim(), v_panels = s.stride / kPanel;
   // Queries that see nothing of this block are left out at both ends of the tile.
   int64_t from = t.queries, to = 0, low = count, high = 0;
@@ -196,7 +196,14 @@ static void tiled_block(
     high = max1(high, min1(count, seen.last - begin));
   }
   if (from >= to) return;
-  int64_t row0 = from * group, rows = (to - from) * group;
+  int64_t row0 = from * group, rows = (to - from) * group, q_stride = state.q_stride;
+  const Operand* q = state.q + row0 * q_stride;
+  Scales own;
+  if (a.scaled()) {
+    find_scales(a.k, a.num_kv_heads, t.head, block.tokens, count, own.first);
+    find_scales(a.v, a.num_kv_heads, t.head, block.tokens, count, own.second);
+  }
+  const Scales* scales = a.scaled() ? &own : nullptr;
   // One vector more than the keys, so that rows do not share their L1 sets.
   int64_t stride = kKeys + 16, weight_stride = kKeys + 32;
   size_t row_bytes = size_t(2 * stride) * sizeof(float) + size_t(weight_stride) * sizeof(Operand);
@@ -206,11 +213,12 @@ static void tiled_block(
   // So many lines a tile that the next block has been asked for when this one is done.
   int64_t groups = ceil_div(rows, kMaxRows), step = panels_at_once(int(ceil_div(rows, groups)));
   int64_t score_tiles = groups * max1(int64_t(1), kKeys / kPanel / step), value_tiles = groups * max1(int64_t(1), v_panels / step);
+  Ahead<T> next_first{block.first + kKeys, found - kKeys, a.k.dim}, next_second{block.second + kKeys, found - kKeys, a.v.dim};
   Ahead<T>& next_values = a.latent ? next_first : next_second;
   int64_t lines = ceil_div(next_first.all_lines(), score_tiles + (a.latent ? value_tiles : 0));
   int64_t value_lines = a.latent ? lines : ceil_div(next_second.all_lines(), value_tiles);
 
-  tiled_scores<T>(a, block, scales, q + row0 * q_stride, q_stride, rows, count, scores, rotated, stride, next_first, lines);
+  tiled_scores<T>(a, block, scales, q, q_stride, rows, count, scores, rotated, stride, next_first, lines);
   const float* key_scales = scales ? scales->first : nullptr;
   const float* value_scales = !scales ? nullptr : a.latent ? scales->first : scales->second;
   for (int64_t r = 0; r < rows; ++r) {
