@@ -1,13 +1,15 @@
 // Few rows (decode): both products straight from where keys and values are, each loaded once for up to four rows.
 // Rows must be a whole number of pairs of vectors long.
 //
-// Memory decides its speed, and so does the order of reading. The KV heads of one token lie side by side, so it goes through all of
-// them for a few tokens before it takes the next ones: what the core reads is then nearly in the order of addresses, and the
-// prefetchers of its L2 cache run ahead of it. They stop at the end of a page of the pool, and what is asked for by instruction
+// Memory decides its speed, and so does the order of reading. The KV heads of one token lie side by side, so it goes through all
+// of them for a few tokens before it takes the next ones: what the core reads is then nearly in the order of addresses, and the
+// prefetchers of its L2 cache run ahead of it. They stop at the end of a page of the pool; what is asked for by instruction
 // crosses it.
 
-constexpr int64_t kKeysAhead = 16;      // keys between what is read and what is asked for: a page of the pool, as a rule
-constexpr int64_t kValueKeys = 8;  // keys whose values are summed before the next KV head's turn
+constexpr int64_t kKeysAhead = 16;  // keys between what is read and what is asked for: a page of the pool, as a rule
+// Keys whose values are summed before the next KV head's turn. Twice as many of more than four rows, where arithmetic is the
+// bound and loading and storing sums is a part of it.
+constexpr int64_t kValueKeys = 8;
 
 template <int N>
 struct Size {
@@ -67,7 +69,20 @@ INLINE vf sum_each(vf (&sums)[16]) {
   return sums[0];
 }
 
-// 16 scores at a time: R rows against 16 / R keys. `offset`: of the KV head in a row of the store. `lines` are asked for with each key.
+// sums[r * N + n] += products of row r with key n, lane by lane.
+template <typename T, int R>
+INLINE void add_products(vf (&sums)[16], const T* const (&keys)[16 / R], const uint16_t* q, int64_t q_stride, int64_t dim) {
+  constexpr int N = 16 / R;
+  for (int64_t d = 0; d < dim; d += 2 * VL) {
+    UNROLL for (int n = 0; n < N; ++n) {
+      vpairs key = load_bf16s(keys[n] + d);
+      UNROLL for (int r = 0; r < R; ++r) dot(sums[r * N + n], key, load_bf16s(q + r * q_stride + d));
+    }
+  }
+}
+
+// 16 scores at a time: R rows against 16 / R keys. `offset`: of the KV head in a row of the store. `lines` are asked for with
+// each key.
 template <typename T, int R>
 INLINE void direct_scores(
     const T* const* keys, int64_t offset, Ahead<T>& next, int64_t lines, int64_t count, const uint16_t* q, int64_t q_stride,
@@ -78,12 +93,7 @@ INLINE void direct_scores(
     UNROLL for (int n = 0; n < N; ++n) some[n] = keys[min1(j + n, count - 1)] + offset;
     next.lines(N * lines);
     vf sums[16] = {};
-    for (int64_t d = 0; d < dim; d += 2 * VL) {
-      UNROLL for (int n = 0; n < N; ++n) {
-        vpairs key = load_bf16s(some[n] + d);
-        UNROLL for (int r = 0; r < R; ++r) dot(sums[r * N + n], key, load_bf16s(q + r * q_stride + d));
-      }
-    }
+    add_products<T, R>(sums, some, q, q_stride, dim);
     vf all = sum_each(sums);
     UNROLL for (int r = 0; r < R; ++r)
       __builtin_memcpy(scores + r * kKeys + j, reinterpret_cast<const float*>(&all) + r * N, N * sizeof(float));
@@ -104,7 +114,8 @@ INLINE void interleave(vpairs a, vpairs b, vpairs& first, vpairs& second) {
 // the weight is zero, and the value any.
 template <typename T, int R, int C>
 INLINE void value_columns(
-    const T* const* values, int64_t offset, Ahead<T>& next, int64_t count, const uint16_t* weights, float* acc, int64_t acc_stride) {
+    const T* const* values, int64_t offset, Ahead<T>& next, int64_t count, const uint16_t* weights, float* acc,
+    int64_t acc_stride) {
   vf sums[R][2 * C];
   UNROLL for (int r = 0; r < R; ++r) {
     UNROLL for (int c = 0; c < 2 * C; ++c) sums[r][c] = load(acc + r * acc_stride + c * VL);
@@ -159,8 +170,8 @@ INLINE void score_keys(const T* const* keys, int64_t offset, const float* q, int
 
 template <typename T, int R>
 INLINE void direct_scores(
-    const T* const* keys, int64_t offset, Ahead<T>& next, int64_t lines, int64_t count, const float* q, int64_t q_stride, int64_t dim,
-    float* scores) {
+    const T* const* keys, int64_t offset, Ahead<T>& next, int64_t lines, int64_t count, const float* q, int64_t q_stride,
+    int64_t dim, float* scores) {
   constexpr int N = R >= 4 ? 2 : 4;
   int64_t j = 0;
   for (; j + N <= count; j += N) {
@@ -210,7 +221,8 @@ INLINE void direct_values(
 
 template <typename T>
 static void direct_block(
-    const AttentionArgs& a, const AttentionTask& t, TaskState& state, const Block<T>& block, int64_t begin, int64_t count, int64_t found) {
+    const AttentionArgs& a, const AttentionTask& t, TaskState& state, const Block<T>& block, int64_t begin, int64_t count,
+    int64_t found) {
   int64_t rows = state.rows, all_rows = t.heads * rows, group = a.group();
   Softmax& s = state.softmax;
   float* scores = static_cast<float*>(scratch(kSlotScores, size_t(all_rows * kKeys) * (sizeof(float) + sizeof(Operand))));
@@ -253,13 +265,14 @@ static void direct_block(
     low = min1(low, max1(int64_t(0), seen.first - begin));
     high = max1(high, min1(count, seen.last - begin));
   }
+  int64_t value_keys = rows > 4 ? 2 * kValueKeys : kValueKeys;
   low = low / 2 * 2;  // a pair's other key is in the task's range or has a weight of zero; see value_columns
-  for (int64_t j = low; j < high; j += kValueKeys) {
+  for (int64_t j = low; j < high; j += value_keys) {
     for (int64_t h = 0; h < t.heads; ++h) {
       auto add = [&](auto size, int64_t row) __attribute__((always_inline)) {
         int64_t at = h * rows + row;
         direct_values<T, size.value>(
-            block.second + j, h * a.v.dim, next_values, min1(kValueKeys, high - j), weights + at * kKeys + j, a.v.dim,
+            block.second + j, h * a.v.dim, next_values, min1(value_keys, high - j), weights + at * kKeys + j, a.v.dim,
             s.acc + at * s.stride, s.stride);
       };
       by_rows(rows, add);
