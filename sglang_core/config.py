@@ -64,6 +64,9 @@ class ModelConfigArgs:
         "quantised needs no flag",
         common=True,
     )
+    quantize_lm_head: bool = setting(
+        False, "with --quantization: the head as well, which is otherwise kept as the checkpoint has it"
+    )
     packed_cache: str | None = setting(
         None,
         "folder to keep weights in as the device's kernels pack them: later starts of the same model read them from there and "

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from kernels import limits, medians
-from sglang_xeon import attention, isa, library
+from sglang_xeon import attention, huge_pages, isa, library
 from torch import Tensor
 
 from sglang_core.api import Pool, PoolSpec
@@ -88,6 +88,8 @@ def pool_of(batch: AttnBatch, heads: int, dims: tuple[int, int], dtype: torch.dt
         dtype=dtype,
     )
     pool = Pool(spec, batch.page_table_cpu.numel() + 1, CPU)
+    for leaf in pool.leaves:
+        huge_pages.advise(leaf)  # as the runtime does
     slots = torch.arange(pool.num_pages * PAGE_SIZE, dtype=torch.int32)
     for some in slots.split(4096):
         pool.scatter(0, some, torch.randn(len(some), heads, dims[0]), torch.randn(len(some), heads, dims[1]))

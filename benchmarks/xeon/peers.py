@@ -34,7 +34,9 @@ from sglang_xeon import isa
 SHAPES = ("qwen3-0.6b", "llama-3.2-1b", "qwen3-moe-1.5b")
 ENGINES = (OURS, *OWN_VARIANTS, VLLM, LLAMA_CPP, TRANSFORMERS)
 SERVED_SHAPE = "qwen3-0.6b"
-OWN_TARGETS = {"sglang-core int8": 1.8, "sglang-core int4": 3.0}
+OWN_TARGETS = {
+    f"{OURS} {fmt}{what}": target for fmt, target in (("int8", 1.8), ("int4", 3.0)) for what in ("", " and head")
+}
 
 
 def main() -> None:

@@ -67,8 +67,9 @@ def resolve(config: EngineConfig, device: ChosenDevice | None = None) -> Resolve
     from_plugins = Providers().named("sglang_models")
     cls = model_class(hf_config, trust_remote_code=config.model.trust_remote_code, extra=from_plugins)
     model = cls.read_config(hf_config)
-    if config.model.quantization is not None:
-        model = model.replace(quantization=online_quant_config(config.model.quantization, model.quantization))
+    wanted = config.model
+    quantization = online_quant_config(wanted.quantization, model.quantization, head=wanted.quantize_lm_head)
+    model = model.replace(quantization=quantization)
     settled = _with_defaults(config, device, hf_config)
     if settled.model.dtype == "auto":
         settled = _replace(settled, dtype=model.dtype)

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from sglang_core.backend.kernel import OpSite
+from sglang_core.layers.assembly import Assembly, num_bytes
 from sglang_core.layers.build import BuildContext, Layer, WeightSpec, dtype_name
 from sglang_core.layers.forward_batch import ForwardBatch
 from sglang_core.layers.lora import EmbeddingSlots, LinearSlots, Target, covered
 from sglang_core.layers.model_config import HeadConfig, ModelConfig
+from sglang_core.layers.packing import Packing
+from sglang_core.layers.stored import DENSE
 from sglang_core.ops.gemm import dense
 from sglang_core.ops.weight import PackedWeight
 from sglang_core.parallel.groups import padded_part, ragged_shard
@@ -77,11 +82,19 @@ class LMHead(Layer):
         self.dtype, self._tp = ctx.dtype, ctx.tp
         self.rows = ragged_shard(self.cfg.vocab_size, ctx.tp.rank, ctx.tp.size)
         self.padded = padded_part(self.cfg.vocab_size, ctx.tp.size)
+        self.stored = DENSE if self.quant is None else self.quant.head
         dims = {"in": self.cfg.hidden_size, "out": self.padded}
-        site = OpSite(op="gemm.linear", layer="LMHead", dtype=dtype_name(ctx.dtype), fmt="dense", dims=dims)
-        bound = ctx.table.bind(site)
+        site = OpSite(
+            op="gemm.linear", layer="LMHead", dtype=dtype_name(ctx.dtype), fmt=self.stored.fmt.name, dims=dims
+        )
+        bound = ctx.table.bind_weight(site, online=self.stored.online)
         self._linear, self._pack = bound.fn, bound.pack
         self.packs = None if bound.pack is None else bound
+        if bound.dequantized:
+            self.stored = DENSE  # it was never quantised
+        elif self.stored.online:
+            self._quantize = ctx.table.bind(replace(site, op="quant.quantize")).fn
+            self.packing = Packing.of(bound, packed=self._num_bytes(), held=self._num_bytes())
         self.lora = None
         if (spec := covered(ctx.lora, [self.name])) is not None:
             vocab, hidden = self.cfg.vocab_size, self.cfg.hidden_size
@@ -97,13 +110,26 @@ class LMHead(Layer):
 
     def weights(self, prefix: str) -> list[WeightSpec]:
         name = f"{self.cfg.tied_to or prefix}.weight"
-        return [_vocab_rows(name, self.cfg.vocab_size, self.cfg.hidden_size, self.dtype, self.rows)]
+        spec = _vocab_rows(name, self.cfg.vocab_size, self.cfg.hidden_size, self.dtype, self.rows)
+        return [replace(spec, held=self._num_bytes()) if self.stored.online else spec]
 
     def load(self, parts: list[Tensor]) -> None:
-        (weight,) = parts
-        if missing := self.padded - weight.shape[0]:  # ranks gather parts of one size
-            weight = torch.cat([weight, weight.new_zeros(missing, weight.shape[1])])
-        self.weight = dense(weight) if self._pack is None else self._pack(dense(weight))
+        (part,) = parts
+        if missing := self.padded - part.shape[0]:  # ranks gather parts of one size
+            part = torch.cat([part, part.new_zeros(missing, part.shape[1])])
+        weight = self._quantised(part) if self.stored.online else dense(part)
+        self.weight = weight if self._pack is None else self._pack(weight)
+
+    def _quantised(self, part: Tensor) -> PackedWeight:
+        rows, columns = part.shape
+        made = Assembly(self.stored.fmt, rows, columns, where=self.name, quantize=self._quantize)
+        (tensor,) = self.stored.tensors(rows, columns, self.dtype)
+        made.take(self.stored, tensor, part, rows)
+        return made.weight()
+
+    def _num_bytes(self) -> int:
+        size = self.cfg.hidden_size
+        return num_bytes(self.stored.fmt, self.padded, size, self.dtype, of_columns=size)
 
     def forward(self, rows: Tensor, row_adapter: Tensor | None = None) -> Tensor:
         """rows: [S, M], row_adapter: int32[S], as `ForwardBatch.token_adapter` -> float32[S, V]."""

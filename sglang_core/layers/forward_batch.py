@@ -45,7 +45,7 @@ class ForwardBatch:
     token_ids: Tensor  # int32[T]; where token_slots >= 0, the id is next_token_ids[token_slots] instead
     token_slots: Tensor | None  # int32[T], None where the host knows every id
     positions: Tensor  # int32[T]
-    sample_rows: Tensor  # int32[S]
+    sample_rows: Tensor | None  # int32[S], None for all
     plans: Mapping[AnySpec, AnyPlan]
     input_embeds: Tensor | None = None  # [T, M] in place of token_ids
     token_adapter: Tensor | None = None  # int32[T], the slot of each token's adapter or -1; None where no token has one

@@ -63,6 +63,7 @@ class QuantConfig:
     rules: tuple[Rule, ...]
     ignored: tuple[str, ...] = ()
     unread: tuple[str, ...] = ()
+    head: Stored = DENSE  # of the language-model head
 
     def layer(self, name: str) -> Stored:
         """`name` is the checkpoint's, without ".weight". A layer that nothing covers is dense."""
@@ -71,12 +72,19 @@ class QuantConfig:
         return next((rule.stored for rule in self.rules if rule.covers(name)), DENSE)
 
 
-def online_quant_config(flag: str, found: QuantConfig | None) -> QuantConfig:
-    """What `--quantization` asks for, of a checkpoint that is quantised as `found`, or not at all.
+def online_quant_config(flag: str | None, found: QuantConfig | None, *, head: bool = False) -> QuantConfig | None:
+    """What `--quantization` asks for, of a checkpoint that is quantised as `found`, or not at all; with `head`, of its head too.
 
     The name of what a checkpoint is already changes nothing. Raises ConfigError on anything else for a quantised checkpoint,
-    and on a format that is not made while loading.
+    on a format that is not made while loading, and on a `head` where nothing else is quantised while loading.
     """
+    if head and (flag is None or found is not None):
+        raise ConfigError(
+            "quantize_lm_head goes with --quantization of a checkpoint that is not quantised; drop it, or take a checkpoint in "
+            "bfloat16 and --quantization fp8, int8 or int4"
+        )
+    if flag is None:
+        return found
     if found is not None:
         if SAME.get(flag, flag) == found.method or {rule.stored.fmt.name for rule in found.rules} == {ONLINE.get(flag)}:
             return found
@@ -89,9 +97,8 @@ def online_quant_config(flag: str, found: QuantConfig | None) -> QuantConfig:
             f"quantization={flag!r} is not made while loading a checkpoint that is not quantised (there are "
             f"{', '.join(ONLINE)}); take a checkpoint that was quantised so"
         )
-    return QuantConfig(
-        method=flag, rules=(Rule(stored=Stored(fmt=Fmt.parse(ONLINE[flag]), layout="dense"), targets=_EVERY),)
-    )
+    stored = Stored(fmt=Fmt.parse(ONLINE[flag]), layout="dense")
+    return QuantConfig(method=flag, rules=(Rule(stored=stored, targets=_EVERY),), head=stored if head else DENSE)
 
 
 def read_quant_config(raw: Mapping[str, Any]) -> QuantConfig:

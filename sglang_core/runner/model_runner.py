@@ -233,8 +233,10 @@ class ModelRunner:
             on_device = state.next_token_ids[fb.token_slots.clamp(min=0)]
             fb.token_ids = torch.where(fb.token_slots >= 0, on_device, fb.token_ids)
         hidden = self._model(fb)
-        row_adapter = None if fb.token_adapter is None else fb.token_adapter[fb.sample_rows]
-        return hidden, self._model.head(hidden[fb.sample_rows], row_adapter)
+        rows, row_adapter = hidden, fb.token_adapter
+        if fb.sample_rows is not None:
+            rows, row_adapter = rows[fb.sample_rows], None if row_adapter is None else row_adapter[fb.sample_rows]
+        return hidden, self._model.head(rows, row_adapter)
 
     def _adjustment(self, plan: StepPlan, padded: bool) -> AdjustmentTensors:
         sparse = self._adjustments.sparse(plan.slots)
@@ -277,7 +279,7 @@ class ModelRunner:
             token_ids=self._tensor(step.token_ids),
             token_slots=None if step.token_slots is None else self._tensor(step.token_slots),
             positions=self._tensor(step.positions),
-            sample_rows=self._tensor(step.sample_rows),
+            sample_rows=None if step.sample_rows is None else self._tensor(step.sample_rows),
             plans=plans,
             token_adapter=self._token_adapter(step),
         )

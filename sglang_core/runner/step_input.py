@@ -39,7 +39,7 @@ class StepInput:
     encoder_table: Int32  # [R, C of encoder outputs]
     state_reads: Int32  # [R] slots of the state pool, 0 where the model has none
     state_writes: Int32  # [R]
-    sample_rows: Int32  # [R] the last token of each req
+    sample_rows: Int32 | None  # [R] the last token of each req; None where token r is req r's, as in decoding
     token_adapter: Int32  # [T] slot of each token's adapter, -1 for none
     num_real_reqs: int
 
@@ -107,7 +107,9 @@ def build_step_input(
         encoder_table=table.encoder_table[slots],
         state_reads=_pad(np.asarray(plan.state_reads, np.int32), num_reqs, 0),
         state_writes=_pad(np.asarray(plan.state_writes, np.int32), num_reqs, 0),
-        sample_rows=np.maximum(cu_extend[1:] - 1, 0).astype(np.int32),
+        sample_rows=None
+        if num_tokens == num_reqs and max_extend == 1
+        else np.maximum(cu_extend[1:] - 1, 0).astype(np.int32),
         token_adapter=_pad(table.adapter[slot_of_token], num_tokens, -1),
         num_real_reqs=num_real_reqs,
     )
@@ -136,7 +138,7 @@ def padding_input(bucket: Bucket, table: SlotTable) -> StepInput:
         encoder_table=table.encoder_table[slots],
         state_reads=reqs,
         state_writes=reqs,
-        sample_rows=reqs,
+        sample_rows=None if bucket.num_tokens == bucket.num_reqs and bucket.max_extend == 1 else reqs,
         token_adapter=np.full(bucket.num_tokens, -1, np.int32),
         num_real_reqs=0,
     )

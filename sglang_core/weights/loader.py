@@ -73,7 +73,7 @@ def load_model(
 
 def count_weight_bytes(model: CausalLM) -> int:
     """Bytes of this rank's weights as it will hold them, from shapes: the model must be bound (`bind_model`), not loaded."""
-    return sum(spec.nbytes if spec.held is None else spec.held for spec in Wants(model).distinct())
+    return sum(spec.nbytes if spec.held is None else spec.held for spec in Wants(model).distinct(as_held=True))
 
 
 class Wants:
@@ -109,9 +109,10 @@ class Wants:
         """Bytes to read. A tensor that two layers want alike (tied embeddings) counts once."""
         return sum(spec.nbytes for spec in self.distinct())
 
-    def distinct(self) -> Iterator[WeightSpec]:
+    def distinct(self, *, as_held: bool = False) -> Iterator[WeightSpec]:
+        """The parts that are read; with `as_held`, one that two layers hold differently (a tied head, quantised) is two."""
         for name in self.specs:
-            yield from {(s.dim, s.ranges, s.dtype): s for _, _, s in self._users(name)}.values()
+            yield from {(s.dim, s.ranges, s.dtype, as_held and s.held): s for _, _, s in self._users(name)}.values()
 
     def default(self, name: str) -> float | None:
         return self.specs[name][0][2].default

@@ -200,7 +200,8 @@ class Replays(TorchRuntime):
 
         def replay(forward_batch: Any) -> Any:
             if hasattr(forward_batch, "plans"):
-                shape = (len(forward_batch.positions), len(forward_batch.sample_rows))
+                rows = forward_batch.sample_rows
+                shape = (len(forward_batch.positions), None if rows is None else len(rows))
                 forward_batch.plans = captured.setdefault(shape, forward_batch.plans)
             return step(forward_batch)
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from sglang_core.backend.interface import Bucket
 from sglang_core.runner.slot_table import SlotTable
-from sglang_core.runner.step_input import build_step_input
+from sglang_core.runner.step_input import build_step_input, padding_input
 from sglang_core.types import FULL, SamplingParams, SlotInit, StepPlan
 
 
@@ -64,11 +64,22 @@ def test_layout_is_that_of_a_plain_loop(reqs: list[tuple[int, int]], page_size: 
                 assert step.token_slots[token] == (plan.slots[r] if known == -1 else -1)
             token += 1
         assert step.seq_lens[r] == prefix + extend
-        assert step.sample_rows[r] == token - 1
+        assert token - 1 == (r if step.sample_rows is None else step.sample_rows[r])
     assert len(step.token_ids) == (32 if padded else token)
     assert not step.slot_mapping[FULL][token:].any(), "padding writes to slot 0 of the scratch page"
     assert (step.slots[len(reqs) :] == table.padding_slot).all()
     assert all(x.dtype == np.int32 for x in (step.token_ids, step.positions, step.slots, step.cu_extend))
+
+
+@pytest.mark.parametrize(("max_extend", "gathers"), [(1, False), (4, True)])
+def test_only_a_step_that_may_extend_further_gathers_rows(max_extend: int, gathers: bool) -> None:
+    """One form a bucket, whatever is in it: steps are compiled for it."""
+    table = SlotTable(max_running=4, max_pages_per_req=4, vocab_size=10)
+    plan = plan_of([(3, 1), (5, 1)], page_size=4)
+    table.apply(plan)
+    bucket = Bucket(num_tokens=4, num_reqs=4, max_extend=max_extend, num_pages=4)
+    for step in (build_step_input(plan, table, 4, [bucket]), padding_input(bucket, table)):
+        assert (step.sample_rows is not None) == gathers
 
 
 def test_pages_sent_later_go_behind_those_sent_before() -> None:

@@ -39,9 +39,11 @@ from tests.weights.test_quantised import AWQ, BLOCK, CONFIG, TOKENS, ct, load, l
 from tests.weights.test_quantised_experts import MOE
 
 
-def load_as(flag: str, folder: Path, config: dict[str, Any], ctx: BuildContext | None = None) -> CausalLM:
+def load_as(
+    flag: str, folder: Path, config: dict[str, Any], ctx: BuildContext | None = None, *, head: bool = False
+) -> CausalLM:
     cfg = model_config(config)
-    model = type(create_model(config))(cfg.replace(quantization=online_quant_config(flag, cfg.quantization)))
+    model = type(create_model(config))(cfg.replace(quantization=online_quant_config(flag, cfg.quantization, head=head)))
     return load_model(model, folder, ctx or build_context(), progress=False)
 
 
@@ -71,6 +73,49 @@ def test_logits_are_those_of_the_quantised_and_dequantised_weights(flag: str, co
     if flag == "int4":  # activations as they are
         theirs = Stepper(load_plain(rounded, tmp_path, config)).logits(TOKENS)
         assert float((Stepper(model).logits(TOKENS) - theirs).abs().max()) < 1e-4 * float(theirs.abs().max())
+
+
+@pytest.mark.parametrize("flag", ["int8", "int4", "fp8"])
+@pytest.mark.parametrize("tied", [False, True], ids=["own", "tied"])
+def test_the_head_too_where_it_is_asked_for(flag: str, tied: bool, tmp_path: Path) -> None:
+    """Its logits are those of the rounded matrix; the table of embeddings, which may be the same, is not rounded."""
+    config = CONFIG | {"tie_word_embeddings": tied}
+    tensors = floats(tmp_path, config)
+    model = load_as(flag, tmp_path, config, head=True)
+    table = tensors["model.embed_tokens.weight"]
+    wanted = quant.quantize(table if tied else tensors["lm_head.weight"], ONLINE[flag])
+    assert model.lm_head.weight.fmt == ONLINE[flag]
+    assert torch.equal(quant.dequantize(model.lm_head.weight), quant.dequantize(wanted))
+    assert torch.equal(model.get_submodule("model.embed_tokens").weight, table)
+    rows = torch.randn(3, table.shape[1])
+    assert torch.equal(model.head(rows), linear(rows, wanted))
+    assert load_as(flag, tmp_path, config).lm_head.weight.fmt == "dense"
+    held = sum(b.nbytes for n, b in model.named_buffers() if "rotary" not in n)
+    assert count_weight_bytes(model) == held
+    assert "LMHead" in {p.layer for p in packings(model)}
+
+
+def test_ranks_quantise_their_rows_of_the_head(tmp_path: Path) -> None:
+    """Of a vocabulary that two ranks cannot share evenly: the rows that fill the last part are zeros."""
+    config = CONFIG | {"vocab_size": CONFIG["vocab_size"] - 1}
+    floats(tmp_path, config)
+    whole = quant.dequantize(load_as("int8", tmp_path, config, head=True).lm_head.weight)
+    ranks = [load_as("int8", tmp_path, config, build_context(tp=Ranked(r, 2)), head=True) for r in range(2)]
+    parts = torch.cat([quant.dequantize(m.lm_head.weight) for m in ranks])
+    assert torch.equal(parts[: len(whole)], whole) and parts[len(whole) :].count_nonzero() == 0
+
+
+def test_a_head_that_stays_dense_was_never_rounded(tmp_path: Path) -> None:
+    tensors = floats(tmp_path, CONFIG)
+    model = load_as("int4", tmp_path, CONFIG, table_context("dequantize"), head=True)
+    assert torch.equal(model.lm_head.weight["weight"], tensors["lm_head.weight"])
+
+
+def test_the_head_alone_is_refused() -> None:
+    for flag, found in [(None, None), (None, read_quant_config(AWQ)), ("awq", read_quant_config(AWQ))]:
+        with pytest.raises(ConfigError, match="quantize_lm_head goes with --quantization"):
+            online_quant_config(flag, found, head=True)
+    assert online_quant_config(None, None) is None
 
 
 def test_stacked_experts_are_quantised_too(tmp_path: Path) -> None:

@@ -15,10 +15,12 @@ from peer_engines.child import Child
 HERE = Path(__file__).parent
 OURS, VLLM, LLAMA_CPP, TRANSFORMERS = "sglang-core", "vllm", "llama.cpp", "transformers"
 PLAIN = "sglang-core plain"  # bfloat16 in 16 bits a weight, as everybody else has it
-OWN_VARIANTS: dict[str, dict[str, str]] = {
+OWN_VARIANTS: dict[str, dict[str, Any]] = {
     PLAIN: {},
     "sglang-core int8": {"quantization": "int8"},
     "sglang-core int4": {"quantization": "int4"},
+    "sglang-core int8 and head": {"quantization": "int8", "quantize_lm_head": True},
+    "sglang-core int4 and head": {"quantization": "int4", "quantize_lm_head": True},
 }
 KV_GIB, KV_TOKENS = 4, 36 * 1024  # Qwen3-0.6B's tokens in as much; engines that are told bytes and tokens get the same
 CONTEXT, MAX_REQS = 4096, 64

@@ -1,7 +1,7 @@
 // attn.paged after the write, attn.mla_paged and attn.ragged: every new token over its req's keys. Work is cut by (req, tile of
 // queries, KV heads, part of the keys). The rows of a tile are its queries times the heads that share a KV head, so each key is
 // read once for all of them: with latents, once for all heads. Softmax is online in float32. Two ways to visit a block of keys:
-//   direct  few rows (decode): dot products straight from the cache, all KV heads of a block before the next block, so that
+//   direct  few rows (decode): dot products straight from the cache, all KV heads of a few keys before the next keys, so that
 //           pages are read from end to end;
 //   tiled   many rows (extend, latents): keys are transposed into panels and both products run on the GEMM tiles.
 // Where a range of keys is cut depends on the req alone, so its result does not depend on its neighbours.
@@ -76,18 +76,6 @@ INLINE void restore_order(float* acc, int64_t dim) {
   }
 }
 
-// What a task works on, in this thread's memory. [heads][rows] of each.
-struct TaskState {
-  Operand* q;
-  int64_t q_stride, rows;
-  Softmax softmax;  // of the first head
-
-  INLINE_MEMBER Softmax of_head(int64_t h) const {
-    const Softmax& s = softmax;
-    return {rows, s.stride, s.acc + h * rows * s.stride, s.top + h * rows, s.total + h * rows};
-  }
-};
-
 template <typename T>
 INLINE TaskState begin_task(const AttentionArgs& a, const AttentionTask& t, bool direct) {
   int64_t group = a.group(), rows = t.queries * group, all_rows = t.heads * rows;
@@ -96,7 +84,7 @@ INLINE TaskState begin_task(const AttentionArgs& a, const AttentionTask& t, bool
   size_t row_bytes = size_t(stride + 2) * sizeof(float) + size_t(q_stride) * sizeof(Operand);
   auto* acc = static_cast<float*>(scratch(kSlotState, size_t(all_rows) * row_bytes));
   float *top = acc + all_rows * stride, *total = top + all_rows;
-  TaskState state{reinterpret_cast<Operand*>(total + all_rows), q_stride, rows, {rows, stride, acc, top, total}};
+  TaskState state{reinterpret_cast<Operand*>(total + all_rows), q_stride, rows, {stride, acc, top, total}};
   for (int64_t i = 0; i < all_rows * stride; i += VL) store(acc + i, vf{});
   // The sink is a key with no value; of several parts of a range only the first counts it.
   bool sinks = a.sinks && (t.partial < 0 || t.parts > 0);
@@ -117,29 +105,14 @@ static void attention_task(const AttentionWork& work, const AttentionTask& t) {
   bool direct = is_direct(a, rows);
   TaskState state = begin_task<T>(a, t, direct);
 
-  Block<T> block, following;  // this block's rows and those of the next one to visit
-  Scales scales;
-  int64_t count = min1(kKeys, t.key_end - t.key_begin), next_count;
-  for (int64_t begin = t.key_begin; begin < t.key_end; begin += kKeys, count = next_count) {
-    next_count = max1(int64_t(0), min1(kKeys, t.key_end - begin - kKeys));
-    find_keys<T>(a, t, begin, count, block);
-    find_keys<T>(a, t, begin + kKeys, next_count, following);
-    Ahead<T> next_first{following.first, next_count, t.heads * a.k.dim};
-    Ahead<T> next_second{following.second, next_count, t.heads * a.v.dim};
-    for (int64_t h = 0; h < t.heads; ++h) {
-      Softmax s = state.of_head(h);
-      const Operand* q = state.q + h * rows * state.q_stride;
-      if (a.scaled()) {
-        find_scales(a.k, a.num_kv_heads, t.head + h, block.tokens, count, scales.first);
-        find_scales(a.v, a.num_kv_heads, t.head + h, block.tokens, count, scales.second);
-      }
-      const Scales* codes = a.scaled() ? &scales : nullptr;
-      if (direct)
-        direct_rows<T>(a, t, s, block, codes, next_first, next_second, q, state.q_stride, begin, count);
-      else
-        tiled_block<T>(a, t, s, block, codes, next_first, next_second, q, state.q_stride, begin, count);
-      block.next_head(a, count);
-    }
+  Block<T> block;
+  for (int64_t begin = t.key_begin; begin < t.key_end; begin += kKeys) {
+    int64_t found = min1(2 * kKeys, t.key_end - begin), count = min1(kKeys, found);
+    find_keys<T>(a, t, begin, found, block);
+    if (direct)
+      direct_block<T>(a, t, state, block, begin, count, found);
+    else
+      tiled_block<T>(a, t, state, block, begin, count, found);
   }
 
   for (int64_t i = 0; i < all_rows; ++i) {

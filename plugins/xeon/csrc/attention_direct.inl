@@ -1,5 +1,29 @@
 // Few rows (decode): both products straight from where keys and values are, each loaded once for up to four rows.
 // Rows must be a whole number of pairs of vectors long.
+//
+// Memory decides its speed, and so does the order of reading. The KV heads of one token lie side by side, so it goes through all
+// of them for a few tokens before it takes the next ones: what the core reads is then nearly in the order of addresses, and the
+// prefetchers of its L2 cache run ahead of it. They stop at the end of a page of the pool; what is asked for by instruction
+// crosses it.
+
+constexpr int64_t kKeysAhead = 16;  // keys between what is read and what is asked for: a page of the pool, as a rule
+// Keys whose values are summed before the next KV head's turn. Twice as many of more than four rows, where arithmetic is the
+// bound and loading and storing sums is a part of it.
+constexpr int64_t kValueKeys = 8;
+
+template <int N>
+struct Size {
+  static constexpr int value = N;
+};
+
+// f(Size, first row) for all rows, four, two or one at once.
+template <typename F>
+INLINE void by_rows(int64_t rows, F f) {
+  int64_t row = 0;
+  for (; row + 4 <= rows; row += 4) f(Size<4>{}, row);
+  for (; row + 2 <= rows; row += 2) f(Size<2>{}, row);
+  for (; row < rows; ++row) f(Size<1>{}, row);
+}
 
 // Elements i of a pair of vectors of a row: where queries and sums have them.
 template <typename T>
@@ -45,22 +69,31 @@ INLINE vf sum_each(vf (&sums)[16]) {
   return sums[0];
 }
 
-// 16 scores at a time: R rows against 16 / R keys.
+// sums[r * N + n] += products of row r with key n, lane by lane.
+template <typename T, int R>
+INLINE void add_products(vf (&sums)[16], const T* const (&keys)[16 / R], const uint16_t* q, int64_t q_stride, int64_t dim) {
+  constexpr int N = 16 / R;
+  for (int64_t d = 0; d < dim; d += 2 * VL) {
+    UNROLL for (int n = 0; n < N; ++n) {
+      vpairs key = load_bf16s(keys[n] + d);
+      UNROLL for (int r = 0; r < R; ++r) dot(sums[r * N + n], key, load_bf16s(q + r * q_stride + d));
+    }
+  }
+}
+
+// 16 scores at a time: R rows against 16 / R keys. `offset`: of the KV head in a row of the store. `lines` are asked for with
+// each key.
 template <typename T, int R>
 INLINE void direct_scores(
-    const T* const* keys, Ahead<T>& next, int64_t count, const uint16_t* q, int64_t q_stride, int64_t dim, float* scores) {
+    const T* const* keys, int64_t offset, Ahead<T>& next, int64_t lines, int64_t count, const uint16_t* q, int64_t q_stride,
+    int64_t dim, float* scores) {
   constexpr int N = 16 / R;
   for (int64_t j = 0; j < count; j += N) {
     const T* some[N];
-    UNROLL for (int n = 0; n < N; ++n) some[n] = keys[min1(j + n, count - 1)];
-    next.lines(N * dim * int64_t(sizeof(T)) / 64);
+    UNROLL for (int n = 0; n < N; ++n) some[n] = keys[min1(j + n, count - 1)] + offset;
+    next.lines(N * lines);
     vf sums[16] = {};
-    for (int64_t d = 0; d < dim; d += 2 * VL) {
-      UNROLL for (int n = 0; n < N; ++n) {
-        vpairs key = load_bf16s(some[n] + d);
-        UNROLL for (int r = 0; r < R; ++r) dot(sums[r * N + n], key, load_bf16s(q + r * q_stride + d));
-      }
-    }
+    add_products<T, R>(sums, some, q, q_stride, dim);
     vf all = sum_each(sums);
     UNROLL for (int r = 0; r < R; ++r)
       __builtin_memcpy(scores + r * kKeys + j, reinterpret_cast<const float*>(&all) + r * N, N * sizeof(float));
@@ -81,13 +114,14 @@ INLINE void interleave(vpairs a, vpairs b, vpairs& first, vpairs& second) {
 // the weight is zero, and the value any.
 template <typename T, int R, int C>
 INLINE void value_columns(
-    const T* const* values, Ahead<T>& next, int64_t count, int64_t d, const uint16_t* weights, float* acc, int64_t acc_stride) {
+    const T* const* values, int64_t offset, Ahead<T>& next, int64_t count, const uint16_t* weights, float* acc,
+    int64_t acc_stride) {
   vf sums[R][2 * C];
   UNROLL for (int r = 0; r < R; ++r) {
     UNROLL for (int c = 0; c < 2 * C; ++c) sums[r][c] = load(acc + r * acc_stride + c * VL);
   }
   for (int64_t j = 0; j < count; j += 2) {
-    const T *value = values[j] + d, *other = values[min1(j + 1, count - 1)] + d;
+    const T *value = values[j] + offset, *other = values[min1(j + 1, count - 1)] + offset;
     next.lines(2 * C * 2 * VL * int64_t(sizeof(T)) / 64);
     UNROLL for (int c = 0; c < C; ++c) {
       vpairs first, second;
@@ -117,12 +151,12 @@ INLINE void load_pair(const uint16_t* p, vf& a, vf& b) {
 
 // N keys at a time: their sums are independent, which hides the latency of the additions.
 template <typename T, int R, int N>
-INLINE void score_keys(const T* const* keys, const float* q, int64_t q_stride, int64_t dim, float* scores) {
+INLINE void score_keys(const T* const* keys, int64_t offset, const float* q, int64_t q_stride, int64_t dim, float* scores) {
   vf sums[N][R] = {};
   for (int64_t d = 0; d < dim; d += 2 * VL) {
     UNROLL for (int n = 0; n < N; ++n) {
       vf a, b;
-      load_pair(keys[n] + d, a, b);
+      load_pair(keys[n] + offset + d, a, b);
       UNROLL for (int r = 0; r < R; ++r) {
         accumulate(sums[n][r], a, load(q + r * q_stride + d));
         accumulate(sums[n][r], b, load(q + r * q_stride + d + VL));
@@ -136,26 +170,27 @@ INLINE void score_keys(const T* const* keys, const float* q, int64_t q_stride, i
 
 template <typename T, int R>
 INLINE void direct_scores(
-    const T* const* keys, Ahead<T>& next, int64_t count, const float* q, int64_t q_stride, int64_t dim, float* scores) {
+    const T* const* keys, int64_t offset, Ahead<T>& next, int64_t lines, int64_t count, const float* q, int64_t q_stride,
+    int64_t dim, float* scores) {
   constexpr int N = R >= 4 ? 2 : 4;
   int64_t j = 0;
   for (; j + N <= count; j += N) {
-    next.lines(N * dim * int64_t(sizeof(T)) / 64);
-    score_keys<T, R, N>(keys + j, q, q_stride, dim, scores + j);
+    next.lines(N * lines);
+    score_keys<T, R, N>(keys + j, offset, q, q_stride, dim, scores + j);
   }
-  for (; j < count; ++j) score_keys<T, R, 1>(keys + j, q, q_stride, dim, scores + j);
+  for (; j < count; ++j) score_keys<T, R, 1>(keys + j, offset, q, q_stride, dim, scores + j);
 }
 
 // acc[r, 0 .. C pairs of vectors) += weights times values, kept in registers over all keys.
 template <typename T, int R, int C>
 INLINE void value_columns(
-    const T* const* values, Ahead<T>& next, int64_t count, int64_t d, const float* weights, float* acc, int64_t acc_stride) {
+    const T* const* values, int64_t offset, Ahead<T>& next, int64_t count, const float* weights, float* acc, int64_t acc_stride) {
   vf sums[R][2 * C];
   UNROLL for (int r = 0; r < R; ++r) {
     UNROLL for (int c = 0; c < 2 * C; ++c) sums[r][c] = load(acc + r * acc_stride + c * VL);
   }
   for (int64_t j = 0; j < count; ++j) {
-    const T* value = values[j] + d;
+    const T* value = values[j] + offset;
     next.lines(C * 2 * VL * int64_t(sizeof(T)) / 64);
     UNROLL for (int c = 0; c < C; ++c) {
       vf a, b;
@@ -175,45 +210,72 @@ INLINE void value_columns(
 
 template <typename T, int R>
 INLINE void direct_values(
-    const T* const* values, Ahead<T>& next, int64_t count, const Operand* weights, int64_t dim, float* acc, int64_t acc_stride) {
+    const T* const* values, int64_t offset, Ahead<T>& next, int64_t count, const Operand* weights, int64_t dim, float* acc,
+    int64_t acc_stride) {
   constexpr int C = R >= 4 ? 1 : 4 / R;
   int64_t d = 0;
-  for (; d + C * 2 * VL <= dim; d += C * 2 * VL) value_columns<T, R, C>(values, next, count, d, weights, acc + d, acc_stride);
-  for (; d < dim; d += 2 * VL) value_columns<T, R, 1>(values, next, count, d, weights, acc + d, acc_stride);
-}
-
-template <typename T, int R>
-static void direct_block(
-    const AttentionArgs& a, const AttentionTask& t, Softmax& s, int64_t row, const Block<T>& block, const Scales* scales,
-    Ahead<T>& next_keys, Ahead<T>& next_values, const Operand* q, int64_t q_stride, int64_t begin, int64_t count) {
-  alignas(64) float scores[R * kKeys];
-  alignas(64) Operand weights[R * kKeys];
-  direct_scores<T, R>(block.first, next_keys, count, q + row * q_stride, q_stride, a.k.dim, scores);
-  // Zeros after the last key: update_row reads whole vectors.
-  for (int r = 0; r < R; ++r)
-    for (int64_t j = count; j < kKeys; ++j) scores[r * kKeys + j] = 0.0f;
-  int64_t low = count, high = 0;  // keys that any of the rows sees: the values of others may be NaN
-  for (int r = 0; r < R; ++r) {
-    Seen seen = seen_by(a, t.req, t.query + (row + r) / a.group());
-    update_row(a, s, row + r, scores + r * kKeys, weights + r * kKeys, scales ? scales->first : nullptr,
-               scales ? scales->second : nullptr, begin, count, seen);
-    low = min1(low, max1(int64_t(0), seen.first - begin));
-    high = max1(high, min1(count, seen.last - begin));
-  }
-  low = low / 2 * 2;  // a pair's other key is in the task's range or has a weight of zero; see value_columns
-  if (low >= high) return;
-  direct_values<T, R>(block.second + low, next_values, high - low, weights + low, a.v.dim, s.acc + row * s.stride, s.stride);
+  for (; d + C * 2 * VL <= dim; d += C * 2 * VL)
+    value_columns<T, R, C>(values, offset + d, next, count, weights, acc + d, acc_stride);
+  for (; d < dim; d += 2 * VL) value_columns<T, R, 1>(values, offset + d, next, count, weights, acc + d, acc_stride);
 }
 
 template <typename T>
-static void direct_rows(
-    const AttentionArgs& a, const AttentionTask& t, Softmax& s, const Block<T>& block, const Scales* scales, Ahead<T>& next_keys,
-    Ahead<T>& next_values, const Operand* q, int64_t q_stride, int64_t begin, int64_t count) {
-  int64_t row = 0;
-  for (; row + 4 <= s.rows; row += 4)
-    direct_block<T, 4>(a, t, s, row, block, scales, next_keys, next_values, q, q_stride, begin, count);
-  for (; row + 2 <= s.rows; row += 2)
-    direct_block<T, 2>(a, t, s, row, block, scales, next_keys, next_values, q, q_stride, begin, count);
-  for (; row < s.rows; ++row)
-    direct_block<T, 1>(a, t, s, row, block, scales, next_keys, next_values, q, q_stride, begin, count);
+static void direct_block(
+    const AttentionArgs& a, const AttentionTask& t, TaskState& state, const Block<T>& block, int64_t begin, int64_t count,
+    int64_t found) {
+  int64_t rows = state.rows, all_rows = t.heads * rows, group = a.group();
+  Softmax& s = state.softmax;
+  float* scores = static_cast<float*>(scratch(kSlotScores, size_t(all_rows * kKeys) * (sizeof(float) + sizeof(Operand))));
+  Operand* weights = reinterpret_cast<Operand*>(scores + all_rows * kKeys);
+  Ahead<T> next_keys{block.first + kKeysAhead, found - kKeysAhead, t.heads * a.k.dim};
+  Ahead<T> next_values{block.second + kKeysAhead, found - kKeysAhead, t.heads * a.v.dim};
+
+  // As many keys as make up 16 scores with the fewest rows that are taken at once, of four, two and one.
+  int64_t step = rows % 2 ? 16 : rows % 4 ? 8 : 4, lines = ceil_div(a.k.dim * int64_t(sizeof(T)), 64);
+  for (int64_t j = 0; j < count; j += step) {
+    for (int64_t h = 0; h < t.heads; ++h) {
+      auto score = [&](auto size, int64_t row) __attribute__((always_inline)) {
+        int64_t at = h * rows + row;
+        direct_scores<T, size.value>(
+            block.first + j, h * a.k.dim, next_keys, lines, min1(step, count - j), state.q + at * state.q_stride, state.q_stride,
+            a.k.dim, scores + at * kKeys + j);
+      };
+      by_rows(rows, score);
+    }
+  }
+
+  Scales scales;
+  for (int64_t h = 0; h < t.heads; ++h) {
+    if (a.scaled()) {
+      find_scales(a.k, a.num_kv_heads, t.head + h, block.tokens, count, scales.first);
+      find_scales(a.v, a.num_kv_heads, t.head + h, block.tokens, count, scales.second);
+    }
+    for (int64_t r = 0; r < rows; ++r) {
+      float* row = scores + (h * rows + r) * kKeys;
+      // Zeros after the last key: update_row reads whole vectors.
+      for (int64_t j = count; j < kKeys; ++j) row[j] = 0.0f;
+      update_row(a, s, h * rows + r, row, weights + (h * rows + r) * kKeys, a.scaled() ? scales.first : nullptr,
+                 a.scaled() ? scales.second : nullptr, begin, count, seen_by(a, t.req, t.query + r / group));
+    }
+  }
+
+  int64_t low = count, high = 0;  // keys that any of the queries sees: the values of others may be NaN
+  for (int64_t i = 0; i < t.queries; ++i) {
+    Seen seen = seen_by(a, t.req, t.query + i);
+    low = min1(low, max1(int64_t(0), seen.first - begin));
+    high = max1(high, min1(count, seen.last - begin));
+  }
+  int64_t value_keys = rows > 4 ? 2 * kValueKeys : kValueKeys;
+  low = low / 2 * 2;  // a pair's other key is in the task's range or has a weight of zero; see value_columns
+  for (int64_t j = low; j < high; j += value_keys) {
+    for (int64_t h = 0; h < t.heads; ++h) {
+      auto add = [&](auto size, int64_t row) __attribute__((always_inline)) {
+        int64_t at = h * rows + row;
+        direct_values<T, size.value>(
+            block.second + j, h * a.v.dim, next_values, min1(value_keys, high - j), weights + at * kKeys + j, a.v.dim,
+            s.acc + at * s.stride, s.stride);
+      };
+      by_rows(rows, add);
+    }
+  }
 }

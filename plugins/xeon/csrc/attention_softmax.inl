@@ -25,11 +25,18 @@ struct AttentionTask {
   int32_t parts;               // on the first of several parts of a range: how many; else 0
 };
 
-// The running softmax of one KV head of a task, rows = queries x group. Tops are logarithms to base 2.
+// The running softmax of a task's rows. Tops are logarithms to base 2.
 struct Softmax {
-  int64_t rows, stride;
+  int64_t stride;
   float* acc;  // [rows, stride]
   float *top, *total;
+};
+
+// What a task works on, in this thread's memory: [heads][rows] of each, rows = queries x group.
+struct TaskState {
+  Operand* q;
+  int64_t q_stride, rows;
+  Softmax softmax;
 };
 
 INLINE int64_t keys_of(const AttentionArgs& a, int64_t req) {
@@ -72,15 +79,12 @@ INLINE Seen seen_by(const AttentionArgs& a, int64_t req, int64_t query) {
   return seen;
 }
 
-// Where each key and value of a block begins, of one KV head; of latents, each latent and rotated key.
+// Where each key and value begins, of the task's first KV head; of latents, each latent and rotated key. A block's, and after them
+// those of the next block, to be asked for ahead of their time.
 template <typename T>
 struct Block {
-  int64_t tokens[kKeys];  // rows of the stores
-  const T *first[kKeys], *second[kKeys];
-
-  INLINE_MEMBER void next_head(const AttentionArgs& a, int64_t count) {
-    for (int64_t j = 0; j < count; ++j) first[j] += a.k.dim, second[j] += a.v.dim;
-  }
+  int64_t tokens[2 * kKeys];  // rows of the stores
+  const T *first[2 * kKeys], *second[2 * kKeys];
 };
 
 template <typename T>
@@ -122,7 +126,7 @@ struct Ahead {
   int64_t count, width;  // rows, and elements to fetch of each
   int64_t row = 0, at = 0;
 
-  INLINE_MEMBER int64_t all_lines() const { return count * ceil_div(width * int64_t(sizeof(T)), 64); }
+  INLINE_MEMBER int64_t all_lines() const { return max1(int64_t(0), count) * ceil_div(width * int64_t(sizeof(T)), 64); }
   INLINE_MEMBER void line() {
     if (row >= count) return;
     __builtin_prefetch(rows[row] + at, 0, 2);  // into L2: a block of all heads is more than L1 holds

@@ -162,12 +162,52 @@ INLINE int64_t line_bytes() {
   return kPath<T> == Path::f32 ? 128 : 64;
 }
 
+#ifdef HAS_DOT_BF16
+constexpr int64_t kFewRows = 16;  // up to so many, laying keys out takes longer than adding up the lanes of direct products
+
+// Scores of a few rows against latents and rotated keys, straight from where they are. Both are whole numbers of pairs of vectors
+// long.
+static void latent_scores(
+    const AttentionArgs& a, const Block<uint16_t>& block, const Operand* q, int64_t q_stride, int64_t rows, int64_t count,
+    float* scores, int64_t stride, Ahead<uint16_t>& next_latents, Ahead<uint16_t>& next_rotated) {
+  int64_t sixteens = ceil_div(rows * count, 16);  // of the latents half is asked for here, the rest beside the values
+  int64_t lines = ceil_div(next_latents.all_lines(), 2 * sixteens), rotated_lines = ceil_div(next_rotated.all_lines(), sixteens);
+  auto some_rows = [&](auto size, int64_t row) __attribute__((always_inline)) {
+    constexpr int R = size.value, N = 16 / R;
+    const Operand* some_q = q + row * q_stride;
+    for (int64_t j = 0; j < count; j += N) {
+      const uint16_t *latents[N], *rotated[N];
+      UNROLL for (int n = 0; n < N; ++n) {
+        latents[n] = block.first[min1(j + n, count - 1)];
+        rotated[n] = block.second[min1(j + n, count - 1)];
+      }
+      next_latents.lines(lines);
+      next_rotated.lines(rotated_lines);
+      vf sums[16] = {};
+      add_products<uint16_t, R>(sums, latents, some_q, q_stride, a.k.dim);
+      add_products<uint16_t, R>(sums, rotated, some_q + a.k.dim, q_stride, a.v.dim);
+      vf all = sum_each(sums);
+      UNROLL for (int r = 0; r < R; ++r)
+        __builtin_memcpy(scores + (row + r) * stride + j, reinterpret_cast<const float*>(&all) + r * N, N * sizeof(float));
+    }
+  };
+  by_rows(rows, some_rows);
+}
+#endif
+
 // scores = queries times keys. A latent key is in two pieces, the latent and the rotated key, with panels each; where they are
 // scaled apart, the latter's scores go to `rotated`.
 template <typename T>
 static void tiled_scores(
     const AttentionArgs& a, const Block<T>& block, const Scales* scales, const Operand* q, int64_t q_stride, int64_t rows,
-    int64_t count, float* scores, float* rotated, int64_t stride, Ahead<T>& next, int64_t lines) {
+    int64_t count, float* scores, float* rotated, int64_t stride, Ahead<T>& next, int64_t lines, Ahead<T>& next_rotated,
+    int64_t rotated_lines) {
+#ifdef HAS_DOT_BF16
+  if constexpr (kSame<T, uint16_t>) {
+    if (a.latent && !a.tiles && rows <= kFewRows && a.k.dim % (2 * VL) == 0 && a.v.dim % (2 * VL) == 0)
+      return latent_scores(a, block, q, q_stride, rows, count, scores, stride, next, next_rotated);
+  }
+#endif
   int64_t depth = even_up(a.k.dim), panels = ceil_div(count, kPanel), bytes = depth / 2 * line_bytes<T>();
   int64_t rope_bytes = a.latent ? even_up(a.v.dim) / 2 * line_bytes<T>() : 0;
   char* packed = static_cast<char*>(scratch(kSlotKeys, size_t(kKeys / kPanel * (bytes + rope_bytes))));
@@ -178,13 +218,15 @@ static void tiled_scores(
   pack_keys<T>(block.second, count, a.v.dim, packed);
   float* to = scales ? rotated : scores;
   product<T>(
-      a.tiles, q + depth, q_stride, rows, packed, rope_bytes, panels, even_up(a.v.dim) / 2, to, stride, !scales, next, lines);
+      a.tiles, q + depth, q_stride, rows, packed, rope_bytes, panels, even_up(a.v.dim) / 2, to, stride, !scales, next_rotated,
+      rotated_lines);
 }
 
 template <typename T>
 static void tiled_block(
-    const AttentionArgs& a, const AttentionTask& t, Softmax& s, const Block<T>& block, const Scales* scales, Ahead<T>& next_first,
-    Ahead<T>& next_second, const Operand* q, int64_t q_stride, int64_t begin, int64_t count) {
+    const AttentionArgs& a, const AttentionTask& t, TaskState& state, const Block<T>& block, int64_t begin, int64_t count,
+    int64_t found) {
+  Softmax& s = state.softmax;
   int64_t group = a.group(), v_dim = a.v_head_dim(), v_panels = s.stride / kPanel;
   // Queries that see nothing of this block are left out at both ends of the tile.
   int64_t from = t.queries, to = 0, low = count, high = 0;
@@ -196,7 +238,14 @@ static void tiled_block(
     high = max1(high, min1(count, seen.last - begin));
   }
   if (from >= to) return;
-  int64_t row0 = from * group, rows = (to - from) * group;
+  int64_t row0 = from * group, rows = (to - from) * group, q_stride = state.q_stride;
+  const Operand* q = state.q + row0 * q_stride;
+  Scales own;
+  if (a.scaled()) {
+    find_scales(a.k, a.num_kv_heads, t.head, block.tokens, count, own.first);
+    find_scales(a.v, a.num_kv_heads, t.head, block.tokens, count, own.second);
+  }
+  const Scales* scales = a.scaled() ? &own : nullptr;
   // One vector more than the keys, so that rows do not share their L1 sets.
   int64_t stride = kKeys + 16, weight_stride = kKeys + 32;
   size_t row_bytes = size_t(2 * stride) * sizeof(float) + size_t(weight_stride) * sizeof(Operand);
@@ -206,11 +255,15 @@ static void tiled_block(
   // So many lines a tile that the next block has been asked for when this one is done.
   int64_t groups = ceil_div(rows, kMaxRows), step = panels_at_once(int(ceil_div(rows, groups)));
   int64_t score_tiles = groups * max1(int64_t(1), kKeys / kPanel / step), value_tiles = groups * max1(int64_t(1), v_panels / step);
+  Ahead<T> next_first{block.first + kKeys, found - kKeys, a.k.dim}, next_second{block.second + kKeys, found - kKeys, a.v.dim};
   Ahead<T>& next_values = a.latent ? next_first : next_second;
-  int64_t lines = ceil_div(next_first.all_lines(), score_tiles + (a.latent ? value_tiles : 0));
-  int64_t value_lines = a.latent ? lines : ceil_div(next_second.all_lines(), value_tiles);
+  // Latents are asked for in halves: both products take about as long.
+  int64_t parts = a.latent ? 2 : 1, lines = ceil_div(next_first.all_lines(), parts * score_tiles);
+  int64_t second_lines = ceil_div(next_second.all_lines(), score_tiles);  // of rotated keys
+  int64_t value_lines = ceil_div(next_values.all_lines(), parts * value_tiles);
 
-  tiled_scores<T>(a, block, scales, q + row0 * q_stride, q_stride, rows, count, scores, rotated, stride, next_first, lines);
+  tiled_scores<T>(a, block, scales, q, q_stride, rows, count, scores, rotated, stride, next_first, lines,
+                  next_second, second_lines);
   const float* key_scales = scales ? scales->first : nullptr;
   const float* value_scales = !scales ? nullptr : a.latent ? scales->first : scales->second;
   for (int64_t r = 0; r < rows; ++r) {

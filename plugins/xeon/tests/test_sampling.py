@@ -87,6 +87,13 @@ def test_ties_rank_by_id(level: str) -> None:
     assert set(ids.tolist()) == {1, 2}
 
 
+@pytest.mark.parametrize("given", [{"top_k": 700}, {"top_k": 2990}, {"top_p": 0.5}, {"top_k": 1500, "top_p": 0.9}])
+def test_a_cut_among_hundreds_of_equals(level: str, given: dict[str, Any]) -> None:
+    """Of equal logits those with the lowest ids stay, as many as there is room for."""
+    logits = torch.randint(0, 4, (ROWS, 3001)).float() * 0.5
+    assert unlike(logits, params(ROWS, 3001, **given)) <= 0.01
+
+
 def test_bfloat16_logits(level: str) -> None:
     """They tie often. Rows of one draw each: the body takes float32."""
     logits = (torch.randn(ROWS, 3000) * 3).bfloat16()
