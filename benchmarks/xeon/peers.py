@@ -68,7 +68,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--only", default="", help="rows whose name holds this text")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--requests", type=int, default=servers.Load.num_requests, help="of the served load")
+    parser.add_argument("--requests", type=int, default=servers.Load().num_requests, help="of the served load")
     parser.add_argument(
         "--layers",
         type=int,
