@@ -21,6 +21,7 @@ class AotSpec:
     """
 
     op: str
+    tuned_as: str = ""  # the op whose configs it takes, where that is another
     name: str = ""  # what sets it apart from the op's others: "gelu", "M=4096"
     kernel: Any
     signature: Mapping[str, str]
@@ -35,7 +36,7 @@ class AotSpec:
         return f"{self.op}[{self.name}]" if self.name else self.op
 
     def config(self, arch: str) -> Config:
-        return choose_for(arch, self.op, self.sizes)
+        return choose_for(arch, self.tuned_as or self.op, self.sizes)
 
     def attrs(self) -> dict[tuple[int, ...], list[list[object]]]:
         """What Triton finds out about arguments at a launch, as its compiler takes it."""

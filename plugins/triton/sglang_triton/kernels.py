@@ -29,4 +29,6 @@ KERNELS = (
     _kernel("norm.layer", "norm:layer_norm"),
     _kernel("rope.apply", "rope:rope_apply"),
     _kernel("embed.lookup", "embedding:embed_lookup"),
+    _kernel("kv.write", "kv_write:kv_write"),
+    _kernel("kv.write_mla", "kv_write:kv_write_mla"),
 )
