@@ -31,4 +31,7 @@ KERNELS = (
     _kernel("embed.lookup", "embedding:embed_lookup"),
     _kernel("kv.write", "kv_write:kv_write"),
     _kernel("kv.write_mla", "kv_write:kv_write_mla"),
+    _kernel("logits.mask", "logits:mask"),
+    _kernel("logits.adjust", "logits:adjust"),
+    _kernel("logits.soft_cap", "logits:soft_cap"),
 )
