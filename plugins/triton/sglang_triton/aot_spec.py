@@ -16,7 +16,7 @@ class AotSpec:
     """A kernel as a model would launch it.
 
     `sizes` is what the launcher asks `tuning.choose` about; `signature` has the run-time parameters in Triton's words ("*bf16",
-    "i32"), and `constexprs` what no config gives. Pointers are taken as aligned to 16 bytes, and so are integers but for those in
+    "i32"), perhaps those of the module's other kernels too, and `constexprs` what no config gives. Pointers are taken as aligned to 16 bytes, and so are integers but for those in
     `odd`. `instructions`: by prefix of the architecture, what its assembly must have ("sm_90": "wgmma").
     """
 
@@ -40,6 +40,6 @@ class AotSpec:
 
     def attrs(self) -> dict[tuple[int, ...], list[list[object]]]:
         """What Triton finds out about arguments at a launch, as its compiler takes it."""
-        names = self.kernel.arg_names
-        whole = [n for n, of in self.signature.items() if of[0] == POINTER or (of[0] == "i" and n not in self.odd)]
-        return {(names.index(name),): [["tt.divisibility", 16]] for name in whole}
+        types = [(i, name, self.signature.get(name, "")) for i, name in enumerate(self.kernel.arg_names)]
+        whole = [i for i, name, of in types if of[:1] == POINTER or (of[:1] == "i" and name not in self.odd)]
+        return {(i,): [["tt.divisibility", 16]] for i in whole}

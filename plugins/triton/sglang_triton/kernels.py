@@ -34,4 +34,5 @@ KERNELS = (
     _kernel("logits.mask", "logits:mask"),
     _kernel("logits.adjust", "logits:adjust"),
     _kernel("logits.soft_cap", "logits:soft_cap"),
+    _kernel("sample.sample", "sampling:sample"),
 )
