@@ -18,7 +18,7 @@ from sglang_core.api import (
     Support,
     TorchBackend,
 )
-from sglang_triton.kernels import DTYPES, KERNELS
+from sglang_triton.kernels import DTYPES, FORMATS, KERNELS
 
 SWITCH = "TRITON_INTERPRET"  # Triton's own: it reads it as it is imported
 PROFILES = ("base", "odd_sizes")
@@ -61,5 +61,6 @@ class TritonBackend(TorchBackend):
 
     def claims(self, ctx: KernelContext) -> Claims:
         """All of the provider's kernels. Of the other ops only float16 is refused, which their bodies were never checked with."""
-        native = [Claim(op=op, dtypes=DTYPES) for op in dict.fromkeys(kernel.op for kernel in KERNELS)]
+        ops = dict.fromkeys(kernel.op for kernel in KERNELS)
+        native = [Claim(op=op, dtypes=DTYPES, formats=FORMATS.get(op, ("*",))) for op in ops]
         return Claims((*native, Claim(op="*", dtypes=("float16",), support=Support.UNSUPPORTED)), profiles=PROFILES)

@@ -30,7 +30,7 @@ def test_every_jitted_function_that_is_launched_is_compiled(module: str) -> None
     """By name: a kernel's name begins with an underscore, and helpers' names do not."""
     loaded = importlib.import_module(module)
     kernels = {name for name, value in vars(loaded).items() if name.startswith("_") and hasattr(value, "arg_names")}
-    assert kernels == {spec.kernel.__name__ for spec in loaded.AOT}
+    assert kernels <= {spec.kernel.__name__ for spec in loaded.AOT}
 
 
 @pytest.mark.parametrize("arch", ARCHS)
