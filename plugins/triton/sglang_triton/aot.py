@@ -60,8 +60,8 @@ def compile_spec(spec: AotSpec, arch: str) -> tuple[Usage, str]:
     target = GPUTarget("hip", arch, 64) if amd else GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
     config = dict(spec.config(arch))
     options = {name: config.pop(name) for name in OPTIONS if name in config}
-    constexprs = {**spec.constexprs, **config}
     names = spec.kernel.arg_names
+    constexprs = {name: value for name, value in {**spec.constexprs, **config}.items() if name in names}
     signature = {name: "constexpr" if name in constexprs else spec.signature[name] for name in names}
     source = triton.compiler.ASTSource(spec.kernel, signature, constexprs, spec.attrs())
     made = triton.compile(source, target=target, options=options)

@@ -16,11 +16,12 @@ class AotSpec:
     """A kernel as a model would launch it.
 
     `sizes` is what the launcher asks `tuning.choose` about; `signature` has the run-time parameters in Triton's words ("*bf16",
-    "i32"), and `constexprs` what no config gives. Pointers are taken as aligned to 16 bytes, and so are integers but for those in
+    "i32"), perhaps those of the module's other kernels too, and `constexprs` what no config gives. Pointers are taken as aligned to 16 bytes, and so are integers but for those in
     `odd`. `instructions`: by prefix of the architecture, what its assembly must have ("sm_90": "wgmma").
     """
 
     op: str
+    tuned_as: str = ""  # the op whose configs it takes, where that is another
     name: str = ""  # what sets it apart from the op's others: "gelu", "M=4096"
     kernel: Any
     signature: Mapping[str, str]
@@ -35,10 +36,10 @@ class AotSpec:
         return f"{self.op}[{self.name}]" if self.name else self.op
 
     def config(self, arch: str) -> Config:
-        return choose_for(arch, self.op, self.sizes)
+        return choose_for(arch, self.tuned_as or self.op, self.sizes)
 
     def attrs(self) -> dict[tuple[int, ...], list[list[object]]]:
         """What Triton finds out about arguments at a launch, as its compiler takes it."""
-        names = self.kernel.arg_names
-        whole = [n for n, of in self.signature.items() if of[0] == POINTER or (of[0] == "i" and n not in self.odd)]
-        return {(names.index(name),): [["tt.divisibility", 16]] for name in whole}
+        types = [(i, name, self.signature.get(name, "")) for i, name in enumerate(self.kernel.arg_names)]
+        whole = [i for i, name, of in types if of[:1] == POINTER or (of[:1] == "i" and name not in self.odd)]
+        return {(i,): [["tt.divisibility", 16]] for i in whole}

@@ -8,8 +8,17 @@ from __future__ import annotations
 import os
 from importlib.metadata import PackageNotFoundError, version
 
-from sglang_core.api import Claim, Claims, DeviceInfo, KernelContext, Support, TorchBackend
-from sglang_triton.kernels import DTYPES, KERNELS
+from sglang_core.api import (
+    Claim,
+    Claims,
+    DeviceInfo,
+    DeviceRuntime,
+    KernelContext,
+    RuntimeContext,
+    Support,
+    TorchBackend,
+)
+from sglang_triton.kernels import DTYPES, FORMATS, KERNELS
 
 SWITCH = "TRITON_INTERPRET"  # Triton's own: it reads it as it is imported
 PROFILES = ("base", "odd_sizes")
@@ -44,7 +53,14 @@ class TritonBackend(TorchBackend):
     def absent_reason(self) -> str:
         return f"it interprets Triton kernels on the host, for tests; set {SWITCH}=1, with `pip install triton`"
 
+    def create_runtime(self, ctx: RuntimeContext) -> DeviceRuntime:
+        from sglang_triton.interpreter import quicken  # triton: not needed to list devices
+
+        quicken()
+        return super().create_runtime(ctx)
+
     def claims(self, ctx: KernelContext) -> Claims:
         """All of the provider's kernels. Of the other ops only float16 is refused, which their bodies were never checked with."""
-        native = [Claim(op=op, dtypes=DTYPES) for op in dict.fromkeys(kernel.op for kernel in KERNELS)]
+        ops = dict.fromkeys(kernel.op for kernel in KERNELS)
+        native = [Claim(op=op, dtypes=DTYPES, formats=FORMATS.get(op, ("*",))) for op in ops]
         return Claims((*native, Claim(op="*", dtypes=("float16",), support=Support.UNSUPPORTED)), profiles=PROFILES)

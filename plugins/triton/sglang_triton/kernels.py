@@ -10,11 +10,26 @@ DEVICES = ("cuda", "rocm", "triton")
 # Below the 50 of a backend's own kernels, which know more about their device.
 PRIORITY = 40
 DTYPES = ("bfloat16", "float16", "float32")
-INVARIANT = frozenset({"graph_safe", "batch_invariant"})  # a row's result does not depend on its neighbours
+GRAPHS = frozenset({"graph_safe"})
+INVARIANT = GRAPHS | {"batch_invariant"}  # a row's result does not depend on its neighbours
 
 
 def dtype_limits(ctx: SelectionContext) -> str | None:
     return None if ctx.site.dtype in DTYPES else f"takes {', '.join(DTYPES)}, not {ctx.site.dtype}"
+
+
+# Formats of weights whose codes and activations the kernels of linear layers know; dense ones are left to the device's BLAS.
+INT4 = tuple(f"int4.{kind}.g{group}" for kind in ("awq", "gptq", "pack") for group in (32, 64, 128, -1))
+QUANTISED = ("fp8.tensor", "fp8.token_channel", "fp8.block128", "int8.token_channel", *INT4, "mxfp4.g32")
+
+
+EXPERTS = ("dense", *QUANTISED)
+FORMATS = {"gemm.linear": QUANTISED, "gemm.grouped": EXPERTS, "moe.fused": EXPERTS}
+
+
+def format_limits(ctx: SelectionContext) -> str | None:
+    taken = FORMATS[ctx.site.op]
+    return dtype_limits(ctx) if ctx.site.fmt in taken else f"takes weights in {', '.join(taken)}, not {ctx.site.fmt}"
 
 
 def _kernel(op: str, fn: str, **facts: Any) -> Kernel:
@@ -29,4 +44,15 @@ KERNELS = (
     _kernel("norm.layer", "norm:layer_norm"),
     _kernel("rope.apply", "rope:rope_apply"),
     _kernel("embed.lookup", "embedding:embed_lookup"),
+    _kernel("kv.write", "kv_write:kv_write"),
+    _kernel("kv.write_mla", "kv_write:kv_write_mla"),
+    _kernel("logits.mask", "logits:mask"),
+    _kernel("logits.adjust", "logits:adjust"),
+    _kernel("logits.soft_cap", "logits:soft_cap"),
+    _kernel("sample.sample", "sampling:sample"),
+    _kernel("lora.apply", "lora:apply"),
+    _kernel("gemm.linear", "gemm:linear", supports=format_limits, features=GRAPHS),
+    _kernel("moe.route", "moe_route:route"),
+    _kernel("moe.fused", "moe:fused", supports=format_limits, features=GRAPHS),
+    _kernel("gemm.grouped", "moe:grouped", supports=format_limits, features=GRAPHS),
 )

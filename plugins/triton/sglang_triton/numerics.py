@@ -69,3 +69,9 @@ def tanh(x):
     z = tl.exp(-2.0 * tl.abs(x))
     far = (1.0 - z) / (1.0 + z)
     return tl.where(tl.abs(x) < 0.15, series, tl.where(x < 0, -far, far))
+
+
+@triton.jit
+def nearest_integer(x):
+    """x: float32 of a size below 2^22 -> the nearest integer, a tie to the even one: what is smaller than 1 falls off the sum's end."""
+    return (x + 12582912.0) - 12582912.0

@@ -8,6 +8,9 @@ from collections.abc import Iterator
 
 import pytest
 from sglang_triton import tuning
+from sglang_triton.interpreter import quicken
+
+quicken()
 
 
 @pytest.fixture(params=[tuning.INTERPRETER, "sm_90"])

@@ -30,14 +30,18 @@ def test_every_jitted_function_that_is_launched_is_compiled(module: str) -> None
     """By name: a kernel's name begins with an underscore, and helpers' names do not."""
     loaded = importlib.import_module(module)
     kernels = {name for name, value in vars(loaded).items() if name.startswith("_") and hasattr(value, "arg_names")}
-    assert kernels == {spec.kernel.__name__ for spec in loaded.AOT}
+    assert kernels <= {spec.kernel.__name__ for spec in loaded.AOT}
 
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_every_config_is_compiled(arch: str) -> None:
     """An entry that no `AotSpec` asks for would be seen first on a device."""
     for op, entries in table(arch).items():
-        found = [dict(spec.config(arch)) for spec in aot.specs() if spec.op == op and arch in (spec.archs or ARCHS)]
+        found = [
+            dict(spec.config(arch))
+            for spec in aot.specs()
+            if (spec.tuned_as or spec.op) == op and arch in (spec.archs or ARCHS)
+        ]
         for entry in entries:
             assert entry["config"] in found, f"configs/{arch}.json: {op} {entry} is compiled by no AotSpec"
 

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 from sglang_triton.backend import TritonBackend
-from sglang_triton.kernels import KERNELS
+from sglang_triton.kernels import FORMATS, KERNELS
 
 from sglang_core.api import Claims, DeviceInfo, KernelContext, Support
 from sglang_core.backend.devices import installed_backends, open_device
@@ -45,7 +45,8 @@ def test_every_kernel_is_claimed_in_every_dtype() -> None:
     claims: Claims = TritonBackend().claims(context("triton/interpreter"))
     for op in OPS:
         for dtype in ("float32", "bfloat16", "float16"):
-            assert claims.support(op, dtype=dtype) is Support.NATIVE
+            for fmt in FORMATS.get(op, ("*",)):
+                assert claims.support(op, fmt=fmt, dtype=dtype) is Support.NATIVE
     assert claims.support("no.such_op", dtype="bfloat16") is Support.REFERENCE
 
 

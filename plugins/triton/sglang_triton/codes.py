@@ -1,0 +1,45 @@
+"""float8_e4m3fn and int8 codes from float32 and back, by integer arithmetic.
+
+So they are the same on a device without the type (sm_80, and gfx942, whose own e4m3 is another one), under the interpreter, whose
+casts round ties up, and in torch, bit for bit. Kernels take tensors of codes as uint8. Products of fp8 on devices that
+have them take the type itself.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from sglang_triton.numerics import nearest_integer
+
+
+@triton.jit
+def encode_e4m3(x):
+    """x: float32 -> uint8 codes of float8_e4m3fn: to the nearest, a tie to the even code, saturated at 448; NaN stays NaN."""
+    bits = x.to(tl.uint32, bitcast=True)
+    size = tl.minimum(tl.abs(x), 448.0)
+    size_bits = size.to(tl.uint32, bitcast=True)
+    # 4 exponent bits and 3 of the mantissa remain of 8 and 23; the bias is 7 and not 127.
+    normal = ((size_bits + 0x7FFFF + ((size_bits >> 20) & 1)) >> 20) - (120 << 3)
+    # Below 2^-6 codes count 2^-9: adding 2^14 leaves that many in the lowest bits, rounded.
+    small = (size + 16384.0).to(tl.uint32, bitcast=True) - 0x46800000
+    code = tl.where(size < 0.015625, small, normal)
+    code = tl.where(x == x, code, 0x7F) | ((bits >> 24) & 0x80)
+    return code.to(tl.uint8)
+
+
+@triton.jit
+def decode_e4m3(code):
+    """code: uint8 of float8_e4m3fn -> float32."""
+    wide = code.to(tl.uint32)
+    size = wide & 0x7F
+    normal = ((size + (120 << 3)) << 20).to(tl.float32, bitcast=True)
+    value = tl.where(size < 8, size.to(tl.float32) * 0.001953125, normal)
+    value = tl.where(size == 0x7F, float("nan"), value)
+    return tl.where(wide >= 0x80, -value, value)
+
+
+@triton.jit
+def encode_int8(x):
+    """x: float32 -> int8 in +-127: to the nearest, a tie to the even one."""
+    return nearest_integer(tl.minimum(tl.maximum(x, -127.0), 127.0)).to(tl.int8)

@@ -1,0 +1,127 @@
+"""gemm.linear on quantised weights, on codes as checkpoints have them (`sglang_core.ops.formats`). Dense ones are the device's BLAS's."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sglang_core.api.ops import Fmt, PackedWeight
+from sglang_triton.aot_spec import AotSpec
+from sglang_triton.gemm_tile import product
+from sglang_triton.numerics import rounded, widen
+from sglang_triton.packed import FORMATS, as_codes, bits, format_constexprs, format_types
+from sglang_triton.quantize import AOT as QUANTIZE_AOT
+from sglang_triton.quantize import quantise
+from sglang_triton.rows import as_rows
+from sglang_triton.tuning import choose
+
+
+def linear(x: Tensor, w: PackedWeight, bias: Tensor | None = None) -> Tensor:
+    """x: [..., in], w: [out, in] in a quantised format, bias: [out] -> [..., out]."""
+    y = torch.empty(*x.shape[:-1], w.out_features, dtype=x.dtype, device=x.device)
+    if y.numel() == 0:
+        return y
+    rows, kind = as_rows(x), Fmt.parse(w.fmt).activation
+    code, scale, zero = as_codes(w)
+    rows, x_scale = (rows, scale) if kind == "as_is" else quantise(rows, kind)  # any pointer, where x is not quantised
+    config = choose("gemm.linear", T=rows.shape[0], BITS=bits(w.fmt))
+    grid = (triton.cdiv(w.out_features, config["BLOCK_N"]), triton.cdiv(rows.shape[0], config["BLOCK_T"]))
+    _linear[grid](
+        rows,
+        x_scale,
+        code,
+        scale,
+        zero,
+        scale if bias is None else bias,
+        y,
+        rows.shape[0],
+        w.out_features,
+        rows.stride(0),
+        x_scale.stride(0),
+        code.stride(0),
+        scale.stride(0),
+        zero.stride(0),
+        HAS_BIAS=bias is not None,
+        **format_constexprs(w.fmt, w.in_features),
+        **config,
+    )
+    return y
+
+
+@triton.jit
+def _linear(
+    x,
+    x_scale,
+    w,
+    w_scale,
+    zero,
+    bias,
+    y,
+    T,
+    N,
+    x_stride,
+    x_scale_stride,
+    w_stride,
+    scale_stride,
+    zero_stride,
+    K: tl.constexpr,
+    ELEMENT: tl.constexpr,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    HAS_ZERO: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    NATIVE_FP8: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """x: [T, K] or codes of it; w: [N, K] codes, two a byte if of four bits; w_scale: a row of scales every ROWS rows; y: [T, N], dense."""
+    token = (tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
+    column = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
+    in_x, in_w = token < T, column < N
+    value = product(
+        x + token * x_stride,
+        x_scale + token * x_scale_stride,
+        in_x,
+        w + column * w_stride,
+        w_scale + (column // ROWS) * scale_stride,
+        zero + column * zero_stride,
+        in_w,
+        K,
+        ELEMENT,
+        GROUP,
+        ACTIVATION,
+        HAS_ZERO,
+        NATIVE_FP8,
+        BLOCK_T,
+        BLOCK_N,
+        BLOCK_K,
+    )
+    if HAS_BIAS:
+        value += widen(tl.load(bias + column, in_w, other=0.0))[None, :]
+    at = y + token[:, None] * N + column[None, :]
+    tl.store(at, rounded(value, y.dtype.element_ty), in_x[:, None] & in_w[None, :])
+
+
+_INTEGERS = ("T", "N", "x_stride", "x_scale_stride", "w_stride", "scale_stride", "zero_stride")
+DOTS = {"sm_80": "mma.sync", "sm_90": "mma", "sm_100": "mma", "gfx9": "v_mfma"}
+
+
+def _spec(fmt: str, tokens: int) -> AotSpec:
+    pointers = {"x_scale": "*fp32", "zero": "*u8", "bias": "*bf16", "y": "*bf16"} | format_types(fmt)
+    return AotSpec(
+        op="gemm.linear",
+        name=f"{fmt}, T={tokens}",
+        kernel=_linear,
+        signature=pointers | dict.fromkeys(_INTEGERS, "i32"),
+        constexprs={"HAS_BIAS": False} | format_constexprs(fmt, 4096),
+        sizes={"T": tokens, "BITS": bits(fmt)},
+        odd=("T", "x_scale_stride", "scale_stride", "zero_stride"),
+        instructions=DOTS,
+    )
+
+
+AOT = (*(_spec(fmt, tokens) for fmt in FORMATS for tokens in (16, 64, 4096)), *QUANTIZE_AOT)

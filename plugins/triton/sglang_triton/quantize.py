@@ -1,0 +1,75 @@
+"""Activations as codes: what linear layers and experts multiply where their weights ask for it."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sglang_triton.aot_spec import AotSpec
+from sglang_triton.codes import encode_e4m3, encode_int8
+from sglang_triton.numerics import widen
+from sglang_triton.tuning import choose
+
+BLOCK = 128  # columns that share a scale of "fp8_block"
+
+
+def quantise(x: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    """x: [T, K], rows dense -> codes uint8 (of e4m3fn) or int8 [T, K], scale: float32[T, 1], or [T, ceil(K / 128)] for "fp8_block"."""
+    num_tokens, width = x.shape
+    group = BLOCK if kind == "fp8_block" else width
+    code = torch.empty(num_tokens, width, dtype=torch.int8 if kind == "int8" else torch.uint8, device=x.device)
+    scale = torch.empty(num_tokens, triton.cdiv(width, group), dtype=torch.float32, device=x.device)
+    config = dict(choose("quant.activations", K=group))
+    _quantise[(triton.cdiv(num_tokens, config["BLOCK_T"]), scale.shape[1])](
+        x,
+        code,
+        scale,
+        num_tokens,
+        width,
+        x.stride(0),
+        GROUP=group,
+        KIND="int8" if kind == "int8" else "fp8",
+        BLOCK_K=triton.next_power_of_2(group),
+        **config,
+    )
+    return code, scale
+
+
+@triton.jit
+def _quantise(
+    x, code, scale, T, K, stride, GROUP: tl.constexpr, KIND: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_T: tl.constexpr
+):
+    """One program: a group of columns of BLOCK_T rows. A scale is the largest magnitude over the largest code, 1 where that is 0."""
+    row = (tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T))[:, None].to(tl.int64)
+    inner = tl.arange(0, BLOCK_K)[None, :]
+    column = tl.program_id(1) * GROUP + inner
+    inside = (row < T) & (column < K) & (inner < GROUP)
+    value = widen(tl.load(x + row * stride + column, inside, other=0.0))
+    step = tl.div_rn(tl.max(tl.abs(value), axis=1, keep_dims=True), 127.0 if KIND == "int8" else 448.0)
+    step = tl.where(step == 0.0, 1.0, step)
+    value = tl.div_rn(value, step)
+    tl.store(code + row * K + column, encode_int8(value) if KIND == "int8" else encode_e4m3(value), inside)
+    tl.store(scale + row * tl.num_programs(1) + tl.program_id(1), step, row < T)
+
+
+AOT = tuple(
+    AotSpec(
+        op="quant.activations",
+        name=f"{kind}, K={group}",
+        kernel=_quantise,
+        signature={
+            "x": "*bf16",
+            "code": "*i8" if kind == "int8" else "*u8",
+            "scale": "*fp32",
+            "T": "i32",
+            "K": "i32",
+            "stride": "i32",
+        },
+        constexprs={"GROUP": group, "KIND": kind, "BLOCK_K": group},
+        sizes={"K": group},
+        odd=("T",),
+    )
+    for kind, group in (("fp8", 128), ("fp8", 4096), ("int8", 4096))
+)
