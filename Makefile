@@ -8,7 +8,7 @@ MODEL  ?= demo
 DEVICE ?= auto
 ARGS   ?=
 
-.PHONY: install serve test lint types test-core test-slow test-conformance test-xeon test-triton test-isa reports format clean
+.PHONY: install serve test lint types test-core test-slow test-conformance test-xeon test-triton test-triton-slow test-isa reports format clean
 
 install: $(VENV)/.installed
 
@@ -28,7 +28,7 @@ $(VENV)/.installed: $(VENV)/.torch pyproject.toml plugins/xeon/pyproject.toml $(
 serve: install
 	$(VENV)/bin/sglang-core serve --model-path $(MODEL) --device $(DEVICE) $(ARGS)
 
-test: lint types test-core test-xeon test-triton test-conformance
+test: lint types test-core test-xeon test-conformance test-triton
 
 lint: install
 	$(VENV)/bin/ruff format --check .
@@ -44,10 +44,16 @@ test-core: install
 test-xeon: install
 	$(PY) -m pytest plugins/xeon/tests
 
-# Every Triton kernel against its op's definition, interpreted; and compiled, once a kernel, for every architecture.
+# Triton kernels against their ops' definitions, interpreted, and compiled ahead of time for one architecture.
+TRITON_CONFORMANCE = TRITON_INTERPRET=1 $(VENV)/bin/sglang-conformance run triton --level ops --jobs 2 --num-threads 1
 test-triton: install
-	$(PY) -m pytest plugins/triton/tests plugins/cuda/tests plugins/rocm/tests
-	TRITON_INTERPRET=1 $(VENV)/bin/sglang-conformance run triton --level ops --jobs 2 --num-threads 1
+	$(PY) -m pytest -n 2 plugins/triton/tests plugins/cuda/tests plugins/rocm/tests
+	$(TRITON_CONFORMANCE) -k act. -k norm. -k rope. -k embed. -k kv.w -k logits.
+
+# All of the suite that is for them, and every architecture: long, and not run to its end yet.
+test-triton-slow: install
+	$(PY) -m sglang_triton.aot --check benchmarks/gpu/budgets.json
+	$(TRITON_CONFORMANCE)
 
 test-conformance: install
 	$(VENV)/bin/sglang-conformance run cpu --strict --jobs 2 --num-threads 1

@@ -16,6 +16,7 @@ from sglang_core.ops.moe import ExpertSpec, RouteSpec
 from sglang_core.ops.rope import RopeSpec
 from sglang_core.ops.sampling import SampleParams
 from sglang_core.ops.ssm_plan import GatedDeltaSpec, StateBatch, StatePlan, StatePlanStatic
+from sglang_core.ops.tree_mask import within_window
 from sglang_core.ops.weight import PackedWeight
 
 __all__ = [
@@ -40,4 +41,5 @@ __all__ = [
     "StatePlanStatic",
     "Tiles",
     "op",
+    "within_window",
 ]

@@ -1,0 +1,182 @@
+"""attn.paged, attn.mla_paged, attn.ragged and attn.merge: what the kernels of attention_kernels are launched with."""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+
+from sglang_core.api import Pool
+from sglang_core.api.ops import AttnSpec, MLASpec
+from sglang_triton.attention_aot import AOT as AOT
+from sglang_triton.attention_kernels import _attend_items, _attend_packed, _merge_halves, _merge_splits
+from sglang_triton.attention_launch import (
+    DOT_TYPES,
+    LONG,
+    RAGGED_ROWS,
+    dims_of,
+    dot_dtype,
+    mask_of,
+    parts_of,
+    scale_of,
+    tile_sizes,
+)
+from sglang_triton.attention_plan import MERGES, WorkPlan, merge_programs, num_programs
+from sglang_triton.attention_pool import Leaves, has_ocp_fp8
+from sglang_triton.kv_write import kv_write
+from sglang_triton.rows import as_heads
+from sglang_triton.tuning import choose
+
+
+def paged(
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    pool: Pool,
+    layer: int,
+    spec: AttnSpec,
+    plan: WorkPlan,
+    *,
+    sinks: Tensor | None = None,
+    lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """q: [T, Hq, D] -> o: [T, Hq, Dv] (, lse: float32[T, Hq]). Writes k and v first."""
+    if k is not None and v is not None:
+        kv_write(k, v, pool, layer, plan.slot_mapping)
+    store = Leaves.of(pool, layer, native_fp8=has_ocp_fp8())
+    q = as_heads(q)
+    w0, w1 = parts_of(spec.head_dim)
+    k0, k1 = store.k, store.k[..., w0:]
+    q0, q1 = q, q[..., w0:]
+    return _attend(q0, q1, k0, k1, store.v, (w0, w1, spec.v_head_dim), store, spec, plan, sinks, lse, shared=False)
+
+
+def mla_paged(
+    q_nope: Tensor,
+    q_pe: Tensor,
+    c_kv: Tensor | None,
+    k_pe: Tensor | None,
+    pool: Pool,
+    layer: int,
+    spec: MLASpec,
+    plan: WorkPlan,
+    *,
+    lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """q_nope: [T, Hq, rank], q_pe: [T, Hq, rope_dim] -> o: [T, Hq, rank] (, lse: float32[T, Hq]). Writes c_kv, k_pe first."""
+    if c_kv is not None and k_pe is not None:
+        kv_write(c_kv[:, None], k_pe[:, None], pool, layer, plan.slot_mapping)
+    store = Leaves.of(pool, layer, native_fp8=has_ocp_fp8())
+    widths = (spec.rank, spec.rope_dim, spec.rank)
+    q0, q1 = as_heads(q_nope), as_heads(q_pe)
+    return _attend(q0, q1, store.k, store.v, store.k, widths, store, spec.latent, plan, None, lse, shared=True)
+
+
+def _attend(
+    q0: Tensor,
+    q1: Tensor,
+    k0: Tensor,
+    k1: Tensor,
+    v: Tensor,
+    widths: tuple[int, int, int],
+    store: Leaves,
+    spec: AttnSpec,
+    plan: WorkPlan,
+    sinks: Tensor | None,
+    lse: bool,
+    *,
+    shared: bool,
+) -> Tensor | tuple[Tensor, Tensor]:
+    tokens, heads, static = q0.shape[0], spec.num_heads, plan.static
+    o = q0.new_empty(tokens, heads, widths[2])
+    sums = torch.empty(tokens, heads, dtype=torch.float32, device=q0.device) if lse else None
+    part_o = part_sums = None
+    if tokens and static.num_merges:
+        part_o = torch.empty(static.num_parts, heads, widths[2], dtype=torch.float32, device=q0.device)
+        part_sums = torch.empty(static.num_parts, heads, dtype=torch.float32, device=q0.device)
+    dot = dot_dtype(q0.dtype, store.k.dtype)
+    group = heads // spec.num_kv_heads
+    k_row = k0.stride(1)
+    for i, tier in enumerate(static.tiers if tokens else ()):
+        if not tier.capacity:
+            continue
+        config = choose(
+            "attn.mla_paged" if shared else "attn.paged", **tile_sizes(tier.rows, widths, dot, store.k.dtype)
+        )
+        programs = num_programs(q0.device, tier.rows, latent=shared)
+        units = tier.capacity * spec.num_kv_heads * triton.cdiv(tier.tokens * group, config["M"])
+        _attend_items[(min(units, programs),)](
+            q0, q1, q0.stride(0), q0.stride(1), q1.stride(0), q1.stride(1),
+            k0, k1, v, k_row, k1.stride(1), v.stride(1), k0.stride(2), v.stride(2),
+            store.k_scale, store.v_scale, spec.num_kv_heads, o, sums, part_o, part_sums,
+            scale_of(spec), spec.soft_cap or 0.0, sinks,
+            plan.page_table, static.num_pages, plan.tree_mask, static.tree_words, plan.first_key, plan.prefix_lens,
+            plan.work, i, tier.first,
+            TOKENS=tier.tokens, PAGE=static.page_size, NUM_HEADS=heads, NUM_KV_HEADS=spec.num_kv_heads, GROUP=group,
+            **dims_of(widths), DOT=DOT_TYPES[dot], **mask_of(spec), SINKS=sinks is not None, TREE=plan.tree_mask is not None,
+            SHARED=shared, STATIC=store.scaling == "static", DYNAMIC=store.scaling == "dynamic",
+            PHASES=tier.rows >= LONG and not shared, LSE=lse, **config,
+        )  # fmt: skip
+    if tokens and static.num_merges:
+        config = choose("attn.merge_splits", D=widths[2])
+        programs = merge_programs(q0.device)
+        _merge_splits[(min(static.num_merges * heads, programs),)](
+            part_o, part_sums, o, sums, plan.work, MERGES, static.first_merge,
+            NUM_HEADS=heads, WV=widths[2], BV=triton.next_power_of_2(widths[2]), LSE=lse, **config,
+        )  # fmt: skip
+    return o if sums is None else (o, sums)
+
+
+def ragged(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    spec: AttnSpec,
+    *,
+    max_q: int,
+    max_k: int,
+    lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """q: [T, Hq, D], k: [Tk, Hk, D], v: [Tk, Hk, Dv], cu_q, cu_k: int32[R + 1] -> o: [T, Hq, Dv] (, lse: float32[T, Hq]).
+
+    max_k is not needed: programs look at the lengths themselves.
+    """
+    tokens, heads, num_reqs = q.shape[0], spec.num_heads, cu_q.shape[0] - 1
+    # Rows of no req: how many there are is known on the device only.
+    o = q.new_zeros(tokens, heads, spec.v_head_dim)
+    sums = torch.full((tokens, heads), float("-inf"), dtype=torch.float32, device=q.device) if lse else None
+    group = heads // spec.num_kv_heads
+    if o.numel() and max_q and num_reqs:
+        q, k, v = as_heads(q), as_heads(k), as_heads(v)
+        w0, w1 = parts_of(spec.head_dim)
+        widths = (w0, w1, spec.v_head_dim)
+        dot = dot_dtype(q.dtype, k.dtype)
+        config = choose("attn.ragged", **tile_sizes(RAGGED_ROWS, widths, dot, k.dtype))
+        length = max(1, config["M"] // group)
+        num_tiles = triton.cdiv(max_q, length)
+        grid = (num_tiles * num_reqs * spec.num_kv_heads * triton.cdiv(length * group, config["M"]),)
+        _attend_packed[grid](
+            q, q[..., w0:], q.stride(0), q.stride(1), k, k[..., w0:], v, k.stride(0), v.stride(0), k.stride(1), v.stride(1),
+            cu_q, cu_k, o, sums, scale_of(spec), spec.soft_cap or 0.0, num_reqs, num_tiles,
+            NUM_HEADS=heads, NUM_KV_HEADS=spec.num_kv_heads, GROUP=group,
+            **dims_of(widths), DOT=DOT_TYPES[dot], **mask_of(spec), LSE=lse, **config,
+        )  # fmt: skip
+    return o if sums is None else (o, sums)
+
+
+def merge(o_a: Tensor, lse_a: Tensor, o_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
+    """o: [T, Hq, Dv], lse: float32[T, Hq] of both sides -> the same of all their keys."""
+    tokens, heads, width = o_a.shape
+    o, lse = o_a.new_empty(tokens, heads, width), lse_a.new_empty(tokens, heads)
+    if o.numel():
+        o_a, o_b = as_heads(o_a), as_heads(o_b)
+        config = choose("attn.merge", D=width)
+        grid = (triton.cdiv(tokens * heads, config["ROWS"]),)
+        _merge_halves[grid](
+            o_a, lse_a.contiguous(), o_b, lse_b.contiguous(), o, lse, tokens * heads, heads,
+            o_a.stride(0), o_a.stride(1), o_b.stride(0), o_b.stride(1),
+            W=width, B=triton.next_power_of_2(width), **config,
+        )  # fmt: skip
+    return o, lse
