@@ -41,6 +41,11 @@ def test_devices_get_every_kernel_once(path: str) -> None:
     assert [kernel.fn for kernel in found] == [kernel.fn for kernel in KERNELS]
 
 
+@pytest.mark.parametrize("path", ["cpu", "xeon/avx512", "cudalike/v1"])
+def test_other_devices_get_none(path: str) -> None:
+    assert not [kernel for kernel in Providers().kernels(context(path)) if kernel.provider == "triton"]
+
+
 def test_every_kernel_is_claimed_in_every_dtype() -> None:
     claims: Claims = TritonBackend().claims(context("triton/interpreter"))
     for op in OPS:
