@@ -97,6 +97,7 @@ FIELDS: dict[str, Check] = {
         total_memory=is_count,
         facts=is_dict(FACT),
         versions=lambda x: bool(x) and is_dict(is_text)(x),
+        problem=lambda x: x == "",  # it was opened
     ),
     "profiles": TEXTS,
     "levels": is_dict(lambda x: x in ("no", "native", "emulated", "reference")),

@@ -22,8 +22,8 @@ SITE = OpSite(op="norm.rms", layer="RMSNorm", dtype="bfloat16", dims={"M": 8})
 
 def install(monkeypatch: pytest.MonkeyPatch, version: str, torch_version: str) -> list[Tensor]:
     """-> the inputs that its rms_norm has seen."""
-    versions = {ipex.PACKAGE: version, "torch": torch_version}
-    monkeypatch.setattr(metadata, "version", lambda name: versions[name])
+    versions, installed = {ipex.PACKAGE: version, "torch": torch_version}, metadata.version
+    monkeypatch.setattr(metadata, "version", lambda name: versions.get(name) or installed(name))
     seen: list[Tensor] = []
 
     def rms_norm(hidden_states: Tensor, weight: Tensor, eps: float) -> Tensor:
