@@ -2,31 +2,29 @@
 
 from __future__ import annotations
 
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from sglang_triton.gpu.claims import claims
+from sglang_triton.gpu.backend import GpuBackend
 
 from sglang_core.api import (
-    Backend,
-    Claims,
     DefaultsContext,
     DeviceInfo,
-    DeviceRuntime,
-    KernelContext,
-    RuntimeContext,
 )
 from sglang_cuda import nvml
 
 OLDEST = (8, 0)  # bfloat16 in the tensor cores
 LARGE = 60 * 2**30  # bytes
-INSTALL = "pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/cu130"
 
 
-class CudaBackend(Backend):
-    """A device for each GPU that CUDA_VISIBLE_DEVICES leaves. Kernels come from the provider `triton`; other ops run their body."""
+class CudaBackend(GpuBackend):
+    """A device for each GPU that CUDA_VISIBLE_DEVICES leaves."""
 
     name = "cuda"
+    platform = "CUDA"
+    install = "pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/cu130"
+
+    def takes_build(self, build: str) -> bool:
+        return not build.startswith(("cpu", "rocm", "xpu"))
 
     def probe(self) -> list[DeviceInfo]:
         machine = nvml.read()
@@ -37,7 +35,7 @@ class CudaBackend(Backend):
 
     def _info(self, index: int, gpu: nvml.Gpu, versions: dict[str, str]) -> DeviceInfo:
         major, minor = gpu.compute_capability
-        problem = wrong_torch()
+        problem = self.wrong_torch()
         if gpu.compute_capability < OLDEST:
             problem = f"kernels are for compute capability {OLDEST[0]}.{OLDEST[1]} and later, and this has {major}.{minor}; take --device cpu"
         return DeviceInfo(
@@ -62,28 +60,7 @@ class CudaBackend(Backend):
             )
         return "the NVIDIA driver finds no GPU"
 
-    def create_runtime(self, ctx: RuntimeContext) -> DeviceRuntime:
-        from sglang_triton.gpu.driver import TorchDriver  # torch: not needed to list devices
-        from sglang_triton.gpu.runtime import GpuRuntime
-
-        return GpuRuntime(ctx, TorchDriver(ctx.devices[0].index))
-
-    def claims(self, ctx: KernelContext) -> Claims:
-        return claims()
-
     def config_defaults(self, ctx: DefaultsContext) -> dict[str, Any]:
         """Long chunks keep the GPU busy in a prefill; on a large GPU their activations are no matter."""
         chunk = 8192 if ctx.device.total_memory >= LARGE else 2048
         return {"dtype": "bfloat16", "page_size": 16, "chunked_prefill_size": chunk}
-
-
-def wrong_torch() -> str:
-    """What is wrong with the PyTorch installed, by its version alone: "" or a sentence that says what to install."""
-    try:
-        installed = version("torch")
-    except PackageNotFoundError:
-        return f"PyTorch is not installed; {INSTALL}"
-    build = installed.partition("+")[2]
-    if build.startswith(("cpu", "rocm", "xpu")):
-        return f"PyTorch {installed} is not built for CUDA; {INSTALL}"
-    return ""

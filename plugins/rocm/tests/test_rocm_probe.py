@@ -7,8 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from sglang_rocm import backend, kfd
+from sglang_rocm import kfd
 from sglang_rocm.backend import RocmBackend
+from sglang_triton.gpu import backend
 
 MI300X, MI355X, MI250X = 90402, 90500, 90010
 VRAM = 192 * 2**30

@@ -9,16 +9,14 @@ import os
 from importlib.metadata import PackageNotFoundError, version
 
 from sglang_core.api import (
-    Claim,
     Claims,
     DeviceInfo,
     DeviceRuntime,
     KernelContext,
     RuntimeContext,
-    Support,
     TorchBackend,
 )
-from sglang_triton.kernels import DTYPES, FORMATS, KERNELS
+from sglang_triton.kernels import claims
 
 SWITCH = "TRITON_INTERPRET"  # Triton's own: it reads it as it is imported
 PROFILES = ("base", "odd_sizes")
@@ -60,7 +58,4 @@ class TritonBackend(TorchBackend):
         return super().create_runtime(ctx)
 
     def claims(self, ctx: KernelContext) -> Claims:
-        """All of the provider's kernels. Of the other ops only float16 is refused, which their bodies were never checked with."""
-        ops = dict.fromkeys(kernel.op for kernel in KERNELS)
-        native = [Claim(op=op, dtypes=DTYPES, formats=FORMATS.get(op, ("*",))) for op in ops]
-        return Claims((*native, Claim(op="*", dtypes=("float16",), support=Support.UNSUPPORTED)), profiles=PROFILES)
+        return claims(PROFILES)

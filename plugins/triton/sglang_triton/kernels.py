@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sglang_core.api import Kernel, SelectionContext
+from sglang_core.api import Claim, Claims, Kernel, SelectionContext, Support
 
 DEVICES = ("cuda", "rocm", "triton")
 # Below the 50 of a backend's own kernels, which know more about their device.
@@ -21,8 +21,6 @@ def dtype_limits(ctx: SelectionContext) -> str | None:
 # Formats of weights whose codes and activations the kernels of linear layers know; dense ones are left to the device's BLAS.
 INT4 = tuple(f"int4.{kind}.g{group}" for kind in ("awq", "gptq", "pack") for group in (32, 64, 128, -1))
 QUANTISED = ("fp8.tensor", "fp8.token_channel", "fp8.block128", "int8.token_channel", *INT4, "mxfp4.g32")
-
-
 EXPERTS = ("dense", *QUANTISED)
 FORMATS = {"gemm.linear": QUANTISED, "gemm.grouped": EXPERTS, "moe.fused": EXPERTS}
 
@@ -66,3 +64,10 @@ KERNELS = (
     _kernel("attn.ragged", "attention:ragged"),
     _kernel("attn.merge", "attention:merge"),
 )
+
+
+def claims(profiles: tuple[str, ...]) -> Claims:
+    """What a backend with these kernels claims. Of the other ops only float16 is refused, which their bodies were never checked with."""
+    ops = dict.fromkeys(kernel.op for kernel in KERNELS)
+    native = [Claim(op=op, dtypes=DTYPES, formats=FORMATS.get(op, ("*",))) for op in ops]
+    return Claims((*native, Claim(op="*", dtypes=("float16",), support=Support.UNSUPPORTED)), profiles=profiles)

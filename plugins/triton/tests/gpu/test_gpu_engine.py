@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from gpu.fake_driver import FakeDriver
-from sglang_triton.gpu.claims import claims
+from sglang_triton.gpu.backend import PROFILES
 from sglang_triton.gpu.runtime import GpuRuntime, batch_sizes
 
 from sglang_core import Engine
@@ -41,7 +41,7 @@ class FakeGpuBackend(TorchBackend):
         return GpuRuntime(ctx, self.drivers[-1])
 
     def claims(self, ctx: KernelContext) -> Claims:
-        return Claims(profiles=claims().profiles)
+        return Claims(profiles=PROFILES)
 
 
 @pytest.fixture

@@ -1,0 +1,24 @@
+"""Which kernels a model gets on an NVIDIA GPU, by what `explain` says: no GPU is needed to choose."""
+
+from __future__ import annotations
+
+import pytest
+from sglang_cuda.backend import CudaBackend
+
+from sglang_core.api import DeviceInfo
+from sglang_core.backend.devices import ChosenDevice
+from sglang_core.config import EngineConfig
+from sglang_core.engine.explain import explain
+
+H200 = DeviceInfo(backend="cuda", path="cuda/sm_90", name="NVIDIA H200", total_memory=139 * 2**30)
+
+
+@pytest.mark.parametrize("quantization", [None, "int8", "int4", "fp8"])
+def test_every_op_of_a_model_has_a_kernel(quantization: str | None) -> None:
+    device = ChosenDevice(backend=CudaBackend(), info=H200, reason="")
+    rows = explain(EngineConfig.from_flat(model_path="demo", device="cuda", quantization=quantization), device)
+    found = {(row.op, row.fmt): row.provider for row in rows}
+    assert {"attn.paged", "norm.rms", "act.gated", "sample.sample"} <= {op for op, _ in found}
+    for (op, fmt), provider in found.items():
+        blas_or_load_time = (op, fmt) == ("gemm.linear", "dense") or op == "quant.quantize"
+        assert provider == ("reference" if blas_or_load_time else "triton"), (op, fmt)

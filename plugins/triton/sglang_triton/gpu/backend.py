@@ -1,0 +1,42 @@
+"""`GpuBackend`: what the backends of NVIDIA and AMD GPUs share. Importing it opens no device and imports no torch."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from importlib.metadata import PackageNotFoundError, version
+from typing import ClassVar
+
+from sglang_core.api import Backend, Claims, DeviceRuntime, KernelContext, RuntimeContext
+from sglang_triton.kernels import claims
+
+PROFILES = ("base", "odd_sizes", "graph", "buckets", "comm", "e2e")
+
+
+class GpuBackend(Backend):
+    """A device for each GPU. Kernels come from the provider `triton`, linear layers from torch's BLAS; other ops run their body."""
+
+    platform: ClassVar[str]  # what PyTorch must be built for
+    install: ClassVar[str]  # what brings such a PyTorch
+
+    @abstractmethod
+    def takes_build(self, build: str) -> bool:
+        """`build`: what follows the + in PyTorch's version, "" in the one on PyPI."""
+
+    def wrong_torch(self) -> str:
+        """What is wrong with the PyTorch installed, by its version alone: "" or a sentence that says what to install."""
+        try:
+            installed = version("torch")
+        except PackageNotFoundError:
+            return f"PyTorch is not installed; {self.install}"
+        if self.takes_build(installed.partition("+")[2]):
+            return ""
+        return f"PyTorch {installed} is not built for {self.platform}; {self.install}"
+
+    def create_runtime(self, ctx: RuntimeContext) -> DeviceRuntime:
+        from sglang_triton.gpu.driver import TorchDriver  # torch: not needed to list devices
+        from sglang_triton.gpu.runtime import GpuRuntime
+
+        return GpuRuntime(ctx, TorchDriver(ctx.devices[0].index))
+
+    def claims(self, ctx: KernelContext) -> Claims:
+        return claims(PROFILES)
