@@ -8,7 +8,7 @@ MODEL  ?= demo
 DEVICE ?= auto
 ARGS   ?=
 
-.PHONY: install serve test lint types test-core test-slow test-conformance test-xeon test-triton test-triton-slow test-isa reports format clean
+.PHONY: install serve test lint types test-core test-slow test-conformance test-xeon test-triton test-triton-slow test-tpu test-isa reports format clean
 
 install: $(VENV)/.installed
 
@@ -48,12 +48,29 @@ test-xeon: install
 TRITON_CONFORMANCE = TRITON_INTERPRET=1 $(VENV)/bin/sglang-conformance run triton --level ops --jobs 2 --num-threads 1
 test-triton: install
 	$(PY) -m pytest -n 2 plugins/triton/tests plugins/cuda/tests plugins/rocm/tests
+	PYTHONPATH=plugins/tpu $(PY) -m pytest plugins/tpu/tests/test_tpu_probe.py
 	$(TRITON_CONFORMANCE) -k act. -k norm. -k rope. -k embed. -k kv.w -k logits.
 
 # All of the suite that is for them, and every architecture: long, and not run to its end yet.
 test-triton-slow: install
 	$(PY) -m sglang_triton.aot --check benchmarks/gpu/budgets.json
 	$(TRITON_CONFORMANCE)
+
+# The engine and the kernels of sglang-tpu on JAX's CPU backend, in an environment of their own: JAX is 0.6 GB.
+TPU_VENV := .venv-tpu
+test-tpu: $(TPU_VENV)/.installed
+	JAX_PLATFORMS=cpu $(TPU_VENV)/bin/python -m pytest plugins/tpu/tests
+	JAX_PLATFORMS=cpu $(TPU_VENV)/bin/sglang-conformance run tpu:cpu --level ops --jobs 2 --num-threads 1 \
+	  -k runtime. -k graph. -k norm. -k act. -k rope. -k embed. -k logits. -k sample. -k moe.route
+
+$(TPU_VENV)/.installed: pyproject.toml plugins/tpu/pyproject.toml conformance/pyproject.toml
+	$(PYTHON) -m venv $(TPU_VENV)
+	$(TPU_VENV)/bin/python -m pip install --quiet --upgrade pip "setuptools>=77" wheel
+	$(TPU_VENV)/bin/python -m pip install --quiet $(TORCH)
+	$(TPU_VENV)/bin/python -m pip install --quiet -e ".[dev]"
+	$(TPU_VENV)/bin/python -m pip install --quiet --no-build-isolation -e plugins/tpu
+	$(TPU_VENV)/bin/python -m pip install --quiet --no-build-isolation --no-deps -e conformance
+	touch $@
 
 test-conformance: install
 	$(VENV)/bin/sglang-conformance run cpu --strict --jobs 2 --num-threads 1

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from sglang_core.backend.pool import PoolSpec as PoolSpec
     from sglang_core.backend.state_pool import StatePool as StatePool
     from sglang_core.backend.state_pool import StatePoolSpec as StatePoolSpec
+    from sglang_core.backend.step_modules import step_modules as step_modules
     from sglang_core.backend.tensor_tree import leaves as leaves
     from sglang_core.backend.tensor_tree import map_tensors as map_tensors
     from sglang_core.backend.torch_backend import TorchBackend as TorchBackend
@@ -65,6 +66,7 @@ _HOME = {  # module -> the names it defines
     "backend.kernel": ("Kernel", "OpSite", "SelectionContext"),
     "backend.pool": ("Pool", "PoolSpec"),
     "backend.state_pool": ("StatePool", "StatePoolSpec"),
+    "backend.step_modules": ("step_modules",),
     "backend.tensor_tree": ("leaves", "map_tensors"),
     "backend.torch_backend": ("TorchBackend",),
     "backend.torch_runtime": ("HostStream", "TorchRuntime"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from sglang_core.backend.interface import Bucket, RuntimeContext, Stream
 from sglang_core.backend.pool import Pool, PoolSpec
 from sglang_core.backend.state_pool import StatePool, StatePoolSpec
+from sglang_core.backend.step_modules import step_modules
 from sglang_core.backend.strict_kernels import KernelWatch
 from sglang_core.backend.strict_memory import Pools, check_slots, same_bytes
 from sglang_core.backend.strict_stream import Races, StrictStream
@@ -228,7 +229,7 @@ def _static_part(path: str, leaf: Any) -> str:
 def _attributes(fn: Callable[..., Any]) -> dict[str, tuple[int, int]]:
     """What the modules behind a step function hold: name -> identity, and length where it has one."""
     found: dict[str, tuple[int, int]] = {}
-    for title, module in _named_modules(fn):
+    for title, module in step_modules(fn):
         held = {**vars(module), **module._parameters, **module._buffers}
         for key, value in held.items():
             found[f"{title}.{key}"] = id(value), len(value) if isinstance(value, (list, dict, set)) else -1
@@ -238,7 +239,7 @@ def _attributes(fn: Callable[..., Any]) -> dict[str, tuple[int, int]]:
 def _names(fn: Callable[..., Any]) -> dict[int, str]:
     """id of each module and of the tensors that it holds, behind a step function -> what it is called."""
     found: dict[int, str] = {}
-    for title, module in _named_modules(fn):
+    for title, module in step_modules(fn):
         found.setdefault(id(module), title)
         for name, t in {**vars(module), **module._parameters, **module._buffers}.items():
             if isinstance(t, Tensor):
@@ -248,22 +249,8 @@ def _names(fn: Callable[..., Any]) -> dict[int, str]:
 
 def _registered(fn: Callable[..., Any]) -> set[int]:
     """ids of the tensors that a runtime finds as parameters and buffers, and so can lift."""
-    modules = [module for _, module in _named_modules(fn)]
+    modules = [module for _, module in step_modules(fn)]
     return {id(t) for module in modules for t in (*module._parameters.values(), *module._buffers.values())}
-
-
-def _named_modules(fn: Callable[..., Any]) -> Iterator[tuple[str, torch.nn.Module]]:
-    for module in _modules(fn):
-        for name, sub in module.named_modules():
-            yield ".".join(part for part in (type(module).__name__, name) if part), sub
-
-
-def _modules(fn: Any) -> list[torch.nn.Module]:
-    """Modules that a function, method, partial or callable object reaches directly."""
-    owner = getattr(fn, "__self__", fn)
-    cells = [cell.cell_contents for cell in getattr(fn, "__closure__", None) or ()]
-    held = [owner, getattr(fn, "func", None), *cells, *getattr(owner, "__dict__", {}).values()]
-    return [value for value in held if isinstance(value, torch.nn.Module)]
 
 
 def _powers_of_four(limit: int) -> list[int]:

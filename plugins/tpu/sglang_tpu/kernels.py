@@ -1,0 +1,30 @@
+"""Which kernels there are, as facts. Imports neither torch nor jax: a kernel's module is imported once it is chosen."""
+
+from __future__ import annotations
+
+from sglang_core.api import Claim, Claims, Kernel, Support
+
+DTYPES = ("bfloat16", "float32")
+GRAPHS = frozenset({"graph_safe"})
+
+TRACED = {
+    "norm.rms": "norm_rms",
+    "norm.add_rms": "norm_add_rms",
+    "norm.layer": "norm_layer",
+    "rope.apply": "rope_apply",
+    "act.gated": "act_gated",
+    "embed.lookup": "embed_lookup",
+    "logits.soft_cap": "logits_soft_cap",
+    "logits.mask": "logits_mask",
+    "logits.adjust": "logits_adjust",
+    "sample.sample": "sample",
+    "moe.route": "moe_route",
+}
+
+KERNELS = [Kernel(op, fn=f"sglang_tpu.traced:{name}", device=("tpu",), features=GRAPHS) for op, name in TRACED.items()]
+
+
+def claims(profiles: tuple[str, ...]) -> Claims:
+    """Of the other ops only float16 is refused, which their bodies were never checked with."""
+    native = [Claim(op=op, dtypes=DTYPES) for op in TRACED]
+    return Claims((*native, Claim(op="*", dtypes=("float16",), support=Support.UNSUPPORTED)), profiles=profiles)

@@ -1,0 +1,21 @@
+"""Ops whose definition is what XLA should compile: elementwise work, norms, routing and sampling, which it fuses by itself.
+
+Each is the op's body, traced. A kernel by hand would only stand in the way of fusion.
+"""
+
+from __future__ import annotations
+
+from sglang_core.api.ops import OPS
+from sglang_tpu.environment import on_device
+
+norm_rms = on_device(OPS["norm.rms"].body)
+norm_add_rms = on_device(OPS["norm.add_rms"].body)
+norm_layer = on_device(OPS["norm.layer"].body)
+rope_apply = on_device(OPS["rope.apply"].body)
+act_gated = on_device(OPS["act.gated"].body)
+embed_lookup = on_device(OPS["embed.lookup"].body)
+logits_soft_cap = on_device(OPS["logits.soft_cap"].body)
+logits_mask = on_device(OPS["logits.mask"].body)
+logits_adjust = on_device(OPS["logits.adjust"].body)
+sample = on_device(OPS["sample.sample"].body)
+moe_route = on_device(OPS["moe.route"].body)
