@@ -6,11 +6,8 @@ from typing import Any
 
 from sglang_triton.gpu.backend import GpuBackend
 
-from sglang_core.api import (
-    DefaultsContext,
-    DeviceInfo,
-)
-from sglang_cuda import nvml
+from sglang_core.api import DefaultsContext, DeviceInfo, Kernel, KernelContext
+from sglang_cuda import linears, nvml
 
 OLDEST = (8, 0)  # bfloat16 in the tensor cores
 LARGE = 60 * 2**30  # bytes
@@ -59,6 +56,9 @@ class CudaBackend(GpuBackend):
                 f"CUDA_VISIBLE_DEVICES leaves none of the {len(machine.gpus)} GPUs here; unset it, or list one of them"
             )
         return "the NVIDIA driver finds no GPU"
+
+    def kernels(self, ctx: KernelContext) -> list[Kernel]:
+        return [*super().kernels(ctx), *linears.kernels()]
 
     def config_defaults(self, ctx: DefaultsContext) -> dict[str, Any]:
         """Long chunks keep the GPU busy in a prefill; on a large GPU their activations are no matter."""
