@@ -7,7 +7,7 @@ from typing import Any
 from sglang_triton.gpu.backend import GpuBackend
 
 from sglang_core.api import DefaultsContext, DeviceInfo, Kernel, KernelContext
-from sglang_cuda import linears, nvml
+from sglang_cuda import deep_gemm, flashinfer, linears, nvml
 
 OLDEST = (8, 0)  # bfloat16 in the tensor cores
 LARGE = 60 * 2**30  # bytes
@@ -58,7 +58,7 @@ class CudaBackend(GpuBackend):
         return "the NVIDIA driver finds no GPU"
 
     def kernels(self, ctx: KernelContext) -> list[Kernel]:
-        return [*super().kernels(ctx), *linears.kernels()]
+        return [*super().kernels(ctx), *linears.kernels(), *flashinfer.kernels(), *deep_gemm.kernels()]
 
     def config_defaults(self, ctx: DefaultsContext) -> dict[str, Any]:
         """Long chunks keep the GPU busy in a prefill; on a large GPU their activations are no matter."""
