@@ -6,7 +6,7 @@ from typing import Any
 
 from sglang_triton.gpu.backend import GpuBackend
 
-from sglang_core.api import DefaultsContext, DeviceInfo, Kernel, KernelContext
+from sglang_core.api import DefaultsContext, DeviceInfo, DeviceRuntime, Kernel, KernelContext, RuntimeContext
 from sglang_cuda import deep_gemm, flashinfer, linears, nvml
 
 OLDEST = (8, 0)  # bfloat16 in the tensor cores
@@ -56,6 +56,13 @@ class CudaBackend(GpuBackend):
                 f"CUDA_VISIBLE_DEVICES leaves none of the {len(machine.gpus)} GPUs here; unset it, or list one of them"
             )
         return "the NVIDIA driver finds no GPU"
+
+    def create_runtime(self, ctx: RuntimeContext) -> DeviceRuntime:
+        from sglang_triton.gpu.driver import TorchDriver  # torch: not needed to list devices
+
+        from sglang_cuda.runtime import CudaRuntime
+
+        return CudaRuntime(ctx, TorchDriver(ctx.devices[0].index))
 
     def kernels(self, ctx: KernelContext) -> list[Kernel]:
         return [*super().kernels(ctx), *linears.kernels(), *flashinfer.kernels(), *deep_gemm.kernels()]
