@@ -71,3 +71,21 @@ def test_a_kernel_that_packs_must_unpack_and_name_its_layout() -> None:
         check_packing(w, pack, None)
     with pytest.raises(AssertionError, match="layout of their own"):
         check_packing(w, lambda w, out=None: rebuilt(w, "canonical", turned), unpack)
+
+
+def test_a_device_without_minus_zero_may_keep_a_zero_and_no_other_code() -> None:
+    codes = torch.tensor([[0x80, 0x38], [0x00, 0xB8]], dtype=torch.uint8).view(torch.float8_e4m3fn)
+    w = PackedWeight("fp8.token_channel", {"weight": codes, "scale": torch.ones(2)}, out_features=2, in_features=2)
+
+    def lacking(gone: int) -> Callable[..., PackedWeight]:
+        def made(w: PackedWeight, out: PackedWeight | None = None) -> PackedWeight:
+            kept = w["weight"].view(torch.uint8)
+            packed = pack(w, out)
+            packed["weight"].copy_(turned(kept.masked_fill(kept == gone, 0)).view(torch.float8_e4m3fn))
+            return packed
+
+        return made
+
+    check_packing(w, lacking(0x80), unpack)
+    with pytest.raises(AssertionError, match=r"unpack\(pack\(w\)\) is not w: weight"):
+        check_packing(w, lacking(0xB8), unpack)

@@ -98,6 +98,19 @@ def any_linear(env: Env, fmt: str, columns: int = 256) -> Outputs:
     return {"of zeros": y[1], "of large numbers": y[2], "of one large number": y[4], "of others": y[[0, 5]]} | tiny
 
 
+def each_code(env: Env, fmt: str) -> Outputs:
+    """Every number of fp8, -0 and the largest among them, alone in a product: what a sum of many would hide."""
+    codes = torch.arange(256, dtype=torch.uint8)
+    codes[codes.view(torch.float8_e4m3fn).isnan()] = 0x80
+    weight = env.canonical(fmt, 70, 256)
+    rolled = torch.stack([codes.roll(i) for i in range(70)]).view(torch.float8_e4m3fn)
+    made = dict(weight.named_buffers()) | {"weight": rolled.to(env.device)}
+    w = PackedWeight(fmt, made, out_features=70, in_features=256)
+    given, run = linear_rows(env, 256, 256, 70, fmt=fmt, bias=False, weight=w)
+    given["x"].zero_().fill_diagonal_(448.0)  # is a code itself, its scale 1
+    return run(given)
+
+
 def any_matrix(env: Env, fmt: str) -> Outputs:
     dtype = env.normal(1).dtype  # the oracle's is float64
     return {"matrix": env.op("quant.dequantize", fmt=fmt)(any_codes(env, fmt, 70, 256), dtype)}
@@ -111,6 +124,8 @@ add_formats("quant.dequantize", any_matrix, ", any codes")
 for rows in (0, 1, 37):
     add_formats("gemm.linear", lambda env, fmt, n=rows: linear(env, n, 256, 192, bias=True, fmt=fmt), f", {rows} rows")
 add_formats("gemm.linear", any_linear, ", any codes")
+for fmt in (fmt for fmt in FORMATS if Fmt.parse(fmt).element == "fp8"):
+    add(Case(op="gemm.linear", name=f"{fmt}, each code", fmt=fmt, run=lambda env, f=fmt: each_code(env, f)))
 for fmt in FORMATS:
     add_rows(
         "gemm.linear",

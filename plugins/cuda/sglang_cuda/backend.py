@@ -6,11 +6,8 @@ from typing import Any
 
 from sglang_triton.gpu.backend import GpuBackend
 
-from sglang_core.api import (
-    DefaultsContext,
-    DeviceInfo,
-)
-from sglang_cuda import nvml
+from sglang_core.api import DefaultsContext, DeviceInfo, DeviceRuntime, Kernel, KernelContext, RuntimeContext
+from sglang_cuda import deep_gemm, flashinfer, linears, nvml
 
 OLDEST = (8, 0)  # bfloat16 in the tensor cores
 LARGE = 60 * 2**30  # bytes
@@ -59,6 +56,16 @@ class CudaBackend(GpuBackend):
                 f"CUDA_VISIBLE_DEVICES leaves none of the {len(machine.gpus)} GPUs here; unset it, or list one of them"
             )
         return "the NVIDIA driver finds no GPU"
+
+    def create_runtime(self, ctx: RuntimeContext) -> DeviceRuntime:
+        from sglang_triton.gpu.driver import TorchDriver  # torch: not needed to list devices
+
+        from sglang_cuda.runtime import CudaRuntime
+
+        return CudaRuntime(ctx, TorchDriver(ctx.devices[0].index))
+
+    def kernels(self, ctx: KernelContext) -> list[Kernel]:
+        return [*super().kernels(ctx), *linears.kernels(), *flashinfer.kernels(), *deep_gemm.kernels()]
 
     def config_defaults(self, ctx: DefaultsContext) -> dict[str, Any]:
         """Long chunks keep the GPU busy in a prefill; on a large GPU their activations are no matter."""

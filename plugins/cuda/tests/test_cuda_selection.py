@@ -20,5 +20,12 @@ def test_every_op_of_a_model_has_a_kernel(quantization: str | None) -> None:
     found = {(row.op, row.fmt): row.provider for row in rows}
     assert {"attn.paged", "norm.rms", "act.gated", "sample.sample"} <= {op for op, _ in found}
     for (op, fmt), provider in found.items():
-        blas_or_load_time = (op, fmt) == ("gemm.linear", "dense") or op == "quant.quantize"
-        assert provider == ("reference" if blas_or_load_time else "triton"), (op, fmt)
+        own = op == "gemm.linear" and fmt in ("dense", "fp8.token_channel")
+        assert provider == ("cuda" if own else "reference" if op == "quant.quantize" else "triton"), (op, fmt)
+
+
+def test_dense_layers_are_summed_in_one_order_where_that_is_asked_for() -> None:
+    device = ChosenDevice(backend=CudaBackend(), info=H200, reason="")
+    rows = explain(EngineConfig.from_flat(model_path="demo", device="cuda", deterministic=True), device)
+    found = {kernel for row in rows if row.op == "gemm.linear" for kernel in row.kernels}
+    assert found == {"sglang_triton.gemm:linear_invariant"}

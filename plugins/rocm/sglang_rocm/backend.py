@@ -7,11 +7,8 @@ from typing import Any
 
 from sglang_triton.gpu.backend import GpuBackend
 
-from sglang_core.api import (
-    DefaultsContext,
-    DeviceInfo,
-)
-from sglang_rocm import kfd
+from sglang_core.api import DefaultsContext, DeviceInfo, Kernel, KernelContext
+from sglang_rocm import kfd, linears
 
 TARGETS = {"gfx942": 3, "gfx950": 4}  # -> CDNA generation
 
@@ -54,6 +51,9 @@ class RocmBackend(GpuBackend):
         if found:
             return f"ROCR_, HIP_ or CUDA_VISIBLE_DEVICES leaves none of the {len(found)} GPUs here; unset it, or list one of them"
         return "the amdgpu driver lists no GPU: load it, or give the container its devices (--device /dev/kfd --device /dev/dri)"
+
+    def kernels(self, ctx: KernelContext) -> list[Kernel]:
+        return [*super().kernels(ctx), *linears.kernels(ctx.device.path)]
 
     def config_defaults(self, ctx: DefaultsContext) -> dict[str, Any]:
         return {"dtype": "bfloat16", "page_size": 16, "chunked_prefill_size": 8192}

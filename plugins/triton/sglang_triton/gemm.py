@@ -1,4 +1,6 @@
-"""gemm.linear on quantised weights, on codes as checkpoints have them (`sglang_core.ops.formats`). Dense ones are the device's BLAS's."""
+"""gemm.linear on quantised weights, on codes as checkpoints have them (`sglang_core.ops.formats`). Dense ones are the device's BLAS's,
+but where a row's result may not depend on its neighbours: a BLAS chooses its tiles, and so the order of a sum, by the batch.
+"""
 
 from __future__ import annotations
 
@@ -17,16 +19,28 @@ from sglang_triton.quantize import quantise
 from sglang_triton.rows import as_rows
 from sglang_triton.tuning import choose
 
+INVARIANT_TOKENS = 64  # the batch whose tiles serve every batch: some rows of them idle in a decode step, and prefills are not at their best
+
 
 def linear(x: Tensor, w: PackedWeight, bias: Tensor | None = None) -> Tensor:
     """x: [..., in], w: [out, in] in a quantised format, bias: [out] -> [..., out]."""
+    return _launch(x, w, bias, x.numel() // w.in_features)
+
+
+def linear_invariant(x: Tensor, w: PackedWeight, bias: Tensor | None = None) -> Tensor:
+    """As `linear`, and dense weights too: in the same tiles whatever the batch, so that each row is summed in the same order."""
+    return _launch(x, w, bias, INVARIANT_TOKENS)
+
+
+def _launch(x: Tensor, w: PackedWeight, bias: Tensor | None, num_tokens: int) -> Tensor:
+    """`num_tokens`: whose tiles are taken."""
     y = torch.empty(*x.shape[:-1], w.out_features, dtype=x.dtype, device=x.device)
     if y.numel() == 0:
         return y
     rows, kind = as_rows(x), Fmt.parse(w.fmt).activation
     code, scale, zero = as_codes(w)
     rows, x_scale = (rows, scale) if kind == "as_is" else quantise(rows, kind)  # any pointer, where x is not quantised
-    config = choose("gemm.linear", T=rows.shape[0], BITS=bits(w.fmt))
+    config = choose("gemm.linear", T=num_tokens, BITS=bits(w.fmt))
     grid = (triton.cdiv(w.out_features, config["BLOCK_N"]), triton.cdiv(rows.shape[0], config["BLOCK_T"]))
     _linear[grid](
         rows,
@@ -124,4 +138,8 @@ def _spec(fmt: str, tokens: int) -> AotSpec:
     )
 
 
-AOT = (*(_spec(fmt, tokens) for fmt in FORMATS for tokens in (16, 64, 4096)), *QUANTIZE_AOT)
+AOT = (
+    *(_spec(fmt, tokens) for fmt in FORMATS for tokens in (16, 64, 4096)),
+    _spec("dense", INVARIANT_TOKENS),
+    *QUANTIZE_AOT,
+)

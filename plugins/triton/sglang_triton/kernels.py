@@ -18,16 +18,21 @@ def dtype_limits(ctx: SelectionContext) -> str | None:
     return None if ctx.site.dtype in DTYPES else f"takes {', '.join(DTYPES)}, not {ctx.site.dtype}"
 
 
-# Formats of weights whose codes and activations the kernels of linear layers know; dense ones are left to the device's BLAS.
+# Formats of weights whose codes and activations the kernels of linear layers know. Dense ones are left to the device's BLAS, but where
+# `--deterministic` asks for sums in one order.
 INT4 = tuple(f"int4.{kind}.g{group}" for kind in ("awq", "gptq", "pack") for group in (32, 64, 128, -1))
 QUANTISED = ("fp8.tensor", "fp8.token_channel", "fp8.block128", "int8.token_channel", *INT4, "mxfp4.g32")
-EXPERTS = ("dense", *QUANTISED)
-FORMATS = {"gemm.linear": QUANTISED, "gemm.grouped": EXPERTS, "moe.fused": EXPERTS}
+EVERY = ("dense", *QUANTISED)
+FORMATS = {"gemm.linear": EVERY, "gemm.grouped": EVERY, "moe.fused": EVERY}
 
 
 def format_limits(ctx: SelectionContext) -> str | None:
     taken = FORMATS[ctx.site.op]
     return dtype_limits(ctx) if ctx.site.fmt in taken else f"takes weights in {', '.join(taken)}, not {ctx.site.fmt}"
+
+
+def quantised_limits(ctx: SelectionContext) -> str | None:
+    return "leaves dense weights to the device's BLAS" if ctx.site.fmt == "dense" else format_limits(ctx)
 
 
 def _kernel(op: str, fn: str, **facts: Any) -> Kernel:
@@ -49,7 +54,8 @@ KERNELS = (
     _kernel("logits.soft_cap", "logits:soft_cap"),
     _kernel("sample.sample", "sampling:sample"),
     _kernel("lora.apply", "lora:apply"),
-    _kernel("gemm.linear", "gemm:linear", supports=format_limits, features=GRAPHS),
+    _kernel("gemm.linear", "gemm:linear", supports=quantised_limits, features=GRAPHS),
+    _kernel("gemm.linear", "gemm:linear_invariant", supports=format_limits, priority=PRIORITY - 1),
     _kernel("moe.route", "moe_route:route"),
     _kernel("moe.fused", "moe:fused", supports=format_limits, features=GRAPHS),
     _kernel("gemm.grouped", "moe:grouped", supports=format_limits, features=GRAPHS),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from sglang_triton.gemm import linear
+from sglang_triton.gemm import linear, linear_invariant
 from sglang_triton.kernels import QUANTISED
 from sglang_triton.quantize import quantise
 from triton_tolerance import assert_close
@@ -60,3 +60,12 @@ def test_formats_that_are_claimed_are_ones_that_the_kernel_knows() -> None:
         assert fmt.activation in ("as_is", "fp8", "fp8_block", "int8") and not (
             fmt.act_order or fmt.static or fmt.is_dense
         )
+
+
+@pytest.mark.parametrize("fmt", ["dense", "fp8.block128", "int4.awq.g64"])
+def test_a_row_is_summed_alike_in_every_batch(fmt: str) -> None:
+    w, x = weight(fmt, 40, 328), torch.randn(70, 328)
+    together = linear_invariant(x, w)
+    assert_close(together, OPS["gemm.linear"].body(x, w), scale=20)
+    assert torch.equal(linear_invariant(x[3:4], w), together[3:4])
+    assert torch.equal(linear_invariant(x[60:], w), together[60:])

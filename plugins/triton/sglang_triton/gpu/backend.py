@@ -6,14 +6,15 @@ from abc import abstractmethod
 from importlib.metadata import PackageNotFoundError, version
 from typing import ClassVar
 
-from sglang_core.api import Backend, Claims, DeviceRuntime, KernelContext, RuntimeContext
+from sglang_core.api import Backend, Claims, DeviceRuntime, Kernel, KernelContext, RuntimeContext
+from sglang_triton.gpu import kernels
 from sglang_triton.kernels import claims
 
 PROFILES = ("base", "odd_sizes", "graph", "buckets", "comm", "e2e")
 
 
 class GpuBackend(Backend):
-    """A device for each GPU. Kernels come from the provider `triton`, linear layers from torch's BLAS; other ops run their body."""
+    """A device for each GPU. Linear layers are those of the libraries in PyTorch, other kernels the provider `triton`'s; other ops run their body."""
 
     platform: ClassVar[str]  # what PyTorch must be built for
     install: ClassVar[str]  # what brings such a PyTorch
@@ -37,6 +38,9 @@ class GpuBackend(Backend):
         from sglang_triton.gpu.runtime import GpuRuntime
 
         return GpuRuntime(ctx, TorchDriver(ctx.devices[0].index))
+
+    def kernels(self, ctx: KernelContext) -> list[Kernel]:
+        return [kernels.dense()]
 
     def claims(self, ctx: KernelContext) -> Claims:
         return claims(PROFILES)

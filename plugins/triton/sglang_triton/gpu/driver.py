@@ -60,6 +60,9 @@ class TorchDriver:
     def __init__(self, index: int) -> None:
         self.device = torch.device("cuda", index)
         self._graph_memory: Any = None
+        # Ops sum in float32. By default cuBLAS may add up the parts of a long sum in bfloat16.
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
 
     def bind(self) -> None:
         torch.cuda.set_device(self.device)

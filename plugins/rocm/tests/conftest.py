@@ -1,0 +1,5 @@
+"""Triton's kernels run through its interpreter here: set before triton is first imported, which is when it is read."""
+
+import os
+
+os.environ["TRITON_INTERPRET"] = "1"
