@@ -30,8 +30,13 @@ def format_limits(ctx: SelectionContext) -> str | None:
     return dtype_limits(ctx) if ctx.site.fmt in taken else f"takes weights in {', '.join(taken)}, not {ctx.site.fmt}"
 
 
+TUNED = ("gemm.linear", "gemm.grouped", "moe.fused", "attn.paged", "attn.mla_paged")
+TUNER = "sglang_triton.tuner:TritonTuner"
+
+
 def _kernel(op: str, fn: str, **facts: Any) -> Kernel:
     defaults: dict[str, Any] = {"supports": dtype_limits, "features": INVARIANT, "priority": PRIORITY}
+    defaults["tune"] = TUNER if op in TUNED else None
     return Kernel(op, fn=f"sglang_triton.{fn}", device=DEVICES, **(defaults | facts))
 
 
