@@ -29,11 +29,19 @@ def explain(config: EngineConfig, device: ChosenDevice | None = None) -> list[Ex
     return [_with_plan(row, plans.get((row.op, row.layer, row.fmt))) for row in table.explain()]
 
 
+class FirstOf(LocalCommunicator):
+    """Rank 0 of several of which the others are not there: layers take their share of it, and call no collective."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+
 def bound_model(resolved: Resolved) -> tuple[OpTable, CausalLM]:
-    """The model without weights, and the ops that it and the sampler would run on one rank."""
+    """The model without weights, and the ops that it and the sampler would run on rank 0."""
     table = op_table(resolved)
     model = resolved.model_class(resolved.model)
-    bind_model(model, build_context(resolved, table, torch.device("meta"), LocalCommunicator()))
+    tp = FirstOf(resolved.config.parallel.tp_size)
+    bind_model(model, build_context(resolved, table, torch.device("meta"), tp))
     Sampler(table, resolved.model.vocab_size)
     return table, model
 
