@@ -17,7 +17,7 @@ from sglang_triton.packed import format_constexprs
 
 Sizes = Mapping[str, Any]
 Config = Mapping[str, Any]
-LANES = 32  # of a warp; AMD's have twice as many, and half as many warps have as many
+LANES = 32  # of a warp. AMD's waves have 64, and registers for as many sums a lane: there the bounds are half as tight
 SUMS = (4, 256)  # float32 sums a thread may hold: fewer leave units idle, more spill
 
 _WARPS = {"num_warps": (2, 4, 8), "num_stages": (1, 2, 3, 4, 5)}
