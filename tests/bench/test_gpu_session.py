@@ -15,6 +15,7 @@ from benchmarks.gpu.link_sources import link
 from benchmarks.gpu.load import Work
 from benchmarks.gpu.session import Case, Facts, Session
 
+ROOT = Path(__file__).parents[2]
 ABOUT = {"date": "today", "device": {"name": "Acme"}, "small": True}
 
 
@@ -122,7 +123,7 @@ def test_busy_time_is_a_union() -> None:
 
 
 def test_a_checkpoint_has_every_weight_once(tmp_path: Path) -> None:
-    config = json.loads((Path("benchmarks/configs") / "llama-tiny.json").read_text())
+    config = json.loads((ROOT / "benchmarks/configs/llama-tiny.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config))
     nbytes = write_checkpoint(tmp_path)
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
@@ -134,7 +135,7 @@ def test_a_checkpoint_has_every_weight_once(tmp_path: Path) -> None:
 
 
 def test_a_source_tree_gets_what_plugins_are_found_by(tmp_path: Path) -> None:
-    folder = link(tmp_path, Path("plugins/triton"))
+    folder = link(tmp_path, ROOT / "plugins/triton")
     assert folder.name.startswith("sglang_triton-")
     assert "Name: sglang-triton" in (folder / "METADATA").read_text()
     assert "Requires-Dist: sglang-core" in (folder / "METADATA").read_text()
