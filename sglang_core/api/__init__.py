@@ -40,6 +40,10 @@ if TYPE_CHECKING:
     from sglang_core.backend.torch_backend import TorchBackend as TorchBackend
     from sglang_core.backend.torch_runtime import HostStream as HostStream
     from sglang_core.backend.torch_runtime import TorchRuntime as TorchRuntime
+    from sglang_core.backend.tuning import Choice as Choice
+    from sglang_core.backend.tuning import Knob as Knob
+    from sglang_core.backend.tuning import TuneContext as TuneContext
+    from sglang_core.backend.tuning import Tuner as Tuner
     from sglang_core.backend.version import API_VERSION as API_VERSION
     from sglang_core.errors import ConfigError as ConfigError
     from sglang_core.errors import DeviceError as DeviceError
@@ -70,6 +74,7 @@ _HOME = {  # module -> the names it defines
     "backend.tensor_tree": ("leaves", "map_tensors"),
     "backend.torch_backend": ("TorchBackend",),
     "backend.torch_runtime": ("HostStream", "TorchRuntime"),
+    "backend.tuning": ("Choice", "Knob", "TuneContext", "Tuner"),
     "backend.version": ("API_VERSION",),
     "errors": ("ConfigError", "DeviceError", "PluginError", "SglangError", "WeightError"),
 }

@@ -5,6 +5,7 @@ Methods take one frozen context object each, so that a new fact is a minor versi
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -159,6 +160,19 @@ class DeviceRuntime(ABC):
     @abstractmethod
     def communicator(self, ranks: Sequence[int], rank: int, store: Any) -> Communicator:
         """Collectives over `ranks`; `store` is a torch.distributed Store that they all reach."""
+
+    def time_calls(self, call: Callable[[], object], *, repeats: int, replayed: bool = False) -> list[float]:
+        """Seconds on the device of each of `repeats` calls, in whose caches nothing of the call before is left, where it has caches
+        of its own. `call` has run before. `replayed`: it is graph safe, and may be captured once, so that what is timed is not its launch.
+        """
+        seconds = []
+        for _ in range(repeats):
+            self.synchronize()
+            started = time.perf_counter()
+            call()
+            self.synchronize()
+            seconds.append(time.perf_counter() - started)
+        return seconds
 
     def close(self) -> None:  # noqa: B027  most devices have nothing to give back
         """Give everything back. The runtime is not used afterwards."""

@@ -48,6 +48,9 @@ class Kernel:
     `packed_layout` names the bytes that `pack` makes, as "acme.tiles/2": equal names promise equal bytes of equal weights, so
     it changes whenever they do, and says which instruction set they are for where they depend on it. The core keeps packed
     weights on disk (`--packed-cache`) under that name; those of a kernel without one are packed at every start.
+
+    `tune` is "module:Class" of a `Tuner`, for `sglang-core tune`. `note` is what `explain` says of the kernel where it was chosen, as the
+    file that its configs come from.
     """
 
     op: str
@@ -64,3 +67,5 @@ class Kernel:
     kv_layouts: tuple[str, ...] = field(default=("canonical",), kw_only=True)
     tokens: tuple[int, int | None] | None = field(default=None, kw_only=True)
     features: frozenset[str] = field(default=frozenset(), kw_only=True)  # "graph_safe", "batch_invariant"
+    tune: str | None = field(default=None, kw_only=True)
+    note: str = field(default="", kw_only=True)

@@ -205,14 +205,18 @@ class OpTable:
                 dequantized=b.dequantized,
                 kernels=tuple(kernel.fn for kernel in b.kernels),
             )
-            for group in self._bound.values()
-            for b in group
+            for b in self.bound_ops
         ]
+
+    @property
+    def bound_ops(self) -> list[BoundOp]:
+        """Every op bound so far, in the order of binding."""
+        return [b for group in self._bound.values() for b in group]
 
     @property
     def fallbacks(self) -> int:
         """How many ops of layer classes are claimed natively and run the body here."""
-        return sum(b.fallback for group in self._bound.values() for b in group)
+        return sum(b.fallback for b in self.bound_ops)
 
     def _memo(self, sites: tuple[OpSite, ...], pool: str | None) -> tuple[BoundOp, ...]:
         key = (pool, *map(_site_key, sites))
@@ -276,6 +280,8 @@ class OpTable:
 
     def _run_kernels(self, site: OpSite, offer: Offer, reason: str, refused: Refusals) -> BoundOp:
         first, fallback = offer.kernels[0], False
+        for note in dict.fromkeys(kernel.note for kernel in offer.kernels if kernel.note):
+            reason += f"; {note}"
         if offer.hole is not None:
             reason += f"; the body where no variant takes T, as T={offer.hole}"
             fallback = self._claimed(site)
@@ -376,8 +382,10 @@ def _check_kernel(kernel: Kernel, ops: Mapping[str, OpLike]) -> None:
         problem = f"names an op that is none: {_unknown_op(kernel.op, ops)}"
     elif kernel.provider in (REFERENCE, DECOMPOSED):
         problem = f"may not be of provider {kernel.provider!r}, which means the op's body; name it after the plugin"
-    elif not all(":" in target for target in (kernel.fn, kernel.pack, kernel.unpack) if target is not None):
-        problem = "must give fn, pack and unpack as 'module:function'"
+    elif not all(
+        ":" in target for target in (kernel.fn, kernel.pack, kernel.unpack, kernel.tune) if target is not None
+    ):
+        problem = "must give fn, pack, unpack and tune as 'module:function'"
     elif kernel.packed_layout and kernel.pack is None:
         problem = f"names a packed_layout, {kernel.packed_layout!r}, and has no pack"
     elif isinstance(kernel.device, str) or not kernel.device or isinstance(kernel.kv_layouts, str):

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from sglang_core.engine.build import Rank
 
 FIRST_PAGE = 1  # page 0 is scratch
+LEAST_CHUNK = 2  # tokens that the scheduler wants room for in a step
 
 
 class Pending(Protocol):
@@ -189,7 +190,9 @@ def fitted(config: EngineConfig, shapes: Sequence[StepShape]) -> EngineConfig:
     needed = max(shape.num_reqs * (shape.pages_per_req(page_size) + 1) * page_size for shape in shapes)
     settings["max_total_tokens"] = settings["max_total_tokens"] or needed
     settings["max_running_requests"] = settings["max_running_requests"] or max(shape.num_reqs for shape in shapes)
-    settings["chunked_prefill_size"] = settings["chunked_prefill_size"] or max(shape.num_tokens for shape in shapes)
+    settings["chunked_prefill_size"] = settings["chunked_prefill_size"] or max(
+        LEAST_CHUNK, *(shape.num_tokens for shape in shapes)
+    )
     return EngineConfig.from_flat(**settings)
 
 

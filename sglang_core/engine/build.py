@@ -353,10 +353,12 @@ def banner(rank: Rank) -> str:
     resolved, settled = rank.resolved, rank.resolved.config
     rows = rank.table.explain()
     kernels = sum(row.provider != "reference" for row in rows)
+    notes = dict.fromkeys(kernel.note for bound in rank.table.bound_ops for kernel in bound.kernels if kernel.note)
     return (
         f"{resolved.model.architecture} in {settled.model.dtype} on {resolved.device.info.label} ({resolved.device.info.path}), "
         f"context {resolved.context_length}, KV pool {rank.max_total_tokens} tokens, "
         f"{kernels} of {len(rows)} op sites run kernels, {rank.table.fallbacks} fallbacks"
+        + "".join(f", {note}" for note in notes)
     )
 
 

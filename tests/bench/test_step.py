@@ -89,3 +89,8 @@ def test_pool_is_fitted_to_the_shapes_and_the_user_wins() -> None:
     asked = EngineConfig.from_flat(model_path="demo", max_total_tokens=5000, max_running_requests=9)
     kept = fitted(asked, shapes)
     assert (kept.cache.max_total_tokens, kept.schedule.max_running_requests) == (5000, 9)
+
+
+def test_a_single_decode_step_of_one_req_has_a_chunk_that_the_scheduler_takes() -> None:
+    config = fitted(EngineConfig.from_flat(model_path="demo"), [StepShape.decode(1, 100)])
+    assert config.schedule.chunked_prefill_size == 2

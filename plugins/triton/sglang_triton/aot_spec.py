@@ -26,7 +26,7 @@ class AotSpec:
     kernel: Any
     signature: Mapping[str, str]
     constexprs: Mapping[str, Any] = field(default_factory=dict)
-    sizes: Mapping[str, int] = field(default_factory=dict)
+    sizes: Mapping[str, int | str] = field(default_factory=dict)
     odd: tuple[str, ...] = ()
     instructions: Mapping[str, str] = field(default_factory=dict)
     archs: tuple[str, ...] = ()  # the only ones it is for; (): all

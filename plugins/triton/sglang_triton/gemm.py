@@ -13,7 +13,7 @@ from sglang_core.api.ops import Fmt, PackedWeight
 from sglang_triton.aot_spec import AotSpec
 from sglang_triton.gemm_tile import product
 from sglang_triton.numerics import rounded, widen
-from sglang_triton.packed import FORMATS, as_codes, bits, format_constexprs, format_types
+from sglang_triton.packed import FORMATS, as_codes, format_constexprs, format_types, weight_sizes
 from sglang_triton.quantize import AOT as QUANTIZE_AOT
 from sglang_triton.quantize import quantise
 from sglang_triton.rows import as_rows
@@ -40,7 +40,7 @@ def _launch(x: Tensor, w: PackedWeight, bias: Tensor | None, num_tokens: int) ->
     rows, kind = as_rows(x), Fmt.parse(w.fmt).activation
     code, scale, zero = as_codes(w)
     rows, x_scale = (rows, scale) if kind == "as_is" else quantise(rows, kind)  # any pointer, where x is not quantised
-    config = choose("gemm.linear", T=num_tokens, BITS=bits(w.fmt))
+    config = choose("gemm.linear", T=num_tokens, **weight_sizes(w.fmt, w.out_features, w.in_features))
     grid = (triton.cdiv(w.out_features, config["BLOCK_N"]), triton.cdiv(rows.shape[0], config["BLOCK_T"]))
     _linear[grid](
         rows,
@@ -132,7 +132,7 @@ def _spec(fmt: str, tokens: int) -> AotSpec:
         kernel=_linear,
         signature=pointers | dict.fromkeys(_INTEGERS, "i32"),
         constexprs={"HAS_BIAS": False} | format_constexprs(fmt, 4096),
-        sizes={"T": tokens, "BITS": bits(fmt)},
+        sizes={"T": tokens, **weight_sizes(fmt, 4096, 4096)},
         odd=("T", "x_scale_stride", "scale_stride", "zero_stride"),
         instructions=DOTS,
     )

@@ -35,8 +35,13 @@ def quantised_limits(ctx: SelectionContext) -> str | None:
     return "leaves dense weights to the device's BLAS" if ctx.site.fmt == "dense" else format_limits(ctx)
 
 
+TUNED = ("gemm.linear", "gemm.grouped", "moe.fused", "attn.paged", "attn.mla_paged")
+TUNER = "sglang_triton.tuner:TritonTuner"
+
+
 def _kernel(op: str, fn: str, **facts: Any) -> Kernel:
     defaults: dict[str, Any] = {"supports": dtype_limits, "features": INVARIANT, "priority": PRIORITY}
+    defaults["tune"] = TUNER if op in TUNED else None
     return Kernel(op, fn=f"sglang_triton.{fn}", device=DEVICES, **(defaults | facts))
 
 

@@ -19,7 +19,7 @@ from sglang_triton.aot_spec import AotSpec
 from sglang_triton.gemm import DOTS
 from sglang_triton.gemm_tile import product
 from sglang_triton.numerics import rounded, widen
-from sglang_triton.packed import FORMATS, as_codes, bits, format_constexprs, format_types
+from sglang_triton.packed import FORMATS, as_codes, format_constexprs, format_types, weight_sizes
 from sglang_triton.quantize import quantise
 from sglang_triton.rows import as_rows
 from sglang_triton.tuning import choose
@@ -81,7 +81,8 @@ def _by_expert(
     rows, kind, num_experts = as_rows(x), Fmt.parse(w.fmt).activation, w.num_experts or 0
     code, scale, zero = as_codes(w)
     rows, x_scale = (rows, scale) if kind == "as_is" else quantise(rows, kind)
-    config, count = choose("moe.fused", S=y.shape[0], BITS=bits(w.fmt)), y.shape[0]
+    count = y.shape[0]
+    config = choose("moe.fused", S=count, X=num_experts, **weight_sizes(w.fmt, w.out_features, w.in_features))
     tiles = triton.cdiv(count + min(count, num_experts) * (config["BLOCK_T"] - 1), config["BLOCK_T"])
     _grouped[(tiles, triton.cdiv(w.out_features, config["BLOCK_N"]))](
         rows,
@@ -251,7 +252,7 @@ def _spec(fmt: str, rows: int) -> AotSpec:
             "HAS_BIAS": False,
             **format_constexprs(fmt, 2048),
         },
-        sizes={"S": rows, "BITS": bits(fmt)},
+        sizes={"S": rows, "X": 128, **weight_sizes(fmt, 2048, 2048)},
         odd=("x_scale_stride", "scale_stride_n", "zero_stride_n"),
         instructions=DOTS,
     )

@@ -47,6 +47,11 @@ def bits(name: str) -> int:
     return {"int4": 4, "e2m1": 4, "fp8": 8, "int8": 8}.get(Fmt.parse(name).element, 16)
 
 
+def weight_sizes(name: str, out_features: int, in_features: int) -> dict[str, int | str]:
+    """What configs of a product are chosen by, beside its rows."""
+    return {"N": out_features, "K": in_features, "FMT": name, "BITS": bits(name)}
+
+
 def format_types(name: str) -> dict[str, str]:
     """Of x, w and w_scale, in Triton's words, where activations are bfloat16."""
     fmt = Fmt.parse(name)

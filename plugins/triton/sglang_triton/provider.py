@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from sglang_core.api import Kernel, KernelContext, hookimpl
 from sglang_triton.kernels import DEVICES, KERNELS
+from sglang_triton.tuning import arch_of, source
 
 
 class TritonKernels:
@@ -11,4 +14,7 @@ class TritonKernels:
 
     @hookimpl
     def sglang_kernels(self, ctx: KernelContext) -> list[Kernel]:
-        return list(KERNELS) if ctx.device.path.split("/")[0] in DEVICES else []
+        if ctx.device.path.split("/")[0] not in DEVICES:
+            return []
+        note = f"configs: {source(arch_of(ctx.device.path))}"
+        return [kernel if kernel.tune is None else replace(kernel, note=note) for kernel in KERNELS]

@@ -9,6 +9,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 
 T = TypeVar("T")
+LEAST_SWEPT = 64 << 20  # bytes: AMD's last cache is behind the L2, and no property tells its size
 
 
 class Event(Protocol):
@@ -47,6 +48,10 @@ class Driver(Protocol):
     def record(self, stream: Any) -> Event: ...
     def wait(self, stream: Any, event: Event) -> None:
         """What `stream` is given from now on runs after `event`. The host goes on."""
+
+    def seconds(self, fn: Callable[[], object], repeats: int) -> list[float]:
+        """Of each of `repeats` runs of what `fn` launches on the current stream. Before each, memory larger than the L2 cache is written."""
+        ...
 
     def capture(self, fn: Callable[[], T]) -> tuple[Graph, T]:
         """What `fn` launches on the current stream, captured and not run. Graphs share one pool of memory: a replay of one
@@ -94,6 +99,20 @@ class TorchDriver:
 
     def wait(self, stream: Any, event: Event) -> None:
         stream.wait_event(event)
+
+    def seconds(self, fn: Callable[[], object], repeats: int) -> list[float]:
+        cache = 2 * int(torch.cuda.get_device_properties(self.device).L2_cache_size)
+        sweep = torch.empty(max(cache, LEAST_SWEPT), dtype=torch.int8, device=self.device)
+        pairs = []
+        for _ in range(repeats):
+            sweep.zero_()
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            fn()
+            end.record()
+            pairs.append((begin, end))
+        self.synchronize()
+        return [begin.elapsed_time(end) / 1e3 for begin, end in pairs]
 
     def capture(self, fn: Callable[[], T]) -> tuple[Graph, T]:
         if self._graph_memory is None:

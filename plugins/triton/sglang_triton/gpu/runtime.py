@@ -66,6 +66,16 @@ class GpuRuntime(TorchRuntime):
             return super().compile_step(fn, state, buckets)
         return GraphedStep(fn, state, self._driver, len(buckets))
 
+    def time_calls(self, call: Callable[[], object], *, repeats: int, replayed: bool = False) -> list[float]:
+        """By events on a stream of its own; a graph safe call as a graph, so that launches do not count."""
+        self._driver.synchronize()  # operands were made on another stream
+        stream = self._driver.new_stream()
+        with self._driver.on(stream):
+            if not replayed:
+                return self._driver.seconds(call, repeats)
+            graph, _ = self._driver.capture(call)
+            return self._driver.seconds(graph.replay, repeats)
+
     def communicator(self, ranks: Sequence[int], rank: int, store: Any) -> Communicator:
         if len(ranks) == 1:
             return LocalCommunicator()

@@ -1,0 +1,233 @@
+"""Part `engine`: a whole model of random weights: a step against its floor, the gap between steps, throughput, capture, start-up."""
+
+from __future__ import annotations
+
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.gpu import limits
+from benchmarks.gpu.busy import busy_fraction, device_intervals
+from benchmarks.gpu.checkpoint import write_checkpoint
+from benchmarks.gpu.opened import Opened
+from benchmarks.gpu.session import Case, Facts, Session
+from sglang_core import Engine
+from sglang_core.bench.offline import run_offline
+from sglang_core.bench.step import StepDriver, StepShape, open_rank
+from sglang_core.bench.workload import random_ids
+from sglang_core.config import EngineConfig
+from sglang_core.engine.build import build_engine
+from sglang_core.types import AddReq, SamplingParams
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+MODEL, SMALL_MODEL = "llama-3.1-8b", "llama-tiny"
+LIMITS, OFFLINE = "limits", "offline throughput"
+WATCHED_STEPS = 40
+
+
+class Sizes:
+    """Of the cases. The small ones are for a host, and mean nothing."""
+
+    def __init__(self, *, small: bool) -> None:
+        self.model = SMALL_MODEL if small else MODEL
+        self.batch, self.input, self.output = (4, 16, 8) if small else (256, 1024, 1024)
+        self.context = 64 if small else 1024
+        self.repeats = 3 if small else 20
+        self.their_output = (
+            4 if small else 33
+        )  # of transformers: its rate is of steps, and does not wait for all of them
+
+
+def cases(opened: Opened, session: Session, only: str = "") -> Iterator[Case]:
+    sizes, device = Sizes(small=opened.small), opened.chosen.info.label
+    session.done.pop(LIMITS, None)
+    yield Case(LIMITS, partial(limits.measure, opened))
+    listed = [
+        Case("decode step, batch 1", partial(decode_step, session, sizes, device), seconds=90),
+        Case("decode, gap between steps", partial(host_gap, opened, sizes, device), seconds=120),
+        Case(OFFLINE, partial(offline, sizes, device), seconds=180),
+        Case("transformers", partial(transformers_rate, opened, session, sizes), seconds=150),
+        Case("capture of all buckets", partial(capture, sizes, device), seconds=90),
+        Case("ready from local weights", partial(ready, sizes, device), seconds=180),
+    ]
+    for case in listed:
+        if only in case.name:
+            opened.release()
+            yield case
+
+
+def settings(folder: Path | str, sizes: Sizes, device: str, **more: Any) -> dict[str, Any]:
+    base = {
+        "model_path": str(folder),
+        "device": device,
+        "dtype": "bfloat16",
+        "load_format": "dummy",
+        "skip_tokenizer_init": True,
+        "context_length": sizes.input + sizes.output + sizes.context,
+        "disable_radix_cache": True,
+        "max_running_requests": sizes.batch,
+        "max_total_tokens": sizes.batch * (sizes.input + sizes.output + 64),
+    }
+    return base | more
+
+
+class ModelFolder(tempfile.TemporaryDirectory[str]):
+    """A folder with the config of a shape alone."""
+
+    def __init__(self, model: str) -> None:
+        super().__init__(prefix="sglang-gpu-")
+        shutil.copy(CONFIGS / f"{model}.json", Path(self.name) / "config.json")
+
+
+def decode_step(session: Session, sizes: Sizes, device: str) -> Facts:
+    """From plan to token on the host, against reading every weight but the embedding once."""
+    with ModelFolder(sizes.model) as folder:
+        shape = StepShape.decode(1, sizes.context)
+        given = settings(folder, sizes, device, max_running_requests=1, max_total_tokens=None)
+        rank = open_rank(EngineConfig.from_flat(**given), [shape])
+        try:
+            rank.runner.warm_up(progress=False)
+            took = StepDriver.of(rank).measure(shape, sizes.repeats)
+            weights = weight_bytes(rank.model)
+        finally:
+            rank.runner.close()
+            rank.runtime.close()
+    floor = weights / session.done[LIMITS]["copy"]
+    return {
+        "reached": floor / took.median,
+        "target": 0.8,
+        "ms": 1e3 * took.median,
+        "floor_ms": 1e3 * floor,
+        "nbytes": weights,
+    }
+
+
+def weight_bytes(model: torch.nn.Module) -> int:
+    """Of all that a step reads whole. Of embeddings (not the head's matrix too, in these shapes) and tables of rotations, a row is read."""
+    read = [x for name, x in model.named_buffers() if "embed_tokens" not in name and "rotary" not in name]
+    return sum(x.numel() * x.element_size() for x in read)
+
+
+def host_gap(opened: Opened, sizes: Sizes, device: str) -> Facts:
+    """Full decode steps of the engine itself, in this process, under a profiler that sees the device alone."""
+    with ModelFolder(sizes.model) as folder:
+        core = build_engine(
+            EngineConfig.from_flat(**settings(folder, sizes, device)), world_size=1, directory=None, progress=False
+        )
+        try:
+            vocab = int(core.info["vocab_size"])  # type: ignore[call-overload]
+            prompts = random_ids(sizes.batch, input_len=sizes.input, output_len=1, vocab_size=vocab, seed=0)
+            greedy = SamplingParams(temperature=0.0, max_new_tokens=sizes.output, ignore_eos=True)
+            for i, prompt in enumerate(prompts):
+                core.handle(AddReq(rid=str(i), input_ids=list(prompt.input_ids or ()), sampling=greedy))
+            decoding: set[str] = set()
+            while len(decoding) < sizes.batch:  # every prompt is in
+                decoding |= {output.rid for output in core.step() if output.token_ids}
+            steps = min(WATCHED_STEPS, sizes.output - 6)
+
+            def watched() -> float:
+                started, count = time.perf_counter(), 0
+                while count < steps * sizes.batch and core.has_work:
+                    count += sum(len(output.token_ids) for output in core.step())
+                return (time.perf_counter() - started) / max(1, count // sizes.batch)
+
+            seconds = watched() if not opened.on_gpu else 0.0
+            facts: Facts = {"target": 0.98, "steps": steps, "batch": sizes.batch}
+            if opened.on_gpu:
+                took: list[float] = []
+                facts["reached"] = busy_fraction(device_intervals(lambda: took.append(watched())))
+                (seconds,) = took
+            return facts | {"ms": 1e3 * seconds}
+        finally:
+            core.runner.close()
+
+
+def offline(sizes: Sizes, device: str) -> Facts:
+    """All requests at once, to their full length."""
+    with ModelFolder(sizes.model) as folder, Engine(**settings(folder, sizes, device)) as engine:
+        prompts = random_ids(
+            sizes.batch, input_len=sizes.input, output_len=sizes.output, vocab_size=engine.info.vocab_size, seed=0
+        )
+        short = random_ids(sizes.batch, input_len=sizes.input, output_len=2, vocab_size=engine.info.vocab_size, seed=1)
+        run_offline(engine, short)
+        found = run_offline(engine, prompts)
+    return {
+        "output_tokens_per_s": found.output_per_s,
+        "total_tokens_per_s": found.total_per_s,
+        "seconds": found.seconds,
+        "requests": found.num_requests,
+    }
+
+
+def transformers_rate(opened: Opened, session: Session, sizes: Sizes) -> Facts:
+    """`generate`, greedy, bfloat16, SDPA, the same batch and prompts' length: the rate of its steps, its prefill not counted."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with ModelFolder(sizes.model) as folder:
+        config = AutoConfig.from_pretrained(folder)
+        with torch.device(opened.device):
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa").eval()
+    model.generation_config.eos_token_id = None
+    ids = torch.randint(config.vocab_size, (sizes.batch, sizes.input)).to(opened.device)
+    seconds = []
+    for count in (1, 1, sizes.their_output):
+        opened.runtime.synchronize()
+        started = time.perf_counter()
+        with torch.inference_mode():
+            model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=count,
+                min_new_tokens=count,
+                do_sample=False,
+                pad_token_id=0,
+            )
+        opened.runtime.synchronize()
+        seconds.append(time.perf_counter() - started)
+    rate = sizes.batch * (sizes.their_output - 1) / max(seconds[2] - seconds[1], 1e-9)
+    facts: Facts = {"output_tokens_per_s": rate, "batch": sizes.batch}
+    if ours := session.done.get(OFFLINE):  # with its prefill, and contexts twice as long in the mean
+        facts["ours_over_theirs"] = ours["output_tokens_per_s"] / rate
+        facts["at_least"] = 10.0
+    return facts
+
+
+def capture(sizes: Sizes, device: str) -> Facts:
+    """Every bucket of decode steps, and sampling."""
+    with ModelFolder(sizes.model) as folder:
+        shape = StepShape.decode(sizes.batch, sizes.context)
+        given = settings(folder, sizes, device, max_total_tokens=None)
+        rank = open_rank(EngineConfig.from_flat(**given), [shape])
+        try:
+            started = time.perf_counter()
+            rank.runner.warm_up(progress=False)
+            seconds = time.perf_counter() - started
+        finally:
+            rank.runner.close()
+            rank.runtime.close()
+    return {"seconds": seconds, "most": 15.0}
+
+
+def ready(sizes: Sizes, device: str) -> Facts:
+    """A new process, from its start to the moment it would answer, with weights in files that were just written: the host has them cached."""
+    code = "import json, sys; from sglang_core import Engine; Engine(**json.loads(sys.argv[1])).shutdown()"
+    import json
+
+    with ModelFolder(sizes.model) as folder:
+        nbytes = write_checkpoint(Path(folder))
+        given = settings(folder, sizes, device, load_format="safetensors")
+        seconds = []
+        for _ in range(2):
+            started = time.perf_counter()
+            subprocess.run([sys.executable, "-c", code, json.dumps(given)], check=True, timeout=150)
+            seconds.append(time.perf_counter() - started)
+    return {"seconds": statistics.median_low(seconds), "most": 30.0, "nbytes": nbytes}

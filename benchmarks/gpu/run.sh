@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# One part of what is measured on a GPU, on a machine that has PyTorch and Triton and no network: see README.md beside this.
+#   benchmarks/gpu/run.sh build|conformance|kernels|engine [--device cuda] [--only TEXT] [--fresh]
+# Where $OUT is set, results go there. Where benchmarks/gpu/wheels/ has wheels (wheels.sh), what is missing is installed from them.
+set -euo pipefail
+root=$(cd "$(dirname "$0")/../.." && pwd)
+python=${PYTHON:-python3}
+site=${SITE:-/tmp/sglang-gpu-site}
+cd "$root"
+if compgen -G "benchmarks/gpu/wheels/*.whl" >/dev/null && [ ! -e "$site/.complete" ]; then
+  "$python" -m pip install -q --no-index --no-deps --no-compile --target "$site" benchmarks/gpu/wheels/*.whl
+  touch "$site/.complete"
+fi
+# Entry points are found by metadata: each source tree gets its own beside the wheels.
+"$python" benchmarks/gpu/link_sources.py "$site" . conformance plugins/triton plugins/cuda plugins/rocm
+export PYTHONPATH="$root:$root/conformance:$root/plugins/triton:$root/plugins/cuda:$root/plugins/rocm:$site${PYTHONPATH:+:$PYTHONPATH}"
+export PYTHONUNBUFFERED=1
+exec "$python" -m benchmarks.gpu "$@"
