@@ -14,6 +14,7 @@ from sglang_core.ops.lora import ExpertAdapters
 from sglang_core.ops.mla import MLASpec
 from sglang_core.ops.moe import ExpertSpec, RouteSpec
 from sglang_core.ops.rope import RopeSpec
+from sglang_core.ops.rope_paged import HeadNorms
 from sglang_core.ops.sampling import SampleParams
 from sglang_core.ops.ssm_plan import GatedDeltaSpec, StateBatch, StatePlan, StatePlanStatic
 from sglang_core.ops.tree_mask import within_window
@@ -28,6 +29,7 @@ __all__ = [
     "Fmt",
     "GateKind",
     "GatedDeltaSpec",
+    "HeadNorms",
     "MLASpec",
     "OpDef",
     "PackedWeight",

@@ -20,6 +20,12 @@ class OpSite:
     fmt: str = "*"  # weight format where there is one: "bf16", "fp8.block128", ...
     spec: Any = None  # the op family's spec: AttnSpec, RopeSpec, ...; hashable
     dims: Mapping[str, int] = field(default_factory=dict)  # static sizes by the shape alphabet: {"M": 1024, "F": 3072}
+    # Of a composite: where its parts run, if not at its own facts. A part that is not among them is not called there.
+    parts: tuple[OpSite, ...] = ()
+
+    def part(self, op: str) -> OpSite | None:
+        """The site of one of its parts; None where it is not called."""
+        return next((site for site in self.parts if site.op == op), None)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -20,10 +20,10 @@ class RMSNorm(Layer):
 
     def bind(self, ctx: BuildContext) -> None:
         self.dtype = torch.float32 if self.offset else ctx.dtype  # 1 + w would lose the low bits of w
-        self._rms, self._add_rms = (
-            ctx.table.bind(OpSite(op=op, layer="RMSNorm", dtype=dtype_name(ctx.dtype), dims={"M": self.size})).fn
-            for op in ("norm.rms", "norm.add_rms")
-        )
+        self._rms, self._add_rms = (ctx.table.bind(self.site(op, ctx)).fn for op in ("norm.rms", "norm.add_rms"))
+
+    def site(self, op: str, ctx: BuildContext) -> OpSite:
+        return OpSite(op=op, layer="RMSNorm", dtype=dtype_name(ctx.dtype), dims={"M": self.size})
 
     def weights(self, prefix: str) -> list[WeightSpec]:
         return [

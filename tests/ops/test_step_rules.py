@@ -18,6 +18,7 @@ from sglang_core.ops.mla import attn_mla_plan
 from sglang_core.ops.moe import ExpertSpec, RouteSpec
 from sglang_core.ops.quant import quantize
 from sglang_core.ops.rope import RopeSpec, rope_table
+from sglang_core.ops.rope_paged import HeadNorms
 from sglang_core.ops.ssm_plan import ssm_plan
 from tests.ops.mla_case import MLACase, mla_case
 from tests.ops.paged_case import CPU, PagedCase, attn_spec, paged_case
@@ -53,6 +54,16 @@ def paged(static: bool, sinks: bool, kv_dtype: torch.dtype | None = None, **more
     plan = attn_plan(case.spec, case.batch, CPU)
     kwargs = {"lse": True} | ({"sinks": torch.zeros(4)} if sinks else {})
     return Call("attn.paged", (case.q, case.k, case.v, case.pool, 0, case.spec, plan), kwargs, case)
+
+
+def roped(static: bool, normed: bool) -> Call:
+    c = paged(static, sinks=True)
+    q, k, v, *rest = c.args
+    rotary = RopeSpec(head_dim=q.shape[2], rotary_dim=q.shape[2])
+    norms = HeadNorms(torch.ones(q.shape[2]), torch.ones(q.shape[2]), 1e-6) if normed else None
+    positions = torch.zeros(q.shape[0], dtype=torch.int32)
+    args = q, k, v, positions, rope_table(rotary, 9), rotary, *rest
+    return Call("attn.rope_paged", args, c.kwargs | {"head_norms": norms}, c.case)
 
 
 def written() -> Call:
@@ -113,6 +124,8 @@ CALLS: list[Callable[[], Call]] = [
     lambda: paged(static=False, sinks=True, tree=True),
     lambda: paged(static=True, sinks=False, tree=True, window=5, soft_cap=3.0),
     lambda: paged(static=True, sinks=False, causal=False),
+    lambda: roped(static=False, normed=True),
+    lambda: roped(static=True, normed=False),
     written,
     lambda: latent(static=False),
     *[lambda dtype=dtype: latent(static=True, kv_dtype=dtype) for dtype in QUANTISED],
