@@ -1,6 +1,6 @@
 """attn.rope_paged: one launch that normalises and rotates queries and keys and writes keys and values to the pool, then attention.
 
-Apart, it is up to five launches (two norms, the rotation, the write) that each read and write queries or keys whole.
+Apart, it is up to four launches (two norms, the rotation, the write) that each read and write queries or keys whole.
 """
 
 from __future__ import annotations
