@@ -150,11 +150,11 @@ def _turn_and_write(
                 q + token * q_stride_t + head * q_stride_h, q_weight, cos, sin, there, first, second, rest, turns, passes,
                 eps, q_out.dtype.element_ty, D, ROTARY, NORM,
             )  # fmt: skip
-            target = q_out + (token * Hq + head) * D
-            tl.store(target + first, rounded(a, q_out.dtype.element_ty), there & turns)
-            tl.store(target + second, rounded(b, q_out.dtype.element_ty), there & turns)
+            to = q_out + (token * Hq + head) * D
+            tl.store(to + first, rounded(a, q_out.dtype.element_ty), there & turns)
+            tl.store(to + second, rounded(b, q_out.dtype.element_ty), there & turns)
             if ROTARY < D:
-                tl.store(target + rest, rounded(c, q_out.dtype.element_ty), there & passes)
+                tl.store(to + rest, rounded(c, q_out.dtype.element_ty), there & passes)
         else:
             head = ((block - q_blocks) * BLOCK_H + tl.arange(0, BLOCK_H))[None, :, None]
             there = (token < T) & (head < Hk)
