@@ -135,6 +135,10 @@ class Env(ABC):
         """Whether the kernel that was bound says that a row's result does not depend on its neighbours."""
 
     @abstractmethod
+    def takes_codes(self, op: str) -> bool:
+        """Whether what was bound takes activations that are quantised already."""
+
+    @abstractmethod
     def state_pool(self, spec: StatePoolSpec, num_slots: int, *, poisoned: bool = True) -> StatePool:
         """A pool of states full of NaN, or of anything."""
 
@@ -192,6 +196,9 @@ class BodyEnv(Env):
 
     def batch_invariant(self, op: str) -> bool:
         return False
+
+    def takes_codes(self, op: str) -> bool:
+        return True
 
     def state_ops(self, spec: GatedDeltaSpec) -> dict[str, Op]:
         return {name: OPS[name].body for name in STATE_OPS}
@@ -270,6 +277,9 @@ class DeviceEnv(Env):
     def batch_invariant(self, op: str) -> bool:
         kernels = self.bound[op].kernels
         return bool(kernels) and all("batch_invariant" in kernel.features for kernel in kernels)
+
+    def takes_codes(self, op: str) -> bool:
+        return all("takes_codes" in kernel.features for kernel in self.bound[op].kernels)  # bodies do
 
     def state_ops(self, spec: GatedDeltaSpec) -> dict[str, Op]:
         dims = {"Hk": spec.num_k_heads, "Hv": spec.num_v_heads, "C": spec.conv_dim}

@@ -9,6 +9,7 @@ from sglang_core.ops import OPS, OpDef, op
 from sglang_core.ops.activation import GateKind
 from sglang_core.ops.attention import AttnBatch, AttnSpec, Plan
 from sglang_core.ops.attention_plan import PlanStatic, Tiles
+from sglang_core.ops.codes import CodeKind, Codes
 from sglang_core.ops.formats import Fmt
 from sglang_core.ops.lora import ExpertAdapters
 from sglang_core.ops.mla import MLASpec
@@ -24,6 +25,8 @@ __all__ = [
     "OPS",
     "AttnBatch",
     "AttnSpec",
+    "CodeKind",
+    "Codes",
     "ExpertAdapters",
     "ExpertSpec",
     "Fmt",

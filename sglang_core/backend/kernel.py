@@ -17,7 +17,7 @@ class OpSite:
     op: str
     layer: str  # class of the layer that asks: "RMSNorm", "QKVLinear", ...
     dtype: str  # of the activations: "bfloat16"
-    fmt: str = "*"  # weight format where there is one: "bf16", "fp8.block128", ...
+    fmt: str = "*"  # weight format where there is one: "bf16", "fp8.block128", ...; of `*_quant`, the kind of codes
     spec: Any = None  # the op family's spec: AttnSpec, RopeSpec, ...; hashable
     dims: Mapping[str, int] = field(default_factory=dict)  # static sizes by the shape alphabet: {"M": 1024, "F": 3072}
     # Of a composite: where its parts run, if not at its own facts. A part that is not among them is not called there.
@@ -69,4 +69,6 @@ class Kernel:
     packed_layout: str = field(default="", kw_only=True)
     kv_layouts: tuple[str, ...] = field(default=("canonical",), kw_only=True)
     tokens: tuple[int, int | None] | None = field(default=None, kw_only=True)
-    features: frozenset[str] = field(default=frozenset(), kw_only=True)  # "graph_safe", "batch_invariant"
+    features: frozenset[str] = field(
+        default=frozenset(), kw_only=True
+    )  # "graph_safe", "batch_invariant", "takes_codes"

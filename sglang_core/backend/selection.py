@@ -154,7 +154,7 @@ class OpTable:
     def _why_dequantize(self, site: OpSite, dense_only: str, online: bool) -> str:
         """Why the weights of a site are dequantised at load; empty where they stay packed. Raises as `bind_weight`."""
         asked_for_body = self.overrides.get(site.op) == REFERENCE
-        if not dense_only and (asked_for_body or self._takes(site)):
+        if not dense_only and (asked_for_body or self.has_kernel(site)):
             return ""
         why = dense_only or f"no kernel of {self.backend.name!r} takes {site.fmt}"
         match self.quant_fallback:
@@ -172,10 +172,10 @@ class OpTable:
             return ""
         if support is Support.UNSUPPORTED:
             return why
-        return why if not online and self._takes(replace(site, fmt="dense")) else ""
+        return why if not online and self.has_kernel(replace(site, fmt="dense")) else ""
 
-    def _takes(self, site: OpSite) -> bool:
-        """Whether a kernel runs at a site."""
+    def has_kernel(self, site: OpSite) -> bool:
+        """Whether a kernel runs at a site, if it is bound; nothing is bound here."""
         wanted = self.overrides.get(site.op)
         return any(o.accepted and wanted in (None, o.provider) for o in self._offers((site,), CANONICAL))
 

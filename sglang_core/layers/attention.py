@@ -18,6 +18,7 @@ from sglang_core.layers.model_config import ModelConfig
 from sglang_core.layers.norm import RMSNorm
 from sglang_core.layers.rope import RopeTable
 from sglang_core.ops.attention import AttnSpec, Plan
+from sglang_core.ops.codes import Codes
 from sglang_core.ops.rope_paged import HeadNorms
 from sglang_core.parallel.groups import shard_heads
 from sglang_core.types import FULL, window_group
@@ -102,8 +103,8 @@ class Attention(PoolLayer):
     def prepare_pool(self, pool: Pool) -> None:
         self.kv_scales.hand_to(pool, self.pool_layer)
 
-    def forward(self, h: Tensor, fb: ForwardBatch) -> Tensor:
-        """h: [T, M] -> [T, M]. Writes this step's keys and values to the pool."""
+    def forward(self, h: Tensor | Codes, fb: ForwardBatch) -> Tensor:
+        """h: [T, M], or codes of it -> [T, M]. Writes this step's keys and values to the pool."""
         q, k, v = self.qkv_proj.forward_split(h)
         gate = None
         if self.cfg.attn_output_gate:

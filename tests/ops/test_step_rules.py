@@ -12,6 +12,7 @@ import torch
 from sglang_core.backend.strict_trace import trace_step
 from sglang_core.ops import OPS
 from sglang_core.ops.attention import attn_plan
+from sglang_core.ops.codes import CODE_KINDS, coded
 from sglang_core.ops.gemm import dense
 from sglang_core.ops.lora import ExpertAdapters
 from sglang_core.ops.mla import attn_mla_plan
@@ -155,6 +156,10 @@ CALLS: list[Callable[[], Call]] = [
     lambda: call("norm.rms", X, W, 1e-6),
     lambda: call("norm.layer", X, W, W, 1e-6),
     lambda: call("norm.add_rms", X, X, W, 1e-6),
+    *[lambda kind=kind: call("norm.add_rms_quant", X, X, W, 1e-6, kind) for kind in CODE_KINDS],
+    *[lambda kind=kind: call("act.gated_quant", X, "silu", kind) for kind in CODE_KINDS],
+    lambda: call("gemm.linear", coded(X, "int8"), quantize(torch.randn(3, 8), "int8.token_channel")),
+    lambda: call("gemm.linear", coded(X, "fp8_block"), quantize(torch.randn(3, 8), "fp8.block128")),
     lambda: call("rope.apply", Q, K, ints(0, 1, 2, 3, 4), rope_table(ROPES["neox"], 9), ROPES["neox"]),
     lambda: call("rope.apply", Q, K, ints(0, 1, 2, 3, 4), rope_table(ROPES["interleaved"], 9), ROPES["interleaved"]),
     *[lambda kind=kind: call("act.gated", X, kind) for kind in ("silu", "gelu", "gelu_tanh")],

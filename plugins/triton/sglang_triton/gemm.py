@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sglang_core.api.ops import Fmt, PackedWeight
+from sglang_core.api.ops import Codes, Fmt, PackedWeight
 from sglang_triton.aot_spec import AotSpec
 from sglang_triton.gemm_tile import product
 from sglang_triton.numerics import rounded, widen
@@ -18,14 +18,20 @@ from sglang_triton.rows import as_rows
 from sglang_triton.tuning import choose
 
 
-def linear(x: Tensor, w: PackedWeight, bias: Tensor | None = None) -> Tensor:
-    """x: [..., in], w: [out, in] in a quantised format, bias: [out] -> [..., out]."""
-    y = torch.empty(*x.shape[:-1], w.out_features, dtype=x.dtype, device=x.device)
+def linear(x: Tensor | Codes, w: PackedWeight, bias: Tensor | None = None) -> Tensor:
+    """x: [..., in], perhaps quantised already, w: [out, in] in a quantised format, bias: [out] -> [..., out]."""
+    code, scale, zero = as_codes(w)
+    y = torch.empty(*x.shape[:-1], w.out_features, dtype=x.dtype, device=code.device)
     if y.numel() == 0:
         return y
-    rows, kind = as_rows(x), Fmt.parse(w.fmt).activation
-    code, scale, zero = as_codes(w)
-    rows, x_scale = (rows, scale) if kind == "as_is" else quantise(rows, kind)  # any pointer, where x is not quantised
+    if isinstance(x, Codes):
+        rows, x_scale = as_rows(x.code), as_rows(x.scale)
+        rows = rows if rows.dtype == torch.int8 else rows.view(torch.uint8)
+    else:
+        rows, kind = as_rows(x), Fmt.parse(w.fmt).activation
+        rows, x_scale = (
+            (rows, scale) if kind == "as_is" else quantise(rows, kind)
+        )  # any pointer, where x is not quantised
     config = choose("gemm.linear", T=rows.shape[0], BITS=bits(w.fmt))
     grid = (triton.cdiv(w.out_features, config["BLOCK_N"]), triton.cdiv(rows.shape[0], config["BLOCK_T"]))
     _linear[grid](
