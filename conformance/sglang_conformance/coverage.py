@@ -116,8 +116,11 @@ class Recorder(BodyEnv):
         self._of(name)._note_fact(facts.get("spec"))
         return self._watched(name, super().op(name, **facts))
 
-    def paged_ops(self, spec: AttnSpec | MLASpec, page_size: int) -> dict[str, Op]:
-        return {name: self._watched(name, fn) for name, fn in super().paged_ops(spec, page_size).items()}
+    def paged_ops(
+        self, spec: AttnSpec | MLASpec, page_size: int, rotary: RopeSpec | None = None, *, normed: bool = False
+    ) -> dict[str, Op]:
+        ops = super().paged_ops(spec, page_size, rotary, normed=normed)
+        return {name: self._watched(name, fn) for name, fn in ops.items()}
 
     def state_ops(self, spec: GatedDeltaSpec) -> dict[str, Op]:
         return {name: self._watched(name, fn) for name, fn in super().state_ops(spec).items()}
@@ -139,7 +142,7 @@ class Axis:
 
 EVERY = frozenset(name for name, op in OPS.items() if not op.host)  # plans are tried through the ops they are made for
 QUANT = frozenset({"quant.quantize", "quant.dequantize"})  # of weights, as they are loaded: no part of a step
-PAGED = frozenset({"attn.paged", "attn.mla_paged"})
+PAGED = frozenset({"attn.paged", "attn.mla_paged", "attn.rope_paged"})
 POOLED = PAGED | {"kv.write", "kv.write_mla"}
 RECURRENT = frozenset({"ssm.gated_delta_rule", "ssm.causal_conv1d"})
 STEP = EVERY - QUANT
@@ -181,11 +184,11 @@ AXES = (
     Axis(name="pages shared", met=related("pages shared"), of=PAGED, why_not="reads no pages"),
     Axis(name="KV dtypes", met=lambda s: s.stored >= set(KV_DTYPES), of=POOLED - {"attn.mla_paged"}, why_not="has no pool of keys"),
     Axis(name="GQA ratios", met=lambda s: len(s.groups) >= 3, of=HEADS | {"ssm.gated_delta_rule"}, why_not="heads share nothing in it"),
-    Axis(name="head dims", met=lambda s: s.head_dims >= DIMS, of=HEADS | {"rope.apply"}, why_not="has no heads, or latents of one size"),
+    Axis(name="head dims", met=lambda s: s.head_dims >= DIMS, of=HEADS | {"rope.apply", "attn.rope_paged"}, why_not="has no heads, or latents of one size"),
     Axis(name="windows", met=lambda s: len(s.windows) >= 2, of=HEADS, why_not="has no window"),
     Axis(name="soft caps", met=lambda s: bool(s.soft_caps), of=HEADS, why_not="has no scores, or caps them always"),
-    Axis(name="sinks", met=lambda s: s.sinks, of=frozenset({"attn.paged"}), why_not="takes no sinks"),
-    Axis(name="long contexts", met=lambda s: s.longest >= LONG or related("8191")(s), of=PAGED | {"attn.ragged"}, why_not="sums over no context"),
+    Axis(name="sinks", met=lambda s: s.sinks, of=frozenset({"attn.paged", "attn.rope_paged"}), why_not="takes no sinks"),
+    Axis(name="long contexts", met=lambda s: s.longest >= LONG or related("8191")(s), of=(PAGED | {"attn.ragged"}) - {"attn.rope_paged"}, why_not="sums over no context, or as attn.paged does"),
     Axis(name="past 2^31 elements", met=lambda s: s.far, of=VAST, why_not="no id or slot is multiplied by a width in it"),
     Axis(name="more than 65,535 rows", met=related("70000 rows"), of=frozenset({"norm.rms", "norm.add_rms", "norm.layer", "rope.apply", "act.gated", "embed.lookup", "gemm.linear", "gemm.grouped", "moe.route", "lora.apply"}), why_not="a step has fewer rows for it, or a case is too long"),
 )  # fmt: skip

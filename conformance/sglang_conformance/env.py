@@ -25,6 +25,7 @@ from sglang_core.ops.attention import AttnSpec
 from sglang_core.ops.formats import Fmt
 from sglang_core.ops.gemm import dense
 from sglang_core.ops.mla import MLASpec
+from sglang_core.ops.rope import RopeSpec
 from sglang_core.ops.ssm_plan import GatedDeltaSpec
 from sglang_core.ops.weight import PackedWeight
 from sglang_core.types import STATE
@@ -34,6 +35,7 @@ VAST = 1 << 24  # elements from which on memory is fresh from the operating syst
 X_SCALE = 0.02  # of formats that bring the scale of their activations
 Op = Callable[..., Any]
 PAGED_OPS = ("attn.paged", "attn.plan", "kv.write")
+ROPE_PAGED = "attn.rope_paged"
 MLA_OPS = ("attn.mla_paged", "attn.mla_plan", "kv.write_mla")
 STATE_OPS = ("ssm.gated_delta_rule", "ssm.causal_conv1d", "ssm.plan")
 
@@ -111,8 +113,10 @@ class Env(ABC):
         """The op, bound at a site with these facts (spec, dims, fmt)."""
 
     @abstractmethod
-    def paged_ops(self, spec: AttnSpec | MLASpec, page_size: int) -> dict[str, Op]:
-        """The ops that share a KV pool; of a MLASpec, a pool of latents."""
+    def paged_ops(
+        self, spec: AttnSpec | MLASpec, page_size: int, rotary: RopeSpec | None = None, *, normed: bool = False
+    ) -> dict[str, Op]:
+        """The ops that share a KV pool; of a MLASpec, a pool of latents. `rotary`: also attn.rope_paged, with norms or without."""
 
     @abstractmethod
     def state_ops(self, spec: GatedDeltaSpec) -> dict[str, Op]:
@@ -129,6 +133,10 @@ class Env(ABC):
     @abstractmethod
     def batch_invariant(self, op: str) -> bool:
         """Whether the kernel that was bound says that a row's result does not depend on its neighbours."""
+
+    @abstractmethod
+    def takes_codes(self, op: str) -> bool:
+        """Whether what was bound takes activations that are quantised already."""
 
     @abstractmethod
     def state_pool(self, spec: StatePoolSpec, num_slots: int, *, poisoned: bool = True) -> StatePool:
@@ -170,8 +178,11 @@ class BodyEnv(Env):
     def op(self, name: str, **facts: Any) -> Op:
         return OPS[name].body
 
-    def paged_ops(self, spec: AttnSpec | MLASpec, page_size: int) -> dict[str, Op]:
-        return {name: OPS[name].body for name in (MLA_OPS if isinstance(spec, MLASpec) else PAGED_OPS)}
+    def paged_ops(
+        self, spec: AttnSpec | MLASpec, page_size: int, rotary: RopeSpec | None = None, *, normed: bool = False
+    ) -> dict[str, Op]:
+        names = MLA_OPS if isinstance(spec, MLASpec) else PAGED_OPS
+        return {name: OPS[name].body for name in (*names, *([ROPE_PAGED] if rotary else []))}
 
     def pool(self, spec: PoolSpec, num_pages: int, *, poisoned: bool = True) -> Pool:
         exact = self._oracle and spec.dtype == self.dtype  # numbers of another dtype are rounded to it here too
@@ -185,6 +196,9 @@ class BodyEnv(Env):
 
     def batch_invariant(self, op: str) -> bool:
         return False
+
+    def takes_codes(self, op: str) -> bool:
+        return True
 
     def state_ops(self, spec: GatedDeltaSpec) -> dict[str, Op]:
         return {name: OPS[name].body for name in STATE_OPS}
@@ -238,12 +252,18 @@ class DeviceEnv(Env):
     def op(self, name: str, **facts: Any) -> Op:
         return self._remember([self._table.bind(self.site(name, **facts))])[name]
 
-    def paged_ops(self, spec: AttnSpec | MLASpec, page_size: int) -> dict[str, Op]:
+    def paged_ops(
+        self, spec: AttnSpec | MLASpec, page_size: int, rotary: RopeSpec | None = None, *, normed: bool = False
+    ) -> dict[str, Op]:
         self._table = self._make_table(page_size)
         like, names = (spec.latent, MLA_OPS) if isinstance(spec, MLASpec) else (spec, PAGED_OPS)
         dims = {"Hq": like.num_heads, "Hk": like.num_kv_heads, "D": like.head_dim}
-        group = self._table.bind_group([self.site(name, spec=spec, dims=dims) for name in names])
-        return self._remember(group.values())
+        sites = [self.site(name, spec=spec, dims=dims) for name in names]
+        if rotary is not None:
+            turned = self.site("rope.apply", spec=rotary, dims={"D": like.head_dim})
+            norms = [self.site("norm.rms", dims={"M": like.head_dim})] if normed else []
+            sites.append(replace(sites[0], op=ROPE_PAGED, parts=(*norms, turned, sites[0])))
+        return self._remember(self._table.bind_group(sites).values())
 
     def pool(self, spec: PoolSpec, num_pages: int, *, poisoned: bool = True) -> Pool:
         pool = self.runtime.alloc_pool(replace(spec, layout=self._table.pool_layout()), num_pages)
@@ -257,6 +277,9 @@ class DeviceEnv(Env):
     def batch_invariant(self, op: str) -> bool:
         kernels = self.bound[op].kernels
         return bool(kernels) and all("batch_invariant" in kernel.features for kernel in kernels)
+
+    def takes_codes(self, op: str) -> bool:
+        return all("takes_codes" in kernel.features for kernel in self.bound[op].kernels)  # bodies do
 
     def state_ops(self, spec: GatedDeltaSpec) -> dict[str, Op]:
         dims = {"Hk": spec.num_k_heads, "Hv": spec.num_v_heads, "C": spec.conv_dim}

@@ -17,9 +17,15 @@ class OpSite:
     op: str
     layer: str  # class of the layer that asks: "RMSNorm", "QKVLinear", ...
     dtype: str  # of the activations: "bfloat16"
-    fmt: str = "*"  # weight format where there is one: "bf16", "fp8.block128", ...
+    fmt: str = "*"  # weight format where there is one: "bf16", "fp8.block128", ...; of `*_quant`, the kind of codes
     spec: Any = None  # the op family's spec: AttnSpec, RopeSpec, ...; hashable
     dims: Mapping[str, int] = field(default_factory=dict)  # static sizes by the shape alphabet: {"M": 1024, "F": 3072}
+    # Of a composite: where its parts run, if not at its own facts. A part that is not among them is not called there.
+    parts: tuple[OpSite, ...] = ()
+
+    def part(self, op: str) -> OpSite | None:
+        """The site of one of its parts; None where it is not called."""
+        return next((site for site in self.parts if site.op == op), None)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,6 +72,8 @@ class Kernel:
     packed_layout: str = field(default="", kw_only=True)
     kv_layouts: tuple[str, ...] = field(default=("canonical",), kw_only=True)
     tokens: tuple[int, int | None] | None = field(default=None, kw_only=True)
-    features: frozenset[str] = field(default=frozenset(), kw_only=True)  # "graph_safe", "batch_invariant"
+    features: frozenset[str] = field(
+        default=frozenset(), kw_only=True
+    )  # "graph_safe", "batch_invariant", "takes_codes"
     tune: str | None = field(default=None, kw_only=True)
     note: str = field(default="", kw_only=True)

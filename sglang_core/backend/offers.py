@@ -72,7 +72,8 @@ def _offer_in(
         if offer is not None and offers and offers[0] is None and site.op.endswith("plan"):
             reason = f"a plan is private to its own {sites[0].op}, and it brings none that runs here"
             offer, why_not = None, (*why_not, (kernel_title(mine[0]), reason))
-        accepted = accepted and (offer is not None or not mine)
+        # A composite that is refused is taken apart into the group's other ops, which its provider runs.
+        accepted = accepted and (offer is not None or not mine or bool(site.parts))
         offers.append(offer)
         refused.append(why_not)
     provider = next(k.provider for mine in kernels for k in mine)

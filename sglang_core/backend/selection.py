@@ -6,6 +6,7 @@ import difflib
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any, Protocol
 
 from sglang_core.backend.binding import bind_kernels, import_target
@@ -59,6 +60,7 @@ class BoundOp:
         return self.kernels[0].packed_layout if self.kernels else ""
 
 
+NONE: Mapping[str, BoundOp] = MappingProxyType({})
 Instrument = Callable[[BoundOp], BoundOp]  # puts something around `fn`, as a profiler's clock
 
 
@@ -146,13 +148,13 @@ class OpTable:
         if key not in self._bound:
             bound = replace(self._select((replace(site, fmt="dense"),), None)[0], site=site, dequantized=True)
             bound = replace(bound, reason=f"{why}; with weights dequantised at load, {bound.reason}")
-            self._bound[key] = (bound if self._instrument is None else self._instrument(bound),)
+            self._bound[key] = (bound,)
         return self._bound[key][0]
 
     def _why_dequantize(self, site: OpSite, dense_only: str, online: bool) -> str:
         """Why the weights of a site are dequantised at load; empty where they stay packed. Raises as `bind_weight`."""
         asked_for_body = self.overrides.get(site.op) == REFERENCE
-        if not dense_only and (asked_for_body or self._takes(site)):
+        if not dense_only and (asked_for_body or self.has_kernel(site)):
             return ""
         why = dense_only or f"no kernel of {self.backend.name!r} takes {site.fmt}"
         match self.quant_fallback:
@@ -170,10 +172,10 @@ class OpTable:
             return ""
         if support is Support.UNSUPPORTED:
             return why
-        return why if not online and self._takes(replace(site, fmt="dense")) else ""
+        return why if not online and self.has_kernel(replace(site, fmt="dense")) else ""
 
-    def _takes(self, site: OpSite) -> bool:
-        """Whether a kernel runs at a site."""
+    def has_kernel(self, site: OpSite) -> bool:
+        """Whether a kernel runs at a site, if it is bound; nothing is bound here."""
         wanted = self.overrides.get(site.op)
         return any(o.accepted and wanted in (None, o.provider) for o in self._offers((site,), CANONICAL))
 
@@ -221,16 +223,18 @@ class OpTable:
     def _memo(self, sites: tuple[OpSite, ...], pool: str | None) -> tuple[BoundOp, ...]:
         key = (pool, *map(_site_key, sites))
         if key not in self._bound:
-            bound = self._select(sites, pool)
-            self._bound[key] = bound if self._instrument is None else tuple(map(self._instrument, bound))
+            self._bound[key] = self._select(sites, pool)
         return self._bound[key]
 
     def _select(self, sites: tuple[OpSite, ...], pool: str | None) -> tuple[BoundOp, ...]:
         for site in sites:
             self._check_supported(site)
+        bound: dict[str, BoundOp] = {}  # a composite of the group is made of those before it
         wanted = self._override_of(sites)
         if wanted == REFERENCE:
-            return tuple(self._run_body(site, "asked for with --kernel", ()) for site in sites)
+            for site in sites:
+                bound[site.op] = self._run_body(site, "asked for with --kernel", (), beside=bound)
+            return tuple(bound.values())
         layout = CANONICAL if pool is None else self._settled_layout(pool)
         offers = self._offers(sites, layout)
         refused = [tuple(row for offer in offers for row in offer.refused[i]) for i in range(len(sites))]
@@ -238,14 +242,15 @@ class OpTable:
         if wanted is not None and not accepted:
             raise _override_refused(sites[0], wanted, next((o for o in offers if o.provider == wanted), None))
         if not accepted:
-            return tuple(self._no_kernel(site, why_not) for site, why_not in zip(sites, refused, strict=True))
+            for site, why_not in zip(sites, refused, strict=True):
+                bound[site.op] = self._no_kernel(site, why_not, beside=bound)
+            return tuple(bound.values())
         best, why = winner(accepted)
         if wanted is not None:
             why = "asked for with --kernel"
         if pool is not None:
             self._layouts[pool] = best.kv_layout
             why += f"; pool layout {best.kv_layout}"
-        bound = []
         for i, (site, offer) in enumerate(zip(sites, best.offers, strict=True)):
             losers = [o.offers[i] for o in offers if o.accepted and o is not best]
             why_not = refused[i] + tuple(
@@ -254,13 +259,25 @@ class OpTable:
                 if o is not None
                 for kernel in o.kernels
             )
-            if offer is not None:
-                bound.append(self._run_kernels(site, offer, why, why_not))
+            if (asked := self._asked_apart(site, best.provider)) and offer is not None:
+                why_not += tuple((kernel_title(kernel), asked) for kernel in offer.kernels)
+                bound[site.op] = self._run_body(site, asked, why_not, beside=bound)
+            elif offer is not None:
+                bound[site.op] = self._run_kernels(site, offer, why, why_not)
             else:
-                bound.append(
-                    self._no_kernel(site, why_not, f"{best.provider!r} runs {sites[0].op} here and brings none")
-                )
-        return tuple(bound)
+                why_none = f"{best.provider!r} runs {sites[0].op} here and brings none"
+                bound[site.op] = self._no_kernel(site, why_not, why_none, beside=bound)
+        return tuple(bound.values())
+
+    def _asked_apart(self, site: OpSite, provider: str) -> str:
+        """The --kernel flag that a composite's kernel of this provider would pass over; empty where there is none."""
+        flags = {op: self.overrides[op] for op in (site.op, *self.ops[site.op].parts.values()) if op in self.overrides}
+        apart = flags.pop(site.op, None)
+        if apart is None:
+            return next(
+                (f"--kernel {op}={other} asks for its part" for op, other in flags.items() if other != provider), ""
+            )
+        return "asked for with --kernel" if apart == DECOMPOSED else ""
 
     def _offers(self, sites: Sequence[OpSite], layout: str | None) -> list[GroupOffer]:
         """One offer a provider, in order of its name."""
@@ -287,35 +304,57 @@ class OpTable:
             fallback = self._claimed(site)
         if fallback:
             self._apply_policy(site, f"no kernel takes T={offer.hole}")
-        return BoundOp(
-            site=site,
-            fn=bind_kernels(offer.kernels, self.ops[site.op].body),
-            provider=first.provider,
-            reason=reason,
-            kernels=offer.kernels,
-            refused=refused,
-            fallback=fallback,
-            pack=import_target(first, first.pack) if first.pack else None,
-            unpack=import_target(first, first.unpack) if first.unpack else None,
+        return self._watched(
+            BoundOp(
+                site=site,
+                fn=bind_kernels(offer.kernels, self.ops[site.op].body),
+                provider=first.provider,
+                reason=reason,
+                kernels=offer.kernels,
+                refused=refused,
+                fallback=fallback,
+                pack=import_target(first, first.pack) if first.pack else None,
+                unpack=import_target(first, first.unpack) if first.unpack else None,
+            )
         )
 
-    def _no_kernel(self, site: OpSite, refused: Refusals, why: str = "") -> BoundOp:
+    def _no_kernel(
+        self, site: OpSite, refused: Refusals, why: str = "", *, beside: Mapping[str, BoundOp] = NONE
+    ) -> BoundOp:
         """The body: a fallback where the backend claims the op, else simply what is not claimed."""
         if not self._claimed(site):
-            return self._run_body(site, why or f"{self.backend.name!r} does not claim it", refused)
+            return self._run_body(site, why or f"{self.backend.name!r} does not claim it", refused, beside=beside)
         why = why or (f"every kernel refuses: {_reasons(refused)}" if refused else "no kernel for it is installed")
         self._apply_policy(site, why)
-        return self._run_body(site, f"fallback: {self.backend.name!r} claims it, but {why}", refused, fallback=True)
+        reason = f"fallback: {self.backend.name!r} claims it, but {why}"
+        return self._run_body(site, reason, refused, beside=beside, fallback=True)
 
-    def _run_body(self, site: OpSite, reason: str, refused: Refusals, *, fallback: bool = False) -> BoundOp:
+    def _run_body(
+        self,
+        site: OpSite,
+        reason: str,
+        refused: Refusals,
+        *,
+        beside: Mapping[str, BoundOp] = NONE,
+        fallback: bool = False,
+    ) -> BoundOp:
+        """The body. A composite's runs the kernels of its parts: those bound `beside` it in its group, and others at their sites."""
         op = self.ops[site.op]
         fn, provider = op.body, REFERENCE
         if op.parts and self.overrides.get(site.op) != REFERENCE:
-            parts = {part: self.bind(replace(site, op=part)) for part in op.parts.values()}
+            sites = site.parts or tuple(replace(site, op=part) for part in op.parts.values())
+            parts = {part.op: beside.get(part.op) or self.bind(part) for part in sites}
             if any(part.provider != REFERENCE for part in parts.values()):
-                fn, provider = op.decompose(lambda part: parts[part].fn), DECOMPOSED
+                provider = DECOMPOSED
                 reason += "; made of " + ", ".join(f"{name} ({part.provider})" for name, part in parts.items())
-        return BoundOp(site=site, fn=fn, provider=provider, reason=reason, refused=refused, fallback=fallback)
+            if provider == DECOMPOSED or site.parts:  # parts of a group are ops of their own to whoever watches them
+                fn = op.decompose(lambda part: parts[part].fn if part in parts else self.ops[part].body)
+        return self._watched(
+            BoundOp(site=site, fn=fn, provider=provider, reason=reason, refused=refused, fallback=fallback)
+        )
+
+    def _watched(self, bound: BoundOp) -> BoundOp:
+        return bound if self._instrument is None else self._instrument(bound)
 
     def _claimed(self, site: OpSite) -> bool:
         return self.claims.support(site.op, fmt=site.fmt, dtype=site.dtype) is Support.NATIVE
@@ -348,12 +387,13 @@ class OpTable:
     def _check_override(self, op: str, provider: str) -> None:
         if op not in self.ops:
             raise KernelSelectionError(f"--kernel {op}={provider}: {_unknown_op(op, self.ops)}")
-        known = [*sorted(self._kernels.get(op, {})), REFERENCE]
+        known = [*sorted(self._kernels.get(op, {})), REFERENCE, *([DECOMPOSED] if self.ops[op].parts else [])]
         if provider not in known:
             raise KernelSelectionError(f"--kernel {op}={provider}: {op} is provided by {', '.join(known)}")
 
     def _override_of(self, sites: Sequence[OpSite]) -> str | None:
-        wanted = {site.op: self.overrides[site.op] for site in sites if site.op in self.overrides}
+        flags = {site.op: self.overrides.get(site.op, DECOMPOSED) for site in sites}
+        wanted = {op: provider for op, provider in flags.items() if provider != DECOMPOSED}
         if len(set(wanted.values())) > 1:
             given = " and ".join(f"--kernel {op}={provider}" for op, provider in wanted.items())
             raise KernelSelectionError(
@@ -411,7 +451,8 @@ def _unknown_op(op: str, ops: Mapping[str, OpLike]) -> str:
 
 
 def _site_key(site: OpSite) -> tuple[object, ...]:
-    return site.op, site.layer, site.dtype, site.fmt, site.spec, tuple(sorted(site.dims.items()))
+    parts = tuple(_site_key(part) for part in site.parts)
+    return site.op, site.layer, site.dtype, site.fmt, site.spec, tuple(sorted(site.dims.items())), parts
 
 
 def _title(site: OpSite) -> str:

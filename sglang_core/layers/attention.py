@@ -16,8 +16,10 @@ from sglang_core.layers.kv_scales import KVScales
 from sglang_core.layers.linear import QKVLinear, RowLinear
 from sglang_core.layers.model_config import ModelConfig
 from sglang_core.layers.norm import RMSNorm
-from sglang_core.layers.rope import Rope
+from sglang_core.layers.rope import RopeTable
 from sglang_core.ops.attention import AttnSpec, Plan
+from sglang_core.ops.codes import Codes
+from sglang_core.ops.rope_paged import HeadNorms
 from sglang_core.parallel.groups import shard_heads
 from sglang_core.types import FULL, window_group
 
@@ -50,7 +52,7 @@ class Attention(PoolLayer):
         if cfg.qk_norm:
             self.q_norm = RMSNorm(cfg.head_dim, cfg.rms_norm_eps, offset=cfg.norm_offset)
             self.k_norm = RMSNorm(cfg.head_dim, cfg.rms_norm_eps, offset=cfg.norm_offset)
-        self.rotary_emb = Rope(cfg.ropes[layer_id])
+        self.rotary_emb = RopeTable(cfg.ropes[layer_id])
         self.register_buffer("sinks", None, persistent=False)
         self.kv_scales = KVScales(cfg.num_kv_heads, cfg.kv_scheme)
 
@@ -71,8 +73,10 @@ class Attention(PoolLayer):
         )
         dims = {"Hq": heads.num_heads, "Hk": heads.num_kv_heads, "D": cfg.head_dim}
         paged = OpSite(op="attn.paged", layer="Attention", dtype=dtype_name(ctx.dtype), spec=self.spec, dims=dims)
-        bound = ctx.table.bind_group([paged, replace(paged, op="attn.plan")], pool=self.group)
-        self._attend, self.plan = bound["attn.paged"].fn, bound["attn.plan"].fn
+        norms = [self.q_norm.site("norm.rms", ctx)] if cfg.qk_norm else []
+        whole = replace(paged, op="attn.rope_paged", parts=(*norms, self.rotary_emb.site(ctx), paged))
+        bound = ctx.table.bind_group([paged, replace(paged, op="attn.plan"), whole], pool=self.group)
+        self._attend, self.plan = bound["attn.rope_paged"].fn, bound["attn.plan"].fn
 
     def weights(self, prefix: str) -> list[WeightSpec]:
         if not self.cfg.attn_sinks:
@@ -99,17 +103,26 @@ class Attention(PoolLayer):
     def prepare_pool(self, pool: Pool) -> None:
         self.kv_scales.hand_to(pool, self.pool_layer)
 
-    def forward(self, h: Tensor, fb: ForwardBatch) -> Tensor:
-        """h: [T, M] -> [T, M]. Writes this step's keys and values to the pool."""
+    def forward(self, h: Tensor | Codes, fb: ForwardBatch) -> Tensor:
+        """h: [T, M], or codes of it -> [T, M]. Writes this step's keys and values to the pool."""
         q, k, v = self.qkv_proj.forward_split(h)
         gate = None
         if self.cfg.attn_output_gate:
             q, gate = q.view(q.shape[0], -1, 2, q.shape[2]).unbind(2)
-        if self.cfg.qk_norm:
-            q, k = self.q_norm.normalize(q), self.k_norm.normalize(k)
-        q, k = self.rotary_emb(q, k, fb.positions)
+        norms = HeadNorms(self.q_norm.weight, self.k_norm.weight, self.q_norm.eps) if self.cfg.qk_norm else None
         o = self._attend(
-            q, k, v, fb.pools[self.group], self.pool_layer, self.spec, fb.plans[self.spec], sinks=self.sinks
+            q,
+            k,
+            v,
+            fb.positions,
+            self.rotary_emb.table,
+            self.rotary_emb.spec,
+            fb.pools[self.group],
+            self.pool_layer,
+            self.spec,
+            fb.plans[self.spec],
+            head_norms=norms,
+            sinks=self.sinks,
         )
         if gate is not None:
             o = (o.float() * gate.float().sigmoid()).to(o.dtype)

@@ -100,6 +100,9 @@ class Layer(Module):
     def bind(self, ctx: BuildContext) -> None:
         """Pick ops and settle what this rank holds."""
 
+    def settle(self, ctx: BuildContext) -> None:
+        """Choose what depends on how other layers were bound. Called once, when all of the model's are."""
+
     def weights(self, prefix: str) -> list[WeightSpec]:
         """What it wants from the checkpoint; `prefix` is its own name in the model, without a final dot."""
         return []
@@ -155,6 +158,8 @@ def bind_model(model: nn.Module, ctx: BuildContext) -> None:
         if isinstance(module, Layer):
             module.name, module.quant = name, quant
             module.bind(ctx)
+    for _, layer in named_layers(model):
+        layer.settle(ctx)
     model._bound_with = ctx  # type: ignore[assignment]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -14,11 +15,14 @@ from sglang_core.layers.lora import LinearSlots, Target, covered
 from sglang_core.layers.packing import Packing
 from sglang_core.layers.quant_config import QuantConfig
 from sglang_core.layers.stored import DENSE, Ranges, Stored, StoredTensor, check_stacked
+from sglang_core.ops.codes import CODE_KINDS, Codes
 from sglang_core.ops.formats import Fmt
 from sglang_core.ops.gemm import dense
 from sglang_core.ops.quant import dequantize, quantize
 from sglang_core.ops.weight import PackedWeight
 from sglang_core.parallel.groups import HeadShard, aligned_shard, shard_heads
+
+TAKES_CODES = "takes_codes"  # a feature of kernels of gemm.linear
 
 
 class Linear(Layer):
@@ -37,6 +41,7 @@ class Linear(Layer):
     dense_only = ""  # why it needs the dense matrix, where it does
     takes_adapters = True  # False: a layer whose rows are not always the tokens of the step
     lora: LinearSlots | None
+    takes = ""  # the kind of codes that `forward` takes in place of activations, as its kernel says; known once bound
 
     def __init__(self, in_features: int, out_features: int, *, bias: bool = False) -> None:
         super().__init__()
@@ -71,6 +76,9 @@ class Linear(Layer):
         self._linear, self._pack = bound.fn, bound.pack
         self.packs = None if bound.pack is None else bound
         self.fmt = DENSE.fmt if bound.dequantized else quantised
+        if self.lora is None and self.fmt.activation in CODE_KINDS:  # adapters multiply x as it was
+            coded = bound.kernels and all(TAKES_CODES in kernel.features for kernel in bound.kernels)
+            self.takes = self.fmt.activation if coded else ""
         if not self.fmt.is_dense:
             check_stacked(self.fmt, [b - a for _, _, ranges in self.parts for a, b in ranges], self.name)
         if not quantised.is_dense:
@@ -162,8 +170,8 @@ class Linear(Layer):
         """Hold the canonical weight as the layer's kernel wants it."""
         self.weight = weight if self._pack is None else self._pack(weight)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x: [..., in] -> [..., out], of this rank."""
+    def forward(self, x: Tensor | Codes) -> Tensor:
+        """x: [..., in], or codes of it of the kind that it `takes` -> [..., out], of this rank."""
         y: Tensor = self._linear(x, self.weight, self.bias)
         return y if self.lora is None else self.lora(y, x)
 
@@ -196,7 +204,7 @@ class RowLinear(Linear):
         if self._tp.rank > 0:
             self.bias = None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor | Codes) -> Tensor:
         """x: [..., in of this rank] -> [..., out], summed over ranks."""
         y = super().forward(x)
         return self._tp.all_reduce(y) if self.reduce else y
@@ -230,7 +238,7 @@ class QKVLinear(Linear):
         sizes = [self.num_heads * d, self.num_kv_heads * d, self.num_kv_heads * d]
         self.parts = _merged(["q_proj", "k_proj", "v_proj"], sizes, rows, self.fused)
 
-    def forward_split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward_split(self, x: Tensor | Codes) -> tuple[Tensor, Tensor, Tensor]:
         """x: [T, M] -> q: [T, Hq, D], k, v: [T, Hk, D], views of one tensor."""
         hq, hk = self.heads.num_heads, self.heads.num_kv_heads
         q, k, v = torch.split(self.forward(x).view(-1, hq + 2 * hk, self.head_dim), [hq, hk, hk], dim=1)
@@ -248,6 +256,12 @@ class GateUpLinear(Linear):
         size = self.intermediate_size
         held = aligned_shard(size, ctx.tp.rank, ctx.tp.size, self.unit, "intermediate_size")
         self.parts = _merged(["gate_proj", "up_proj"], [size, size], [held, held], self.fused)
+
+
+def codes_for(linears: Sequence[Linear]) -> str:
+    """The kind of codes that all of them take in place of activations; "" where they do not agree on one."""
+    kinds = {linear.takes for linear in linears}
+    return kinds.pop() if len(kinds) == 1 else ""
 
 
 def stored_format(quant: QuantConfig | None, name: str) -> Stored:

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 from torch import Tensor
 
 from sglang_core.backend.kernel import OpSite
 from sglang_core.layers.build import BuildContext, Layer, dtype_name
-from sglang_core.layers.linear import GateUpLinear, RowLinear, stored_format
+from sglang_core.layers.linear import GateUpLinear, RowLinear, codes_for, stored_format
 from sglang_core.layers.model_config import ModelConfig
+from sglang_core.ops.codes import Codes
 from sglang_core.parallel.groups import aligned_shard
 
 
 class GatedMLP(Layer):
     """down(act(gate(x)) * up(x))."""
+
+    codes = ""  # the kind of those that the middle hands on in place of a tensor; known once settled
 
     def __init__(self, cfg: ModelConfig, *, intermediate_size: int | None = None, reduce: bool = True) -> None:
         """Of the model's own width by default; without `reduce`, the result is this rank's part of the sum over ranks."""
@@ -35,8 +39,16 @@ class GatedMLP(Layer):
         site = OpSite(
             op="act.gated", layer="GatedMLP", dtype=dtype_name(ctx.dtype), spec=self.activation, dims={"F": width}
         )
-        self._act = ctx.table.bind(site).fn
+        self._act, self._site = ctx.table.bind(site).fn, site
 
-    def forward(self, h: Tensor) -> Tensor:
-        """h: [T, M] -> [T, M]."""
-        return self.down_proj(self._act(self.gate_up_proj(h), self.activation))  # type: ignore[no-any-return]
+    def settle(self, ctx: BuildContext) -> None:
+        site = replace(self._site, op="act.gated_quant", fmt=codes_for([self.down_proj]))
+        if site.fmt and ctx.table.has_kernel(site):
+            self.codes, self._act_quant = site.fmt, ctx.table.bind(site).fn
+
+    def forward(self, h: Tensor | Codes) -> Tensor:
+        """h: [T, M], or codes of it -> [T, M]."""
+        x = self.gate_up_proj(h)
+        if self.codes:
+            return self.down_proj(self._act_quant(x, self.activation, self.codes))  # type: ignore[no-any-return]
+        return self.down_proj(self._act(x, self.activation))  # type: ignore[no-any-return]

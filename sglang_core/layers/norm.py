@@ -2,28 +2,43 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from sglang_core.backend.kernel import OpSite
 from sglang_core.layers.build import BuildContext, Layer, WeightSpec, dtype_name
+from sglang_core.layers.linear import Linear, codes_for
 
 
 class RMSNorm(Layer):
     """Root-mean-square norm over the last dim. With `offset`, the checkpoint holds `w` where `1 + w` multiplies (Gemma)."""
 
     weight: Tensor
+    codes = ""  # the kind of those that `forward` gives in place of a tensor; known once settled
 
     def __init__(self, size: int, eps: float, *, offset: bool = False) -> None:
         super().__init__()
         self.size, self.eps, self.offset = size, eps, offset
+        self._fed: tuple[Linear, ...] = ()
+
+    def feeds(self, *linears: Linear) -> None:
+        """Say that what `forward` gives goes to these layers alone: it may then be codes, which all of them take."""
+        self._fed = linears
+
+    def settle(self, ctx: BuildContext) -> None:
+        site = replace(self.site("norm.add_rms_quant", ctx), fmt=codes_for(self._fed))
+        if site.fmt and ctx.table.has_kernel(site):
+            self.codes, self._add_rms_quant = site.fmt, ctx.table.bind(site).fn
 
     def bind(self, ctx: BuildContext) -> None:
         self.dtype = torch.float32 if self.offset else ctx.dtype  # 1 + w would lose the low bits of w
-        self._rms, self._add_rms = (
-            ctx.table.bind(OpSite(op=op, layer="RMSNorm", dtype=dtype_name(ctx.dtype), dims={"M": self.size})).fn
-            for op in ("norm.rms", "norm.add_rms")
-        )
+        self._rms, self._add_rms = (ctx.table.bind(self.site(op, ctx)).fn for op in ("norm.rms", "norm.add_rms"))
+
+    def site(self, op: str, ctx: BuildContext) -> OpSite:
+        return OpSite(op=op, layer="RMSNorm", dtype=dtype_name(ctx.dtype), dims={"M": self.size})
 
     def weights(self, prefix: str) -> list[WeightSpec]:
         return [
@@ -41,10 +56,13 @@ class RMSNorm(Layer):
         y: Tensor = self._rms(x, self.weight, self.eps)
         return y
 
-    def forward(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
-        """x, residual: [T, M] -> the norm of their sum, and the sum. No residual yet: it is x."""
+    def forward(self, x: Tensor, residual: Tensor | None) -> tuple[Any, Tensor]:
+        """x, residual: [T, M] -> the norm of their sum, perhaps as codes for those it feeds, and the sum. No residual yet: it is x."""
         if residual is None:
             return self._rms(x, self.weight, self.eps), x
+        if self.codes:
+            codes, total = self._add_rms_quant(x, residual, self.weight, self.eps, self.codes)
+            return codes, total
         y, total = self._add_rms(x, residual, self.weight, self.eps)
         return y, total
 

@@ -9,8 +9,8 @@ from sglang_core.layers.build import BuildContext, Layer, dtype_name
 from sglang_core.ops.rope import RopeSpec, rope_table
 
 
-class Rope(Layer):
-    """Rotates queries and keys by their positions."""
+class RopeTable(Layer):
+    """The angles of every position, for an op that rotates."""
 
     table: Tensor  # float32[context_length, rotary_dim]
 
@@ -18,13 +18,22 @@ class Rope(Layer):
         super().__init__()
         self.spec = spec
 
-    def bind(self, ctx: BuildContext) -> None:
+    def site(self, ctx: BuildContext) -> OpSite:
         dims = {"D": self.spec.head_dim}
-        site = OpSite(op="rope.apply", layer="Rope", dtype=dtype_name(ctx.dtype), spec=self.spec, dims=dims)
-        self._apply_rope = ctx.table.bind(site).fn
+        return OpSite(op="rope.apply", layer="Rope", dtype=dtype_name(ctx.dtype), spec=self.spec, dims=dims)
+
+    def bind(self, ctx: BuildContext) -> None:
         if self.spec not in ctx.rope_tables:
             ctx.rope_tables[self.spec] = rope_table(self.spec, ctx.context_length, ctx.device)
         self.register_buffer("table", ctx.rope_tables[self.spec], persistent=False)
+
+
+class Rope(RopeTable):
+    """Rotates queries and keys by their positions."""
+
+    def bind(self, ctx: BuildContext) -> None:
+        super().bind(ctx)
+        self._apply_rope = ctx.table.bind(self.site(ctx)).fn
 
     def forward(self, q: Tensor, k: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """q: [T, Hq, D], k: [T, Hk, D], positions: int32[T] -> q, k rotated."""

@@ -1,6 +1,20 @@
 """Ops: one file a family. Importing this package registers every op in `registry.OPS`."""
 
-from sglang_core.ops import activation, attention, embedding, gemm, logits, lora, mla, moe, norm, rope, sampling, ssm
+from sglang_core.ops import (
+    activation,
+    attention,
+    embedding,
+    gemm,
+    logits,
+    lora,
+    mla,
+    moe,
+    norm,
+    rope,
+    rope_paged,
+    sampling,
+    ssm,
+)
 from sglang_core.ops.registry import OPS, OpDef, op
 
 __all__ = [
@@ -17,6 +31,7 @@ __all__ = [
     "norm",
     "op",
     "rope",
+    "rope_paged",
     "sampling",
     "ssm",
 ]

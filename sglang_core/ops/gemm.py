@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sglang_core.ops.codes import CODE_KINDS, Codes, decoded
 from sglang_core.ops.formats import Fmt
 from sglang_core.ops.quant import dequantize, quantize_token, quantize_token_asym, quantized_activations
 from sglang_core.ops.registry import op
@@ -29,24 +30,31 @@ def dense(weight: Tensor) -> PackedWeight:
 
 
 @op("gemm.linear", weighted=True)
-def linear(x: Tensor, w: PackedWeight, bias: Tensor | None = None) -> Tensor:
+def linear(x: Tensor | Codes, w: PackedWeight, bias: Tensor | None = None) -> Tensor:
     """x: [..., in], w: [out, in], bias: [out] -> [..., out]. Sums in float32 or wider, adds the bias, rounds to x.dtype.
 
     w in any format: x is quantised as its format says (`ops/quant.py`), never rounded otherwise; int8 codes are summed as
     integers, exactly, and then scaled; all others are products of what codes and scales stand for.
+
+    x may be quantised already, as w's format says, where the kernel has the feature `takes_codes`: with the same result, to the bit.
     """
-    if w.fmt == "dense":
+    if isinstance(x, Codes):
+        assert Fmt.parse(w.fmt).activation in CODE_KINDS, f"a weight in {w.fmt} does not quantise activations so"
+    elif w.fmt == "dense":
         return F.linear(x, _dense_tensor(w), bias)
     y = _packed_product(x, w)
     return (y if bias is None else y + bias).to(x.dtype)
 
 
-def _packed_product(x: Tensor, w: PackedWeight) -> Tensor:
+def _packed_product(x: Tensor | Codes, w: PackedWeight) -> Tensor:
     """x: [..., in], w: [out, in] -> [..., out]; or x: [n, h, in] and a stack of n -> [n, h, out]. Float32, or float64 as x is."""
     fmt = Fmt.parse(w.fmt)
     assert w.layout == "canonical", f"no reference body for {w.fmt}/{w.layout}"
     if fmt.element == "int8":
         return _int8_product(x, w, asymmetric=fmt.activation == "int8_asym")
+    if isinstance(x, Codes):
+        wide_x = decoded(x)
+        return wide_x @ dequantize(w, wide_x.dtype).mT
     x_scale = w["x_scale"] if fmt.static else None
     if x_scale is not None and w.num_experts is not None:
         x_scale = x_scale[:, None]
@@ -54,14 +62,16 @@ def _packed_product(x: Tensor, w: PackedWeight) -> Tensor:
     return wide_x @ dequantize(w, wide_x.dtype).mT
 
 
-def _int8_product(x: Tensor, w: PackedWeight, *, asymmetric: bool) -> Tensor:
+def _int8_product(x: Tensor | Codes, w: PackedWeight, *, asymmetric: bool) -> Tensor:
     """As `_packed_product`: int32 sums, from float products that are exact on any device, and then scaled."""
-    if asymmetric:
+    if isinstance(x, Codes):
+        code, scale = x.code, x.scale
+    elif asymmetric:
         code, scale, zero = quantize_token_asym(x)
         code = code.int() - zero
     else:
         code, scale = quantize_token(x, "int8")
-    total = torch.zeros(*x.shape[:-1], w.out_features, dtype=torch.int32, device=x.device)
+    total = torch.zeros(*x.shape[:-1], w.out_features, dtype=torch.int32, device=code.device)
     for i in range(0, w.in_features, EXACT_COLUMNS):
         at = slice(i, i + EXACT_COLUMNS)
         total = total + (code[..., at].float() @ w["weight"][..., at].float().mT).int()

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from sglang_core.ops.codes import CodeKind, Codes, coded
 from sglang_core.ops.registry import op
 from sglang_core.ops.rounding import wide
 
@@ -42,3 +43,18 @@ def add_rms_norm(
     """
     residual = x + residual
     return rms(residual, weight, eps), residual
+
+
+@op("norm.add_rms_quant", composite={"norm": "norm.add_rms"})
+def add_rms_norm_quant(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    eps: float,
+    kind: CodeKind,
+    *,
+    norm: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]] = add_rms_norm,
+) -> tuple[Codes, Tensor]:
+    """x, residual: [T, M], weight: [M] -> y: codes of [T, M], residual: [T, M]. What is quantised is y as it was rounded to x.dtype."""
+    y, residual = norm(x, residual, weight, eps)
+    return coded(y, kind), residual

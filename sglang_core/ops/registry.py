@@ -35,8 +35,8 @@ class OpDef:
 
     @property
     def strict(self) -> bool:
-        """Whether a fallback of this op is an error by default."""
-        return self.family in STRICT_FAMILIES
+        """Whether a fallback of this op is an error by default. A composite's is not: its parts are asked themselves."""
+        return self.family in STRICT_FAMILIES and not self.composite
 
     def decompose(self, bind: Callable[[str], Callable[..., Any]]) -> Callable[..., Any]:
         """The body with what `bind` gives for each op it is made of, so that a kernel for a part is never lost."""

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from sglang_core.backend.selection import DECOMPOSED, REFERENCE, BoundOp, OpLike
+from sglang_core.ops.codes import Codes, decoded
 from sglang_core.ops.weight import PackedWeight
 
 log = logging.getLogger(__name__)
@@ -137,6 +138,8 @@ def distance(got: Tensor, want: Tensor) -> tuple[float, float]:
 def _tensors(value: Any) -> Iterable[Tensor]:
     if isinstance(value, Tensor):
         yield value
+    elif isinstance(value, Codes):  # as numbers: the last bit of what is quantised turns a code
+        yield decoded(value).to(value.dtype)
     elif isinstance(value, tuple | list):
         for each in value:
             yield from _tensors(each)

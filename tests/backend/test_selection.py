@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
+from dataclasses import replace
 from types import ModuleType
 
 import pytest
@@ -15,7 +16,7 @@ from sglang_core.backend.claims import Claim, Claims, Support
 from sglang_core.backend.cpu import CpuBackend
 from sglang_core.backend.interface import DeviceInfo
 from sglang_core.backend.kernel import Kernel, OpSite
-from sglang_core.backend.selection import DECOMPOSED, REFERENCE, OpTable, parse_overrides
+from sglang_core.backend.selection import DECOMPOSED, REFERENCE, BoundOp, OpTable, parse_overrides
 from sglang_core.errors import ConfigError, KernelSelectionError, PluginError
 from sglang_core.ops.registry import OpDef
 
@@ -38,6 +39,10 @@ def body(*args):
     return "body"
 
 
+def rope_paged(*, norm=body, rope=body, paged=body):
+    return norm(None, None, 0.0), rope(), paged()
+
+
 OPS = {
     "norm.rms": OpDef(name="norm.rms", body=rms),
     "norm.add_rms": OpDef(name="norm.add_rms", body=add_rms, composite=True, parts={"rms": "norm.rms"}),
@@ -47,6 +52,13 @@ OPS = {
     "attn.mla_paged": OpDef(name="attn.mla_paged", body=body),
     "attn.mla_plan": OpDef(name="attn.mla_plan", body=body, host=True),
     "kv.write": OpDef(name="kv.write", body=body),
+    "rope.apply": OpDef(name="rope.apply", body=body),
+    "attn.rope_paged": OpDef(
+        name="attn.rope_paged",
+        body=rope_paged,
+        composite=True,
+        parts={"norm": "norm.rms", "rope": "rope.apply", "paged": "attn.paged"},
+    ),
 }
 RMS = OpSite(op="norm.rms", layer="RMSNorm", dtype="bfloat16", dims={"M": 64})
 GEMM = OpSite(op="gemm.linear", layer="QKVLinear", dtype="bfloat16", fmt="bf16")
@@ -514,6 +526,81 @@ def test_group_ties_and_claims_behave_as_elsewhere() -> None:
         table(*group("a"), *group("b")).bind_group(GROUP)
     with pytest.raises(KernelSelectionError, match="claims it natively, but every kernel refuses"):
         table(*group("a", supports=lambda ctx: "no"), native=("attn.paged",)).bind_group(GROUP)
+
+
+# composites of a group
+
+ROPE = OpSite(op="rope.apply", layer="Rope", dtype="bfloat16", spec="neox")
+WHOLE = OpSite(op="attn.rope_paged", layer="Attention", dtype="bfloat16", spec=128, parts=(ROPE, GROUP[0]))
+ROPE_GROUP = [*GROUP[:2], WHOLE]
+PAIR = ("attn.paged", "attn.plan")
+
+
+def roped(*kernels: Kernel, **kwargs) -> BoundOp:
+    return table(*kernels, **kwargs).bind_group(ROPE_GROUP)["attn.rope_paged"]
+
+
+def test_a_composite_of_a_group_is_made_of_the_kernels_beside_it() -> None:
+    """Of the provider that was chosen for the group, and of what runs at the other parts' own sites."""
+    only_neox = kernel("turn", "rope.apply", supports=lambda ctx: None if ctx.site.spec == "neox" else "neox only")
+    bound = roped(*group("a", ops=PAIR, priority=60), *group("b", ops=PAIR), only_neox, kernel("rms"))
+    assert bound.fn() == ("body", "turn", "a_attn_paged")  # norm.rms is not called here, so no kernel stands for it
+    assert (bound.provider, bound.fallback) == (DECOMPOSED, False)
+    assert "made of rope.apply (turn), attn.paged (a)" in bound.reason
+
+
+def test_a_composite_is_never_another_providers_than_the_plan_it_reads() -> None:
+    whole = kernel("whole", "attn.rope_paged", provider="b", priority=99)
+    bound = roped(*group("a", ops=PAIR, priority=60), *group("b", ops=PAIR), whole)
+    assert bound.fn() == ("body", "body", "a_attn_paged")
+    assert ("b (fake_kernels:whole)", "outranked by a") in bound.refused
+    assert roped(*group("a", ops=PAIR), *group("b", ops=PAIR, priority=60), whole).fn() == "whole"
+
+
+def test_a_refused_composite_leaves_its_provider_the_group() -> None:
+    whole = kernel("whole", "attn.rope_paged", provider="a", supports=lambda ctx: "no such rotation")
+    bound = roped(*group("a", ops=PAIR), whole, native=PAIR)
+    assert bound.fn() == ("body", "body", "a_attn_paged")
+    assert bound.refused == (("a (fake_kernels:whole)", "no such rotation"),)
+
+
+@pytest.mark.parametrize(
+    ("flags", "made"),
+    [
+        ({"attn.rope_paged": DECOMPOSED}, ("body", "turn", "a_attn_paged")),
+        ({"rope.apply": REFERENCE}, ("body", "body", "a_attn_paged")),
+        ({"attn.paged": REFERENCE}, ("body", "turn", "body")),
+        ({"attn.rope_paged": REFERENCE}, ("body", "body", "body")),
+        ({"attn.rope_paged": "a", "rope.apply": REFERENCE}, "whole"),
+    ],
+)
+def test_a_composites_kernel_gives_way_to_what_was_asked_for_its_parts(flags: dict[str, str], made: object) -> None:
+    whole = kernel("whole", "attn.rope_paged", provider="a")
+    kernels = [*group("a", ops=PAIR), whole, kernel("turn", "rope.apply", provider="a")]
+    assert roped(*kernels).fn() == "whole"
+    assert roped(*kernels, overrides=flags).fn() == made
+
+
+def test_only_a_composite_can_be_decomposed() -> None:
+    with pytest.raises(KernelSelectionError, match="norm.rms is provided by a, reference"):
+        table(kernel("a"), overrides={"norm.rms": DECOMPOSED})
+
+
+def test_what_watches_ops_sees_the_parts_of_a_composite_and_each_once() -> None:
+    seen: list[str] = []
+
+    def watch(bound: BoundOp) -> BoundOp:
+        def called(*args):
+            seen.append(bound.site.op)
+            return bound.fn(*args)
+
+        return replace(bound, fn=called)
+
+    roped(*group("a", ops=PAIR), instrument=watch).fn()
+    assert seen == ["attn.rope_paged", "rope.apply", "attn.paged"]
+    seen.clear()
+    roped(instrument=watch).fn()  # of bodies alone, too: a profile says which of them takes the time
+    assert seen == ["attn.rope_paged", "rope.apply", "attn.paged"]
 
 
 def test_explain_has_a_row_for_each_op_and_layer_class() -> None:

@@ -138,6 +138,7 @@ def test_loads_run_on_kernels_and_bodies_and_what_breaks_is_said() -> None:
     assert {(row.op, row.provider) for row in found.rows} == {
         ("norm.rms", "reference"),
         ("norm.add_rms", "reference"),
+        ("norm.add_rms_quant", "reference"),
         ("norm.layer", "fake"),
         ("moe.route", "reference"),
     }

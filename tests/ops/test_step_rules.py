@@ -12,12 +12,14 @@ import torch
 from sglang_core.backend.strict_trace import trace_step
 from sglang_core.ops import OPS
 from sglang_core.ops.attention import attn_plan
+from sglang_core.ops.codes import CODE_KINDS, coded
 from sglang_core.ops.gemm import dense
 from sglang_core.ops.lora import ExpertAdapters
 from sglang_core.ops.mla import attn_mla_plan
 from sglang_core.ops.moe import ExpertSpec, RouteSpec
 from sglang_core.ops.quant import quantize
 from sglang_core.ops.rope import RopeSpec, rope_table
+from sglang_core.ops.rope_paged import HeadNorms
 from sglang_core.ops.ssm_plan import ssm_plan
 from tests.ops.mla_case import MLACase, mla_case
 from tests.ops.paged_case import CPU, PagedCase, attn_spec, paged_case
@@ -53,6 +55,16 @@ def paged(static: bool, sinks: bool, kv_dtype: torch.dtype | None = None, **more
     plan = attn_plan(case.spec, case.batch, CPU)
     kwargs = {"lse": True} | ({"sinks": torch.zeros(4)} if sinks else {})
     return Call("attn.paged", (case.q, case.k, case.v, case.pool, 0, case.spec, plan), kwargs, case)
+
+
+def roped(static: bool, normed: bool) -> Call:
+    c = paged(static, sinks=True)
+    q, k, v, *rest = c.args
+    rotary = RopeSpec(head_dim=q.shape[2], rotary_dim=q.shape[2])
+    norms = HeadNorms(torch.ones(q.shape[2]), torch.ones(q.shape[2]), 1e-6) if normed else None
+    positions = torch.zeros(q.shape[0], dtype=torch.int32)
+    args = q, k, v, positions, rope_table(rotary, 9), rotary, *rest
+    return Call("attn.rope_paged", args, c.kwargs | {"head_norms": norms}, c.case)
 
 
 def written() -> Call:
@@ -113,6 +125,8 @@ CALLS: list[Callable[[], Call]] = [
     lambda: paged(static=False, sinks=True, tree=True),
     lambda: paged(static=True, sinks=False, tree=True, window=5, soft_cap=3.0),
     lambda: paged(static=True, sinks=False, causal=False),
+    lambda: roped(static=False, normed=True),
+    lambda: roped(static=True, normed=False),
     written,
     lambda: latent(static=False),
     *[lambda dtype=dtype: latent(static=True, kv_dtype=dtype) for dtype in QUANTISED],
@@ -142,6 +156,10 @@ CALLS: list[Callable[[], Call]] = [
     lambda: call("norm.rms", X, W, 1e-6),
     lambda: call("norm.layer", X, W, W, 1e-6),
     lambda: call("norm.add_rms", X, X, W, 1e-6),
+    *[lambda kind=kind: call("norm.add_rms_quant", X, X, W, 1e-6, kind) for kind in CODE_KINDS],
+    *[lambda kind=kind: call("act.gated_quant", X, "silu", kind) for kind in CODE_KINDS],
+    lambda: call("gemm.linear", coded(X, "int8"), quantize(torch.randn(3, 8), "int8.token_channel")),
+    lambda: call("gemm.linear", coded(X, "fp8_block"), quantize(torch.randn(3, 8), "fp8.block128")),
     lambda: call("rope.apply", Q, K, ints(0, 1, 2, 3, 4), rope_table(ROPES["neox"], 9), ROPES["neox"]),
     lambda: call("rope.apply", Q, K, ints(0, 1, 2, 3, 4), rope_table(ROPES["interleaved"], 9), ROPES["interleaved"]),
     *[lambda kind=kind: call("act.gated", X, kind) for kind in ("silu", "gelu", "gelu_tanh")],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -70,6 +71,27 @@ def test_the_rate_is_the_share_of_steps() -> None:
     assert 0.2 < sum(chosen) / 4000 < 0.3
     assert chosen == [verifier.choose(step) for step in range(4000)]
     assert not any(KernelVerifier(0.0, OPS).choose(step) for step in range(100))
+
+
+def test_codes_are_compared_as_the_numbers_that_they_stand_for() -> None:
+    x, weight = torch.randn(16, 256).bfloat16(), torch.ones(256)
+    site = OpSite(op="norm.add_rms_quant", layer="RMSNorm", dtype="bfloat16")
+
+    def kernel(code: int, scale: float) -> Callable[..., object]:
+        """One code of 4096 is another, and every scale is multiplied."""
+
+        def fn(*args: Any) -> object:
+            codes, total = OPS["norm.add_rms_quant"].body(*args)
+            codes.code[3, 5] += code
+            return codes._replace(scale=codes.scale * scale), total
+
+        return fn
+
+    for fn, failures in ((kernel(1, 1.0), 0), (kernel(0, 1.1), 1)):
+        verifier = KernelVerifier(1.0, OPS, active=True)
+        bound = BoundOp(site=site, fn=fn, provider="acme", reason="test")
+        verifier.instrument(bound).fn(x, x, weight, 1e-6, "int8")
+        assert verifier.stats()["verify_failures"] == failures
 
 
 def test_distance_wants_infinities_in_the_same_places() -> None:

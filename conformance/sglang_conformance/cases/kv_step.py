@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from sglang_conformance.case import Case, Outputs, Profile, add
-from sglang_conformance.env import Env
+from sglang_conformance.env import Env, Op
 from sglang_core.backend.kv_dtypes import KV_DTYPES
 from sglang_core.backend.pool import Pool, PoolSpec
 from sglang_core.ops.attention import AttnBatch, AttnSpec
@@ -23,6 +25,7 @@ PREFILL: Reqs = [(0, 40), (0, 1), (0, 150)]
 CHUNK: Reqs = [(256, 64), (30, 100)]
 MIXED: Reqs = [(63, 1), (0, 70), (300, 1), (90, 33), (5, 2)]
 TREES: Reqs = [(63, 7), (0, 40), (300, 1), (90, 33), (5, 2)]
+NOTHING: Mapping[str, Any] = MappingProxyType({})
 NEAR = 8  # pages at the beginning of a pool that an index which wrapped around leads to
 
 
@@ -68,9 +71,15 @@ class Layer(ABC):
 
     op: str
     covers: tuple[str, ...]  # ops that its steps call, too
+    exact: tuple[str, ...] = ("pool_k", "pool_v")  # outputs of `run` about which nothing is open
 
     def __init__(self, env: Env, spec: AttnSpec | MLASpec, page_size: int) -> None:
-        self.env, self.page_size, self.ops = env, page_size, env.paged_ops(spec, page_size)
+        self.env, self.page_size = env, page_size
+        self.ops = self.bound(spec)
+
+    def bound(self, spec: AttnSpec | MLASpec) -> dict[str, Op]:
+        """Its ops: those that share its pool."""
+        return self.env.paged_ops(spec, self.page_size)
 
     @abstractmethod
     def stored(self) -> tuple[Literal["full", "mla"], AttnSpec]:
@@ -135,16 +144,17 @@ def add_steps(
     profile: Profile = "core",
     full: bool = False,
     dtypes: tuple[torch.dtype, ...] | None = None,
+    of_layer: Mapping[str, Any] = NOTHING,
     **more: Any,
 ) -> None:
-    """A case of one step of a `Layer`. `more` is for its `run`."""
+    """A case of one step of a `Layer`. `of_layer` is for its constructor, `more` for its `run`."""
     add(
         Case(
             op=layer.op,
             name=name,
-            run=lambda env: layer(env, spec, page_size).run(reqs, **more),
+            run=lambda env: layer(env, spec, page_size, **of_layer).run(reqs, **more),
             profile=profile,
-            exact=("pool_k", "pool_v"),
+            exact=layer.exact,
             covers=layer.covers,
             full=full,
             **({} if dtypes is None else {"dtypes": dtypes}),

@@ -16,6 +16,7 @@ from sglang_conformance.case import Case, Outputs, Profile, add
 from sglang_conformance.cases.attention import FullLayer, spec_of
 from sglang_conformance.cases.kv_step import DECODE, MIXED, Layer, Reqs
 from sglang_conformance.cases.mla import LatentLayer
+from sglang_conformance.cases.rope_paged import RopedLayer
 from sglang_conformance.cases.rows import PADDED, TOGETHER
 from sglang_conformance.env import Env
 from sglang_conformance.guard import same_bits
@@ -106,7 +107,7 @@ def split_and_merged(env: Env) -> Outputs:
     return {"merged": o, "merged lse": lse, "whole": whole, "whole lse": whole_lse}
 
 
-LAYERS: tuple[type[FullLayer] | type[LatentLayer], ...] = (FullLayer, LatentLayer)
+LAYERS: tuple[type[FullLayer] | type[LatentLayer], ...] = (FullLayer, LatentLayer, RopedLayer)
 RELATIONS: dict[str, tuple[Callable[[Layer], Outputs], Profile]] = {
     "pages permuted": (lambda layer: permuted_pages(layer, MIXED), "core"),
     "pages permuted, decode": (lambda layer: permuted_pages(layer, DECODE), "core"),

@@ -12,9 +12,12 @@ from sglang_conformance.perf.load import CONTEXT, STEPS, PerfEnv, Work, add, cop
 from sglang_core.backend.pool import Pool, PoolSpec
 from sglang_core.ops.attention import AttnBatch, AttnSpec
 from sglang_core.ops.mla import MLASpec
+from sglang_core.ops.rope import RopeSpec, rope_table
+from sglang_core.ops.rope_paged import HeadNorms
 
 PAGE_SIZE, MOST_LAYERS = 16, 64
 SPEC = AttnSpec(num_heads=16, num_kv_heads=8, head_dim=128, v_head_dim=128, scale=128**-0.5)
+ROPE = RopeSpec(head_dim=128, rotary_dim=128)
 LATENT = MLASpec(num_heads=16, rank=512, nope_dim=128, rope_dim=64, v_head_dim=128, scale=192**-0.5)
 Reqs = list[tuple[int, int]]  # (prefix, extend) each
 
@@ -86,6 +89,25 @@ def paged(env: PerfEnv, tokens: int) -> Work:
     )
 
 
+def rope_paged(env: PerfEnv, tokens: int) -> Work:
+    """As attention alone: what is rotated on the way is read and written anyhow. With head norms."""
+    reqs, spec = reqs_of(tokens), SPEC
+    ops, batch = env.paged_ops(spec, PAGE_SIZE, ROPE, normed=True), batch_of(env, reqs)
+    pool = pool_of(env, "full", spec.num_kv_heads, (128, 128), batch.num_reqs * batch.num_pages + 1)
+    plan = ops["attn.plan"](spec, batch, env.device)
+    q = env.normal(tokens, spec.num_heads, spec.head_dim)
+    k, v = (env.normal(tokens, spec.num_kv_heads, spec.head_dim) for _ in range(2))
+    at = env.integers(0, 1024, tokens), env.place(rope_table(ROPE, 1024)), ROPE
+    norms = HeadNorms(env.normal(spec.head_dim), env.normal(spec.head_dim), 1e-6)
+    cached = sum(p + e for p, e in reqs) * spec.num_kv_heads * 2 * spec.head_dim * q.element_size()
+    whole = partial(ops["attn.rope_paged"], head_norms=norms)
+    return Work(
+        calls=[partial(whole, q, k, v, *at, pool, layer, spec, plan) for layer in range(pool.spec.num_layers)],
+        nbytes=cached + 2 * size_of(q) + size_of(k, v),
+        flops=4 * pairs_of(reqs) * spec.num_heads * spec.head_dim,
+    )
+
+
 def latent(env: PerfEnv, tokens: int) -> Work:
     """A score takes `rank + rope_dim` multiply-adds, a value `rank`."""
     reqs, spec = reqs_of(tokens), LATENT
@@ -151,6 +173,7 @@ def project(env: PerfEnv, tokens: int) -> Work:
 
 MAKERS: dict[str, Callable[..., Work]] = {
     "attn.paged": paged,
+    "attn.rope_paged": rope_paged,
     "kv.write": partial(write, op="kv.write"),
     "attn.merge": merge,
     "attn.mla_paged": latent,

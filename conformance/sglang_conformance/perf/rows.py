@@ -34,6 +34,17 @@ def norm(env: PerfEnv, tokens: int, name: str) -> Work:
     return over(env, [(tokens, M)], lambda x: op(x, w, EPS))
 
 
+def norm_quant(env: PerfEnv, tokens: int) -> Work:
+    """Reads x and the residual, writes the sum, and codes of half its bytes."""
+    op, w = env.op("norm.add_rms_quant", fmt="int8", dims={"M": M}), env.normal(M)
+    return over(env, [(tokens, M)] * 2, lambda x, residual: op(x, residual, w, EPS, "int8"), passes=1.75)
+
+
+def gated_quant(env: PerfEnv, tokens: int) -> Work:
+    op = env.op("act.gated_quant", fmt="int8", dims={"F": F})
+    return over(env, [(tokens, 2 * F)], lambda x: op(x, "silu", "int8"), passes=1.25)
+
+
 def gated(env: PerfEnv, tokens: int) -> Work:
     op = env.op("act.gated", dims={"F": F})
     return over(env, [(tokens, 2 * F)], lambda x: op(x, "silu"), passes=1.5)
@@ -101,6 +112,8 @@ NORMS: dict[str, Make] = {name: partial(norm, name=name) for name in ("norm.rms"
 OF_TOKENS: dict[str, Make] = NORMS | {
     "rope.apply": rotate,
     "act.gated": gated,
+    "norm.add_rms_quant": norm_quant,
+    "act.gated_quant": gated_quant,
     "embed.lookup": lookup,
     "lora.apply": adapters,
 }

@@ -4,12 +4,14 @@ but where a row's result may not depend on its neighbours: a BLAS chooses its ti
 
 from __future__ import annotations
 
+from math import prod
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from sglang_core.api.ops import Fmt, PackedWeight
+from sglang_core.api.ops import Codes, Fmt, PackedWeight
 from sglang_triton.aot_spec import AotSpec
 from sglang_triton.gemm_tile import product
 from sglang_triton.numerics import rounded, widen
@@ -22,24 +24,29 @@ from sglang_triton.tuning import choose
 INVARIANT_TOKENS = 64  # the batch whose tiles serve every batch: some rows of them idle in a decode step, and prefills are not at their best
 
 
-def linear(x: Tensor, w: PackedWeight, bias: Tensor | None = None) -> Tensor:
-    """x: [..., in], w: [out, in] in a quantised format, bias: [out] -> [..., out]."""
-    return _launch(x, w, bias, x.numel() // w.in_features)
+def linear(x: Tensor | Codes, w: PackedWeight, bias: Tensor | None = None) -> Tensor:
+    """x: [..., in], perhaps quantised already, w: [out, in] in a quantised format, bias: [out] -> [..., out]."""
+    return _launch(x, w, bias, prod(x.shape[:-1]))
 
 
-def linear_invariant(x: Tensor, w: PackedWeight, bias: Tensor | None = None) -> Tensor:
+def linear_invariant(x: Tensor | Codes, w: PackedWeight, bias: Tensor | None = None) -> Tensor:
     """As `linear`, and dense weights too: in the same tiles whatever the batch, so that each row is summed in the same order."""
     return _launch(x, w, bias, INVARIANT_TOKENS)
 
 
-def _launch(x: Tensor, w: PackedWeight, bias: Tensor | None, num_tokens: int) -> Tensor:
+def _launch(x: Tensor | Codes, w: PackedWeight, bias: Tensor | None, num_tokens: int) -> Tensor:
     """`num_tokens`: whose tiles are taken."""
-    y = torch.empty(*x.shape[:-1], w.out_features, dtype=x.dtype, device=x.device)
+    code, scale, zero = as_codes(w)
+    y = torch.empty(*x.shape[:-1], w.out_features, dtype=x.dtype, device=code.device)
     if y.numel() == 0:
         return y
-    rows, kind = as_rows(x), Fmt.parse(w.fmt).activation
-    code, scale, zero = as_codes(w)
-    rows, x_scale = (rows, scale) if kind == "as_is" else quantise(rows, kind)  # any pointer, where x is not quantised
+    if isinstance(x, Codes):
+        rows, x_scale = as_rows(x.code), as_rows(x.scale)
+        rows = rows if rows.dtype == torch.int8 else rows.view(torch.uint8)
+    else:
+        rows, kind = as_rows(x), Fmt.parse(w.fmt).activation
+        # Any pointer, where x is not quantised.
+        rows, x_scale = (rows, scale) if kind == "as_is" else quantise(rows, kind)
     config = choose("gemm.linear", T=num_tokens, **weight_sizes(w.fmt, w.out_features, w.in_features))
     grid = (triton.cdiv(w.out_features, config["BLOCK_N"]), triton.cdiv(rows.shape[0], config["BLOCK_T"]))
     _linear[grid](

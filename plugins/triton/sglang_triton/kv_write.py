@@ -99,15 +99,25 @@ def store_row(
     column = tl.arange(0, BLOCK)[None, :]
     inside = there & (column < D)
     x = widen(tl.load(source + column, inside, other=0.0))
+    step = 1.0
     if SCALING == "static":
-        code = encode_e4m3(tl.div_rn(x, tl.load(scale + head)))
+        step = tl.load(scale + head)
     elif SCALING == "dynamic":
         step = tl.div_rn(tl.max(tl.abs(x), axis=1, keep_dims=True), 127.0)
         tl.store(scale + scale_at, step, there)
+    tl.store(target + column, encoded(x, step, target.dtype.element_ty, SCALING), inside)
+
+
+@triton.jit
+def encoded(x, step, dtype: tl.constexpr, SCALING: tl.constexpr):
+    """x: float32 -> what a pool of such a dtype holds of it. step: the scale of its codes, if it has any."""
+    if SCALING == "static":
+        code = encode_e4m3(tl.div_rn(x, step))
+    elif SCALING == "dynamic":
         code = encode_int8(tl.div_rn(x, tl.where(step == 0.0, 1.0, step)))
     else:
-        code = rounded(x, target.dtype.element_ty)
-    tl.store(target + column, code, inside)
+        code = rounded(x, dtype)
+    return code
 
 
 _INTEGERS = ("T", "H", "k_stride_t", "k_stride_h", "v_stride_t", "v_stride_h", "slots_stride")

@@ -19,8 +19,7 @@ def quantise(x: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     """x: [T, K], rows dense -> codes uint8 (of e4m3fn) or int8 [T, K], scale: float32[T, 1], or [T, ceil(K / 128)] for "fp8_block"."""
     num_tokens, width = x.shape
     group = BLOCK if kind == "fp8_block" else width
-    code = torch.empty(num_tokens, width, dtype=torch.int8 if kind == "int8" else torch.uint8, device=x.device)
-    scale = torch.empty(num_tokens, triton.cdiv(width, group), dtype=torch.float32, device=x.device)
+    code, scale = empty_codes(num_tokens, width, kind, x.device)
     config = dict(choose("quant.activations", K=group))
     _quantise[(triton.cdiv(num_tokens, config["BLOCK_T"]), scale.shape[1])](
         x,
@@ -37,6 +36,13 @@ def quantise(x: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     return code, scale
 
 
+def empty_codes(num_tokens: int, width: int, kind: str, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Room for what `quantise` gives."""
+    code = torch.empty(num_tokens, width, dtype=torch.int8 if kind == "int8" else torch.uint8, device=device)
+    groups = triton.cdiv(width, BLOCK) if kind == "fp8_block" else 1
+    return code, torch.empty(num_tokens, groups, dtype=torch.float32, device=device)
+
+
 @triton.jit
 def _quantise(
     x, code, scale, T, K, stride, GROUP: tl.constexpr, KIND: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_T: tl.constexpr
@@ -46,12 +52,18 @@ def _quantise(
     inner = tl.arange(0, BLOCK_K)[None, :]
     column = tl.program_id(1) * GROUP + inner
     inside = (row < T) & (column < K) & (inner < GROUP)
-    value = widen(tl.load(x + row * stride + column, inside, other=0.0))
-    step = tl.div_rn(tl.max(tl.abs(value), axis=1, keep_dims=True), 127.0 if KIND == "int8" else 448.0)
-    step = tl.where(step == 0.0, 1.0, step)
-    value = tl.div_rn(value, step)
-    tl.store(code + row * K + column, encode_int8(value) if KIND == "int8" else encode_e4m3(value), inside)
+    value, step = coded(widen(tl.load(x + row * stride + column, inside, other=0.0)), KIND)
+    tl.store(code + row * K + column, value, inside)
     tl.store(scale + row * tl.num_programs(1) + tl.program_id(1), step, row < T)
+
+
+@triton.jit
+def coded(x, KIND: tl.constexpr):
+    """x: float32[..., n], zeros outside -> codes of its kind, and the scale of each row: [..., 1]."""
+    step = tl.div_rn(tl.max(tl.abs(x), axis=len(x.shape) - 1, keep_dims=True), 127.0 if KIND == "int8" else 448.0)
+    step = tl.where(step == 0.0, 1.0, step)
+    value = tl.div_rn(x, step)
+    return encode_int8(value) if KIND == "int8" else encode_e4m3(value), step
 
 
 AOT = tuple(

@@ -57,6 +57,21 @@ struct KvWriteArgs {
   int64_t num_tokens, num_heads;
 };
 
+// Queries and keys are normalised, where there are weights, and rotated; q goes to q_out, keys and values to their slots.
+struct RopeWriteArgs {
+  Rows q;         // [T, q_heads * D]
+  MutRows q_out;  // q's dtype, [T, q_heads * D]
+  int64_t q_heads;
+  const void *q_weight, *k_weight;  // [D], null: no norm
+  DType weight_dtype;
+  float eps;
+  const float* cos_sin;  // [positions, rotary], cosines then sines
+  const int32_t* positions;
+  int64_t rotary;
+  bool interleaved;
+  KvWriteArgs write;  // k and v are of q's dtype
+};
+
 // Two results over disjoint keys become one: [rows, dim] and [rows] each.
 struct MergeArgs {
   DType dtype;

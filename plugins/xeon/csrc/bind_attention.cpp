@@ -40,20 +40,60 @@ KvStore store_of(const Tensor& leaf, const MaybeTensor& scale) {
   return store;
 }
 
-// k: [T, H, D] or [T, D], v likewise, into the leaves at slots: int32[T]
-void kv_write(
+// k, v: [T, H, D] or [T, D], rows contiguous, into the leaves at slots: int32[T]
+KvWriteArgs write_args(
     const Tensor& k, const Tensor& v, const Tensor& k_cache, const Tensor& v_cache, const MaybeTensor& k_scale,
     const MaybeTensor& v_scale, const Tensor& slots) {
   STD_TORCH_CHECK(k_cache.scalar_type() == v_cache.scalar_type(), "sglang_xeon: K and V leaves differ in dtype");
-  Tensor k_rows = with_contiguous_rows(k), v_rows = with_contiguous_rows(v);
   int64_t tokens = slots.numel();
   STD_TORCH_CHECK(k.size(0) >= tokens && v.size(0) >= tokens, "sglang_xeon: more slots than keys or values");
-  KvWriteArgs args{rows_of(k_rows, "k"),  rows_of(v_rows, "v"),          store_of(k_cache, k_scale), store_of(v_cache, v_scale),
+  KvWriteArgs args{rows_of(k, "k"),      rows_of(v, "v"),                store_of(k_cache, k_scale), store_of(v_cache, v_scale),
                    kv_dtype_of(k_cache), int32_of(slots, "slot_mapping"), tokens,                     k_cache.size(2)};
   STD_TORCH_CHECK(
       k.numel() == k.size(0) * args.k_store.row && v.numel() == v.size(0) * args.v_store.row,
       "sglang_xeon: k, v do not fit the pool");
-  if (tokens) kernels().kv_write(args);
+  return args;
+}
+
+void kv_write(
+    const Tensor& k, const Tensor& v, const Tensor& k_cache, const Tensor& v_cache, const MaybeTensor& k_scale,
+    const MaybeTensor& v_scale, const Tensor& slots) {
+  Tensor k_rows = with_contiguous_rows(k), v_rows = with_contiguous_rows(v);
+  KvWriteArgs args = write_args(k_rows, v_rows, k_cache, v_cache, k_scale, v_scale, slots);
+  if (args.num_tokens) kernels().kv_write(args);
+}
+
+// q: [T, Hq, D], k: [T, Hk, D], v: [T, Hk, Dv], positions: int32[T], table: float32[L, rotary], weights: [D] -> q, normalised where
+// there are weights, and rotated. k, likewise, and v go into the leaves.
+Tensor rope_write(
+    const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& positions, const Tensor& table, bool interleaved,
+    const MaybeTensor& q_weight, const MaybeTensor& k_weight, double eps, const Tensor& k_cache, const Tensor& v_cache,
+    const MaybeTensor& k_scale, const MaybeTensor& v_scale, const Tensor& slots) {
+  Tensor q_rows = with_contiguous_rows(q), k_rows = with_contiguous_rows(k), v_rows = with_contiguous_rows(v);
+  RopeWriteArgs args{};
+  args.write = write_args(k_rows, v_rows, k_cache, v_cache, k_scale, v_scale, slots);
+  STD_TORCH_CHECK(
+      table.dim() == 2 && table.is_contiguous() && table.scalar_type() == ScalarType::Float && table.size(1) <= k_cache.size(3),
+      "sglang_xeon: the rope table must be contiguous float32[L, rotary]");
+  STD_TORCH_CHECK(
+      q.dim() == 3 && q.size(2) == k_cache.size(3) && q.size(0) == args.write.num_tokens && positions.numel() == q.size(0) &&
+          q.scalar_type() == k.scalar_type() && q.scalar_type() == v.scalar_type(),
+      "sglang_xeon: q must be [T, Hq, D] with the pool's D, of the dtype of k and v, with a position and a slot a token");
+  if (q_weight && k_weight) {
+    STD_TORCH_CHECK(
+        q_weight->numel() == q.size(2) && k_weight->numel() == q.size(2) && q_weight->is_contiguous() && k_weight->is_contiguous() &&
+            q_weight->scalar_type() == k_weight->scalar_type(),
+        "sglang_xeon: head norm weights must be [D], of one dtype");
+    args.q_weight = q_weight->data_ptr(), args.k_weight = k_weight->data_ptr();
+    args.weight_dtype = dtype_of(*q_weight, "head norm weights"), args.eps = float(eps);
+  }
+  Tensor out = empty({q.size(0), q.size(1), q.size(2)}, q.scalar_type());
+  args.q = rows_of(q_rows, "q"), args.q_heads = q.size(1);
+  args.q_out = {out.data_ptr(), args.q.dtype, q.size(1) * q.size(2)};
+  args.cos_sin = static_cast<const float*>(table.data_ptr()), args.positions = int32_of(positions, "positions");
+  args.rotary = table.size(1), args.interleaved = interleaved;
+  if (args.write.num_tokens) kernels().rope_write(args);
+  return out;
 }
 
 // The result's tensors, with zeros and -inf for tokens of no req, which come last.
@@ -192,6 +232,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(sglang_xeon, m) {
       "kv_write(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor(c!)? k_scale, Tensor(d!)? v_scale, "
       "Tensor slots) -> ()");
   m.def(
+      "rope_write(Tensor q, Tensor k, Tensor v, Tensor positions, Tensor table, bool interleaved, Tensor? q_weight, Tensor? k_weight, "
+      "float eps, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor(c!)? k_scale, Tensor(d!)? v_scale, Tensor slots) -> Tensor");
+  m.def(
       "attention(Tensor q, Tensor? k, Tensor? v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor(c!)? k_scale, Tensor(d!)? v_scale, "
       "Tensor slots, Tensor cu_extend, Tensor prefix_lens, Tensor seq_lens, Tensor page_table, Tensor? tree, Tensor? sinks, "
       "float scale, float soft_cap, int window, bool causal) -> Tensor");
@@ -211,6 +254,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(sglang_xeon, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(sglang_xeon, CPU, m) {
   m.impl("kv_write", TORCH_BOX(&kv_write));
+  m.impl("rope_write", TORCH_BOX(&rope_write));
   m.impl("attention", TORCH_BOX(&attention));
   m.impl("attention_lse", TORCH_BOX(&attention_lse));
   m.impl("latent_attention", TORCH_BOX(&latent_attention));

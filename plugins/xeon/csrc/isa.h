@@ -277,6 +277,7 @@ struct Kernels {
   void (*pack)(const PackArgs&);
   void (*attention)(const AttentionArgs&);
   void (*kv_write)(const KvWriteArgs&);
+  void (*rope_write)(const RopeWriteArgs&);
   void (*merge)(const MergeArgs&);
   void (*norm)(const NormArgs&);
   void (*gated)(const GatedArgs&);

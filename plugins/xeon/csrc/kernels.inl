@@ -39,6 +39,8 @@ namespace {
 //
 #include "rows.inl"
 //
+#include "rope_write.inl"
+//
 #include "lora.inl"
 //
 #include "route.inl"
@@ -51,6 +53,6 @@ namespace {
 }  // namespace
 
 extern const Kernels KERNELS = {
-    KERNELS_NAME, linear, pack, attention, kv_write, merge, norm, gated, rope, argmax, experts, grouped, route, lora, sample, mask, adjust,
+    KERNELS_NAME, linear, pack, attention, kv_write, rope_write, merge, norm, gated, rope, argmax, experts, grouped, route, lora, sample, mask, adjust,
     soft_cap, layer_norm, embed, sum_parts};
 }  // namespace sglang_xeon

@@ -26,6 +26,22 @@ INLINE vf load_as(const void* p, DType dtype, int64_t i) {
 }
 
 template <typename T>
+INLINE void rms_of(const T* x, const void* weight, DType weight_dtype, int64_t width, float eps, T* out) {
+  vf squares[2] = {};
+  int64_t i = 0;
+  for (; i + 2 * VL <= width; i += 2 * VL) {
+    vf first = load(x + i), second = load(x + i + VL);
+    squares[0] += first * first;
+    squares[1] += second * second;
+  }
+  float total = sum(squares[0] + squares[1]);
+  for (; i < width; ++i) total += load1(x + i) * load1(x + i);
+  float scale = 1.0f / __builtin_sqrtf(total / float(width) + eps);
+  for (i = 0; i + VL <= width; i += VL) store(out + i, load(x + i) * scale * load_as(weight, weight_dtype, i));
+  for (; i < width; ++i) store1(out + i, load1(x + i) * scale * load1(weight, weight_dtype, i));
+}
+
+template <typename T>
 static void norm_row(const void* opaque, int64_t index) {
   const NormArgs& a = *static_cast<const NormArgs*>(opaque);
   const T* x = static_cast<const T*>(a.x.data) + index / a.inner * a.x.stride + index % a.inner * a.inner_stride;
@@ -39,18 +55,7 @@ static void norm_row(const void* opaque, int64_t index) {
     for (; i < a.width; ++i) store1(total + i, load1(x + i) + load1(residual + i));
     x = total;
   }
-  vf squares[2] = {};
-  int64_t i = 0;
-  for (; i + 2 * VL <= a.width; i += 2 * VL) {
-    vf first = load(x + i), second = load(x + i + VL);
-    squares[0] += first * first;
-    squares[1] += second * second;
-  }
-  float total = sum(squares[0] + squares[1]);
-  for (; i < a.width; ++i) total += load1(x + i) * load1(x + i);
-  float scale = 1.0f / __builtin_sqrtf(total / float(a.width) + a.eps);
-  for (i = 0; i + VL <= a.width; i += VL) store(out + i, load(x + i) * scale * load_as(a.weight, a.weight_dtype, i));
-  for (; i < a.width; ++i) store1(out + i, load1(x + i) * scale * load1(a.weight, a.weight_dtype, i));
+  rms_of(x, a.weight, a.weight_dtype, a.width, a.eps, out);
 }
 
 static void norm(const NormArgs& args) {
@@ -82,32 +87,36 @@ static void gated(const GatedArgs& args) {
     each_row<gated_row<float>>(&args, args.rows, args.width * 8);
 }
 
+// One head; `cosine`: rotary / 2 cosines, then as many sines. x may be out.
+template <typename T>
+INLINE void turn(const T* x, const float* cosine, int64_t rotary, int64_t head_dim, bool interleaved, T* out) {
+  int64_t half = rotary / 2, i = 0;
+  const float* sine = cosine + half;
+  if (!interleaved) {
+    for (; i + VL <= half; i += VL) {
+      vf first = load(x + i), second = load(x + half + i), c = load(cosine + i), s = load(sine + i);
+      store(out + i, first * c - second * s);
+      store(out + half + i, second * c + first * s);
+    }
+  }
+  for (; i < half; ++i) {
+    int64_t j = interleaved ? 2 * i : i, k = interleaved ? 2 * i + 1 : half + i;
+    float first = load1(x + j), second = load1(x + k);
+    store1(out + j, first * cosine[i] - second * sine[i]);
+    store1(out + k, second * cosine[i] + first * sine[i]);
+  }
+  if (out != x)
+    for (i = rotary; i < head_dim; ++i) out[i] = x[i];
+}
+
 template <typename T>
 static void rope_token(const void* opaque, int64_t token) {
   const RopeArgs& a = *static_cast<const RopeArgs*>(opaque);
-  int64_t half = a.rotary / 2;
   const float* cosine = a.cos_sin + int64_t(a.positions[token]) * a.rotary;
-  const float* sine = cosine + half;
-  for (int64_t head = 0; head < a.heads; ++head) {
-    const T* x = static_cast<const T*>(a.x.data) + token * a.x.stride + head * a.head_dim;
-    T* out = static_cast<T*>(a.out.data) + token * a.out.stride + head * a.head_dim;
-    int64_t i = 0;
-    if (!a.interleaved) {
-      for (; i + VL <= half; i += VL) {
-        vf first = load(x + i), second = load(x + half + i), c = load(cosine + i), s = load(sine + i);
-        store(out + i, first * c - second * s);
-        store(out + half + i, second * c + first * s);
-      }
-    }
-    for (; i < half; ++i) {
-      int64_t j = a.interleaved ? 2 * i : i, k = a.interleaved ? 2 * i + 1 : half + i;
-      float first = load1(x + j), second = load1(x + k);
-      store1(out + j, first * cosine[i] - second * sine[i]);
-      store1(out + k, second * cosine[i] + first * sine[i]);
-    }
-    if (out != x)
-      for (i = a.rotary; i < a.head_dim; ++i) out[i] = x[i];
-  }
+  const T* x = static_cast<const T*>(a.x.data) + token * a.x.stride;
+  T* out = static_cast<T*>(a.out.data) + token * a.out.stride;
+  for (int64_t head = 0; head < a.heads; ++head, x += a.head_dim, out += a.head_dim)
+    turn(x, cosine, a.rotary, a.head_dim, a.interleaved, out);
 }
 
 static void rope(const RopeArgs& args) {

@@ -84,6 +84,7 @@ Kernels noting(const Kernels& level) {
   table.linear = run_and_note<LinearArgs, &Kernels::linear>;
   table.attention = run_and_note<AttentionArgs, &Kernels::attention>;
   table.kv_write = run_and_note<KvWriteArgs, &Kernels::kv_write>;
+  table.rope_write = run_and_note<RopeWriteArgs, &Kernels::rope_write>;
   table.norm = run_and_note<NormArgs, &Kernels::norm>;
   table.gated = run_and_note<GatedArgs, &Kernels::gated>;
   table.rope = run_and_note<RopeArgs, &Kernels::rope>;

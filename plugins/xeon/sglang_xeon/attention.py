@@ -15,7 +15,7 @@ _latent, _ragged, _merge = ops.latent_attention.default, ops.ragged_attention.de
 COLUMNS = 64  # of a page table, zeros past the pages there are
 
 
-def _stores(pool: Pool, layer: int) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+def stores(pool: Pool, layer: int) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """The layer's two leaves, and the scales of their codes if any."""
     if pool.spec.scaling == "none":
         return pool.k(layer), pool.v(layer), None, None
@@ -24,7 +24,7 @@ def _stores(pool: Pool, layer: int) -> tuple[Tensor, Tensor, Tensor | None, Tens
 
 def kv_write(k: Tensor, v: Tensor, pool: Pool, layer: int, slot_mapping: Tensor) -> None:
     """k: [T, Hk, D], v: [T, Hk, Dv], slot_mapping: int32[T]. Latents: c_kv: [T, rank], k_pe: [T, rope_dim]."""
-    _kv_write(k, v, *_stores(pool, layer), slot_mapping)
+    _kv_write(k, v, *stores(pool, layer), slot_mapping)
 
 
 def paged(
@@ -44,7 +44,7 @@ def paged(
         q,
         k,
         v,
-        *_stores(pool, layer),
+        *stores(pool, layer),
         plan.slot_mapping,
         plan.cu_extend,
         plan.prefix_lens,
@@ -80,7 +80,7 @@ def mla_paged(
         q_pe,
         c_kv,
         k_pe,
-        *_stores(pool, layer),
+        *stores(pool, layer),
         plan.slot_mapping,
         plan.cu_extend,
         plan.prefix_lens,

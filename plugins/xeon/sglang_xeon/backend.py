@@ -109,6 +109,7 @@ class XeonBackend(Backend):
             _kernel("gemm.linear", "gemm:linear_amx", device=("xeon/amx",), **(packing | {"features": frozenset()})),
             _kernel("attn.paged", "attention:paged"),
             _kernel("attn.plan", "attention:plan"),
+            _kernel("attn.rope_paged", "rope_paged:rope_paged"),
             _kernel("kv.write", "attention:kv_write"),
             _kernel("attn.mla_paged", "attention:mla_paged", supports=latent_limits),
             _kernel("attn.mla_plan", "attention:plan", supports=latent_limits),

@@ -37,6 +37,7 @@ TAPED = {
         ops.attention,
         ops.latent_attention,
         ops.kv_write,
+        ops.rope_write,
         ops.rms_norm,
         ops.add_rms_norm,
         ops.layer_norm,
