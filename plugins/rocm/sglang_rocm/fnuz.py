@@ -10,13 +10,12 @@ activations are made four times as large. They come of numbers divided by 448 an
 from __future__ import annotations
 
 import torch
-from sglang_triton.gpu.linear import by_rows, static_codes
-from sglang_triton.quantize import quantise
+from sglang_triton.gpu.linear import by_rows, fp8_codes, static_codes
 from sglang_triton.rows import as_rows
 from torch import Tensor
 
 from sglang_core.api import WeightError
-from sglang_core.api.ops import PackedWeight
+from sglang_core.api.ops import Codes, PackedWeight
 
 LAYOUT = "rocm.fnuz"
 MINUS_ZERO = 0x80  # of e4m3fn; NaN of e4m3fnuz
@@ -54,10 +53,10 @@ def unpack(w: PackedWeight) -> PackedWeight:
     )
 
 
-def row_scaled(x: Tensor, w: PackedWeight, bias: Tensor | None = None) -> Tensor:
+def row_scaled(x: Tensor | Codes, w: PackedWeight, bias: Tensor | None = None) -> Tensor:
     """x: bfloat16[..., in], w packed, in fp8.tensor or fp8.token_channel -> bfloat16[..., out]."""
-    code, scale = quantise(as_rows(x), "fp8")
-    return _product(code, scale, w, bias).view(*x.shape[:-1], w.out_features)
+    code, scale = fp8_codes(x, "fp8")
+    return _product(code.view(torch.uint8), scale, w, bias).view(*x.shape[:-1], w.out_features)
 
 
 def static_scaled(x: Tensor, w: PackedWeight, bias: Tensor | None = None) -> Tensor:

@@ -30,6 +30,7 @@ def dense() -> Kernel:
 
 def scaled(fn: str, supports: Supports, **facts: Any) -> list[Kernel]:
     """`fn` for many rows, Triton's for few. Facts are of both: variants share one packing."""
+    facts = {"features": GRAPHS | {"takes_codes"}} | facts
     few = _kernel("sglang_triton.gemm:linear", supports=supports, tokens=(1, FEW), **facts)
     return [few, _kernel(fn, supports=supports, tokens=(FEW + 1, None), **facts)]
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.functional import ScalingType, scaled_mm
 
-from sglang_core.api.ops import PackedWeight
+from sglang_core.api.ops import CodeKind, Codes, PackedWeight
 from sglang_triton.quantize import quantise
 from sglang_triton.rows import as_rows
 
@@ -23,12 +23,10 @@ def dense(x: Tensor, w: PackedWeight, bias: Tensor | None = None) -> Tensor:
     return F.linear(x, w["weight"], bias)
 
 
-def row_scaled(x: Tensor, w: PackedWeight, bias: Tensor | None = None) -> Tensor:
+def row_scaled(x: Tensor | Codes, w: PackedWeight, bias: Tensor | None = None) -> Tensor:
     """x: bfloat16[..., in], w in fp8.tensor or fp8.token_channel -> bfloat16[..., out]."""
-    code, scale = quantise(as_rows(x), "fp8")
-    return by_rows(code.view(torch.float8_e4m3fn), scale, w["weight"], w["scale"], bias).view(
-        *x.shape[:-1], w.out_features
-    )
+    code, scale = fp8_codes(x, "fp8")
+    return by_rows(code, scale, w["weight"], w["scale"], bias).view(*x.shape[:-1], w.out_features)
 
 
 def static_scaled(x: Tensor, w: PackedWeight, bias: Tensor | None = None) -> Tensor:
@@ -37,12 +35,18 @@ def static_scaled(x: Tensor, w: PackedWeight, bias: Tensor | None = None) -> Ten
     return by_rows(code, scale, w["weight"], w["scale"], bias).view(*x.shape[:-1], w.out_features)
 
 
-def block_scaled(x: Tensor, w: PackedWeight, bias: Tensor | None = None) -> Tensor:
+def block_scaled(x: Tensor | Codes, w: PackedWeight, bias: Tensor | None = None) -> Tensor:
     """x: bfloat16[..., in], w in fp8.block128, out a multiple of 128 and in of 512 -> bfloat16[..., out]."""
-    code, scale = quantise(as_rows(x), "fp8_block")
-    return by_blocks(code.view(torch.float8_e4m3fn), scale, w["weight"], w["scale"], bias).view(
-        *x.shape[:-1], w.out_features
-    )
+    code, scale = fp8_codes(x, "fp8_block")
+    return by_blocks(code, scale, w["weight"], w["scale"], bias).view(*x.shape[:-1], w.out_features)
+
+
+def fp8_codes(x: Tensor | Codes, kind: CodeKind) -> tuple[Tensor, Tensor]:
+    """x: [..., K], quantised already or not -> codes float8_e4m3fn[T, K], float32[T, 1] or [T, K / 128]."""
+    if isinstance(x, Codes):
+        return as_rows(x.code), as_rows(x.scale)
+    code, scale = quantise(as_rows(x), kind)
+    return code.view(torch.float8_e4m3fn), scale
 
 
 def static_codes(x: Tensor, x_scale: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from sglang_triton.gpu import linear
+from sglang_triton.quantize import quantise
 from torch import Tensor
 from torch.nn.functional import ScalingType
 
-from sglang_core.api.ops import OPS, PackedWeight
+from sglang_core.api.ops import OPS, Codes, PackedWeight
 
 BF16 = {"rtol": 2**-7, "atol": 2e-2}  # one rounding to bfloat16, of sums near 1
 
@@ -72,6 +73,17 @@ def test_blocks(biased: bool, monkeypatch: pytest.MonkeyPatch) -> None:
         linear.block_scaled(x, w, bias), OPS["gemm.linear"].body(x, w, bias), rtol=2**-7, atol=0.1
     )
     assert linear.block_scaled(x[:0], w, bias).shape == (0, 256)
+
+
+@pytest.mark.parametrize(("fmt", "kind"), [("fp8.tensor", "fp8"), ("fp8.block128", "fp8_block")])
+def test_codes_give_the_bits_that_their_numbers_give(fmt: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if kind == "fp8_block":
+        monkeypatch.setattr(linear, "scaled_mm", by_definition)
+    kernel = linear.block_scaled if kind == "fp8_block" else linear.row_scaled
+    w, x = weight(fmt, 128, 512), torch.randn(2, 3, 512).bfloat16()
+    code, scale = quantise(x.flatten(0, 1), kind)
+    given = Codes(code.view(torch.float8_e4m3fn).view(x.shape), scale.view(2, 3, -1), x.dtype)
+    assert torch.equal(kernel(given, w), kernel(x, w))
 
 
 def test_what_a_gpu_takes() -> None:
