@@ -26,6 +26,8 @@ class Gemma2Layer(Module):
         self.pre_feedforward_layernorm = _norm(cfg)
         self.mlp = GatedMLP(cfg)
         self.post_feedforward_layernorm = _norm(cfg)
+        self.input_layernorm.feeds(self.self_attn.qkv_proj)
+        self.pre_feedforward_layernorm.feeds(self.mlp.gate_up_proj)
 
     def forward(self, h: Tensor, residual: Tensor | None, fb: ForwardBatch) -> tuple[Tensor, Tensor]:
         """h, residual: [T, M] -> the same; the sum h + residual is what flows on."""

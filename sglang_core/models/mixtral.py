@@ -20,6 +20,7 @@ class MixtralLayer(Module):
         self.self_attn = Attention(cfg, layer_id)
         self.post_attention_layernorm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
         self.block_sparse_moe = MoE(cfg, names=("w1", "w3", "w2"))
+        self.input_layernorm.feeds(self.self_attn.qkv_proj)
 
     def forward(self, h: Tensor, residual: Tensor | None, fb: ForwardBatch) -> tuple[Tensor, Tensor]:
         """h, residual: [T, M] -> the same; the sum h + residual is what flows on."""

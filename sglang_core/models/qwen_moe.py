@@ -20,6 +20,7 @@ class QwenMoELayer(Module):
         self.input_layernorm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
         self.self_attn = Attention(cfg, layer_id)
         self.post_attention_layernorm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
+        self.input_layernorm.feeds(self.self_attn.qkv_proj)
         self.mlp = MoE(cfg) if cfg.moe is not None and cfg.moe.sparse[layer_id] else GatedMLP(cfg)
 
     def forward(self, h: Tensor, residual: Tensor | None, fb: ForwardBatch) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,9 @@ from sglang_core.layers.quant_config import online_quant_config
 from sglang_core.models.registry import create_model, model_config
 from sglang_core.ops import OPS
 from tests.models.harness import PAGE_SIZE, Stepper, build_context
+from tests.models.tiny import reference
 from tests.weights.test_loader import CONFIG, Ranked
-from tests.weights.test_quantization_flag import floats, load_as
+from tests.weights.test_quantization_flag import load_as
 
 TAKES = frozenset({"takes_codes"})
 WHOLE = (
@@ -71,10 +73,11 @@ def test_adapters_multiply_what_was_not_rounded() -> None:
     assert handed(bound(replace(context(GEMM, *WHOLE), lora=spec))) == ["", "int8", "int8"]
 
 
-def test_logits_keep_every_bit(tmp_path: Path) -> None:
-    floats(tmp_path, CONFIG)
-    tokens = list(range(3, 17))
-    fused, plain = (
-        Stepper(load_as("int8", tmp_path, CONFIG, ctx)).logits(tokens) for ctx in (context(GEMM, *WHOLE), context(GEMM))
-    )
-    assert torch.equal(fused, plain)
+@pytest.mark.parametrize("name", ["llama3", "gemma2", "mixtral", "qwen3-moe", "gpt-oss"])
+def test_logits_keep_every_bit(name: str, tmp_path: Path) -> None:
+    """In every model that says what its norms feed."""
+    folder = reference(name, tmp_path).folder
+    config = json.loads((folder / "config.json").read_text())
+    fused, plain = (load_as("int8", folder, config, ctx) for ctx in (context(GEMM, *WHOLE), context(GEMM)))
+    assert fused.get_submodule("model.layers.1.input_layernorm").codes == "int8"
+    assert torch.equal(*(Stepper(model).logits(list(range(3, 17))) for model in (fused, plain)))
