@@ -1,6 +1,6 @@
 """Xeon attention against the machine's limits, the reference bodies and torch's SDPA, in one process.
 
-    python benchmarks/xeon/attention.py [--threads N] [--rounds N] [--only decode|extend|latent|ragged] [--isa LEVEL]
+    python benchmarks/xeon/attention.py [--threads N] [--rounds N] [--only decode|shared|extend|latent|ragged] [--isa LEVEL]
 
 `floor` is max(bytes / read bandwidth, FLOPs / rate of the products used) from limits measured in this run: VDPBF16PS where the level
 has it, else float32 FMA. `predicted` was written down before the first measurement: the share of the floor that the design
@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from kernels import limits, medians
-from sglang_xeon import attention, huge_pages, isa, library
+from sglang_xeon import attention, attention_plan, huge_pages, isa, library
 from torch import Tensor
 
 from sglang_core.api import Pool, PoolSpec
@@ -56,18 +56,23 @@ QWEN, LLAMA, WIDE = Shape("Qwen3-0.6B", 16, 8, 128), Shape("Llama-3.2-1B", 32, 8
 # Of extend: exponentials, packing and the ends of tiles take from the products.
 DECODE = {"bf16": 0.80, "fp16": 0.50, "fp8": 0.65, "int8": 0.60}
 EXTEND, RAGGED, LATENT = 0.55, 0.55, 0.60
+# Of shared keys: as extend on their products, and what each req has of its own goes the way of decode.
+SHARED = 0.50
 
 
-def batch_of(reqs: Reqs) -> AttnBatch:
+def batch_of(reqs: Reqs, shared: int = 0) -> AttnBatch:
+    """shared: of each req, leading keys that are the same pages."""
     lens = [p + e for p, e in reqs]
     columns = max(-(-n // PAGE_SIZE) for n in lens)
     extends = torch.tensor([e for _, e in reqs])
     tokens = int(extends.sum())
+    page_table = (torch.randperm(len(reqs) * columns) + 1).int().view(len(reqs), columns)
+    page_table[:, : shared // PAGE_SIZE] = page_table[0, : shared // PAGE_SIZE].clone()
     return AttnBatch(
         cu_extend_cpu=torch.cat([torch.zeros(1), extends.cumsum(0)]).int(),
         prefix_lens_cpu=torch.tensor([p for p, _ in reqs]).int(),
         seq_lens_cpu=torch.tensor(lens).int(),
-        page_table_cpu=(torch.randperm(len(reqs) * columns) + 1).int().view(len(reqs), columns),
+        page_table_cpu=page_table,
         slot_mapping_cpu=torch.zeros(tokens, dtype=torch.int32),
         num_tokens=tokens,
         num_reqs=len(reqs),
@@ -134,18 +139,18 @@ class Bench:
             f" {versus[0]:>10} {versus[1]:>7}  {bound}"
         )
 
-    def paged(self, shape: Shape, what: str, reqs: Reqs, kv: str, share: float) -> None:
-        spec, batch = shape.spec, batch_of(reqs)
+    def paged(self, shape: Shape, what: str, reqs: Reqs, kv: str, share: float, *, shared: int = 0) -> None:
+        spec, batch = shape.spec, batch_of(reqs, shared)
         pool = pool_of(batch, shape.kv_heads, (shape.dim, shape.dim), KV[kv])
         q = torch.randn(batch.num_tokens, shape.heads, shape.dim).bfloat16()
-        mine, theirs = attention.plan(spec, batch, CPU), OPS["attn.plan"].body(spec, batch, CPU)
+        mine, theirs = attention_plan.plan(spec, batch, CPU), OPS["attn.plan"].body(spec, batch, CPU)
         rows: dict[str, Callable[[], object]] = {
             "ours": lambda: attention.paged(q, None, None, pool, 0, spec, mine),
             "reference": lambda: OPS["attn.paged"].body(q, None, None, pool, 0, spec, theirs),
         }
-        if kv == "bf16" and len(set(reqs)) == 1:
+        if kv == "bf16" and len(set(reqs)) == 1 and not shared:
             rows["sdpa"] = sdpa_row(shape, reqs, q)
-        nbytes = sum(p + e for p, e in reqs) * pool.spec.bytes_per_token
+        nbytes = (sum(p + e - shared for p, e in reqs) + shared) * pool.spec.bytes_per_token
         flops = pairs_of(reqs) * shape.heads * shape.dim * 4
         self.row(f"{shape.name} {what}, {kv}", nbytes, flops, share, rows, wide=kv == "fp16")
 
@@ -154,7 +159,7 @@ class Bench:
         batch = batch_of(reqs)
         pool = pool_of(batch, 1, (512, 64), KV[kv], "mla")
         q = torch.randn(batch.num_tokens, heads, 512).bfloat16(), torch.randn(batch.num_tokens, heads, 64).bfloat16()
-        mine, theirs = attention.plan(spec, batch, CPU), OPS["attn.mla_plan"].body(spec, batch, CPU)
+        mine, theirs = attention_plan.plan(spec, batch, CPU), OPS["attn.mla_plan"].body(spec, batch, CPU)
         rows: dict[str, Callable[[], object]] = {
             "ours": lambda: attention.mla_paged(*q, None, None, pool, 0, spec, mine),
             "reference": lambda: OPS["attn.mla_paged"].body(*q, None, None, pool, 0, spec, theirs),
@@ -218,6 +223,11 @@ def run(bench: Bench, only: str | None) -> None:
         bench.paged(QWEN, "decode 32 x 512", [(511, 1)] * 32, "bf16", DECODE["bf16"])
         bench.paged(LLAMA, "decode 8 x 8192", [(8191, 1)] * 8, "bf16", DECODE["bf16"])
         bench.paged(WIDE, "decode 8 x 8192", [(8191, 1)] * 8, "bf16", DECODE["bf16"])
+    if only in (None, "shared"):
+        for shape in (QWEN, LLAMA, WIDE):
+            bench.paged(shape, "decode 32 x (1024 shared + 40)", [(1063, 1)] * 32, "bf16", SHARED, shared=1024)
+        bench.paged(QWEN, "decode 8 x (1024 shared + 40)", [(1063, 1)] * 8, "bf16", SHARED, shared=1024)
+        bench.paged(QWEN, "decode 32 x (1024 shared + 40)", [(1063, 1)] * 32, "fp8", SHARED, shared=1024)
     if only in (None, "extend"):
         for shape in (QWEN, LLAMA):
             bench.paged(shape, "prefill 512", [(0, 512)], "bf16", EXTEND)
@@ -240,7 +250,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--only", choices=("decode", "extend", "latent", "ragged"))
+    parser.add_argument("--only", choices=("decode", "shared", "extend", "latent", "ragged"))
     parser.add_argument("--isa", choices=isa.LEVELS, default=isa.active(isa.host() or "avx2"))
     args = parser.parse_args()
     torch.manual_seed(0)

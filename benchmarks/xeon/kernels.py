@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from sglang_xeon import attention, gemm, isa
+from sglang_xeon import attention, attention_plan, gemm, isa
 
 from sglang_core.api import Pool, PoolSpec
 from sglang_core.api.ops import OPS, AttnBatch, AttnSpec, PackedWeight
@@ -110,7 +110,7 @@ def bench_attention(rounds: int, read: float, flops: float) -> None:
     for name, reqs in cases.items():
         q, pool, batch = _attention_case(spec, reqs)
         device = torch.device("cpu")
-        mine, theirs = attention.plan(spec, batch, device), OPS["attn.plan"].body(spec, batch, device)
+        mine, theirs = attention_plan.plan(spec, batch, device), OPS["attn.plan"].body(spec, batch, device)
         rows: Timed = {
             "ours": lambda q=q, pool=pool, plan=mine: attention.paged(q, None, None, pool, 0, spec, plan),
             "reference": lambda q=q, pool=pool, plan=theirs: OPS["attn.paged"].body(q, None, None, pool, 0, spec, plan),

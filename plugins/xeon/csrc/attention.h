@@ -34,6 +34,7 @@ struct AttentionArgs {
   const int32_t* seq_lens;
   const int32_t* page_table;  // [R, C]
   const int32_t* cu_keys;     // [R + 1], where there are no pages
+  const int32_t* sharing;     // [2, R], see attention_plan.py; null: no keys are shared
   const int32_t* tree;        // [T, tree_words], see ops/tree_mask.py; may be null
   int64_t tree_words;
   int64_t num_reqs, num_columns, page_size;

@@ -4,24 +4,20 @@
 //   direct  few rows (decode): dot products straight from the cache, all KV heads of a few keys before the next keys, so that
 //           pages are read from end to end;
 //   tiled   many rows (extend, latents): keys are transposed into panels and both products run on the GEMM tiles.
-// Where a range of keys is cut depends on the req alone, so its result does not depend on its neighbours.
+// Where a range of keys is cut depends on the req alone, so its result does not depend on its neighbours; unless a.sharing says
+// which keys it shares with them (attention_shared.inl).
 
-constexpr int64_t kTileRows = 96;     // rows a tile holds, about
-constexpr int64_t kDirectRows = 8;    // at most so many rows go the direct way
-constexpr int64_t kDecodePart = 512;  // keys a task of one new token visits at most, and one that goes the direct way
+constexpr int64_t kDecodePart = 512;   // keys a task of one new token visits at most, and one that goes the direct way
 constexpr int64_t kExtendPart = 4096;  // keys another task visits at most ...
 constexpr int64_t kPartTiles = 8;      // ... if its req has no more tiles than this: with more there is work to go round
 
 struct AttentionWork {
   const AttentionArgs* args;
   const AttentionTask* tasks;
+  Sharing sharing;
   float* partials;  // rows of sums, then top and total
   int64_t partial_stride;
 };
-
-INLINE bool is_direct(const AttentionArgs& a, int64_t rows) {
-  return !a.latent && rows <= kDirectRows && a.k.dim % (2 * VL) == 0 && a.v.dim % (2 * VL) == 0;
-}
 
 INLINE void load_query(const Rows& from, int64_t at, int64_t dim, Operand* out) {
 #ifdef HAS_DOT_BF16
@@ -39,7 +35,7 @@ template <typename T>
 static void load_queries(const AttentionArgs& a, const AttentionTask& t, int64_t head, bool direct, Operand* out, int64_t stride) {
   int64_t group = a.group(), dim = a.k.dim, rope = a.v.dim;
   for (int64_t i = 0; i < t.queries * group; ++i) {
-    int64_t token = a.cu_extend[t.req] + t.query + i / group, column = head * group + i % group;
+    int64_t token = t.token(a, i / group), column = head * group + i % group;
     Operand* row = out + i * stride;
     for (int64_t d = dim; d < stride; ++d) row[d] = 0;
     load_query(a.q, token * a.q.stride + column * dim, dim, row);
@@ -121,7 +117,7 @@ static void attention_task(const AttentionWork& work, const AttentionTask& t) {
     if (direct) restore_order<T>(acc, a.v.dim);
     if (t.partial < 0) {
       int64_t r = i % rows;
-      write_row(a, a.cu_extend[t.req] + t.query + r / group, (t.head + i / rows) * group + r % group, acc, s.top[i], s.total[i]);
+      write_row(a, t.token(a, r / group), (t.head + i / rows) * group + r % group, acc, s.top[i], s.total[i]);
     } else {
       float* part = work.partials + (t.partial + i) * work.partial_stride;
       __builtin_memcpy(part, acc, size_t(s.stride) * sizeof(float));
@@ -148,36 +144,43 @@ static void attention_one(const void* opaque, int64_t index) {
 
 constexpr int64_t kMergeWays = 4;  // tasks that share the rows of one range
 
-// Sums the parts of one range into the output. The parts of a range follow each other, and so do their rows of partials.
+// Sums the parts of one range, and of the runs of shared keys before it, into the output. The parts of a range follow each other,
+// and so do their rows of partials.
 static void merge_parts(const void* opaque, int64_t index) {
   const AttentionWork& work = *static_cast<const AttentionWork*>(opaque);
   const AttentionArgs& a = *work.args;
   const AttentionTask& t = work.tasks[index / kMergeWays];
   if (t.parts == 0) return;
+  const Sharing& shared = work.sharing;
   int64_t group = a.group(), rows = t.queries * group, all_rows = t.heads * rows, stride = work.partial_stride - kPanel;
   float* acc = static_cast<float*>(scratch(kSlotState, size_t(stride) * sizeof(float)));
   for (int64_t r = index % kMergeWays; r < all_rows; r += kMergeWays) {
-    auto part = [&](int64_t i) __attribute__((always_inline)) {
-      return work.partials + (t.partial + i * all_rows + r) * work.partial_stride;
+    int64_t head = t.head + r / rows, query = r % rows / group, column = r % group;
+    auto each_part = [&](auto visit) __attribute__((always_inline)) {
+      for (int64_t i = 0; i < t.parts; ++i) visit(work.partials + (t.partial + i * all_rows + r) * work.partial_stride);
+      for (int32_t last = shared.last_run_of(t.req); last >= 0; last = shared.runs[last].above) {
+        const SharedRun& run = shared.runs[last];
+        int64_t run_rows = (run.last - run.first) * group;
+        int64_t row = run.partial + head * run_rows + (shared.place[t.req] + t.query + query - run.first) * group + column;
+        for (int64_t i = 0; i < run.parts; ++i, row += a.num_kv_heads * run_rows) visit(work.partials + row * work.partial_stride);
+      }
     };
     float top = kNegInf, total = 0.0f;
-    for (int64_t i = 0; i < t.parts; ++i) top = max1(top, part(i)[stride]);
+    each_part([&](const float* part) __attribute__((always_inline)) { top = max1(top, part[stride]); });
     for (int64_t d = 0; d < stride; d += VL) store(acc + d, vf{});
-    for (int64_t i = 0; i < t.parts && top != kNegInf; ++i) {
-      const float* p = part(i);
-      float scale = exp2(splat(p[stride] - top))[0];
-      total += p[stride + 1] * scale;
-      for (int64_t d = 0; d < stride; d += VL) store(acc + d, load(acc + d) + load(p + d) * scale);
-    }
-    write_row(a, a.cu_extend[t.req] + t.query + r % rows / group, (t.head + r / rows) * group + r % group, acc, top, total);
+    auto add = [&](const float* part) __attribute__((always_inline)) {
+      float scale = exp2(splat(part[stride] - top))[0];
+      total += part[stride + 1] * scale;
+      for (int64_t d = 0; d < stride; d += VL) store(acc + d, load(acc + d) + load(part + d) * scale);
+    };
+    if (top != kNegInf) each_part(add);
+    write_row(a, t.token(a, query), head * group + column, acc, top, total);
   }
 }
 
-// Cuts the batch into tasks, of each req the last tile of queries, which sees most, first. With `tasks` null it only counts
-// them. Returns the count; partial_rows: rows of partial results.
-static int64_t cut(const AttentionArgs& a, int64_t direct_heads, AttentionTask* tasks, int64_t& partial_rows) {
-  int64_t count = 0, group = a.group(), length = max1(int64_t(1), kTileRows / group);
-  partial_rows = 0;
+// Tasks over the keys that a req visits alone: of each req the last tile of queries, which sees most, first.
+static void cut_reqs(const AttentionArgs& a, const Sharing& shared, int64_t direct_heads, TaskList& list) {
+  int64_t group = a.group(), length = max1(int64_t(1), kTileRows / group);
   for (int64_t req = 0; req < a.num_reqs; ++req) {
     int64_t extend = a.cu_extend[req + 1] - a.cu_extend[req], tiles = ceil_div(extend, length);
     for (int64_t tile = tiles - 1; tile >= 0; --tile) {
@@ -185,37 +188,45 @@ static int64_t cut(const AttentionArgs& a, int64_t direct_heads, AttentionTask* 
       Seen seen = seen_by(a, req, query);
       int64_t begin = seen.first, end = seen_by(a, req, query + queries - 1).last;
       for (int64_t i = 1; seen.path && i < queries; ++i) begin = min1(begin, seen_by(a, req, query + i).first);
-      begin = min1(begin, end);
+      begin = min1(max1(begin, shared.own_keys_begin(req)), end);
       bool direct = is_direct(a, queries * group);
       int64_t keys = direct || extend == 1 ? kDecodePart : tiles <= kPartTiles ? kExtendPart : max1(int64_t(1), end - begin);
       int64_t heads = direct ? direct_heads : 1, parts = max1(int64_t(1), ceil_div(end - begin, keys));
+      bool merged = parts > 1 || shared.last_run_of(req) >= 0;
       for (int64_t head = 0; head < a.num_kv_heads; head += heads) {
         int64_t some = min1(heads, a.num_kv_heads - head);
-        for (int64_t i = 0; i < parts; ++i, ++count) {
-          if (tasks)
-            tasks[count] = {int32_t(req), int32_t(head), int32_t(some), int32_t(query), int32_t(queries),
-                            int32_t(begin + i * keys), int32_t(min1(end, begin + (i + 1) * keys)),
-                            parts > 1 ? int32_t(partial_rows) : -1, parts > 1 && i == 0 ? int32_t(parts) : 0};
-          if (parts > 1) partial_rows += some * queries * group;
+        for (int64_t i = 0; i < parts; ++i) {
+          list.add({int32_t(req), int32_t(head), int32_t(some), int32_t(query), int32_t(queries), int32_t(begin + i * keys),
+                    int32_t(min1(end, begin + (i + 1) * keys)), merged ? int32_t(list.partial_rows) : -1,
+                    merged && i == 0 ? int32_t(parts) : 0, nullptr});
+          if (merged) list.partial_rows += some * queries * group;
         }
       }
     }
   }
-  return count;
 }
 
 static void attention(const AttentionArgs& a) {
-  // All KV heads in one task read pages from end to end; fewer where there would be too few tasks to go round.
-  int64_t heads = a.num_kv_heads, partial_rows = 0, count = cut(a, heads, nullptr, partial_rows);
-  while (heads > 1 && num_threads() > 1 && count < 4 * num_threads()) {
+  // All KV heads in one task read pages from end to end, and long parts of shared keys leave little to merge; fewer and shorter
+  // where there would be too few tasks to go round.
+  Sharing shared = find_shared(a);
+  int64_t heads = a.num_kv_heads, part = kExtendPart, wanted = num_threads() > 1 ? 4 * num_threads() : 0;
+  auto cut = [&](AttentionTask* tasks, bool all) {
+    TaskList list{tasks, 0, 0};
+    cut_runs(a, shared, heads, part, list);
+    if (all) cut_reqs(a, shared, heads, list);
+    return list;
+  };
+  while (shared.num_runs && part > kLeastPart && cut(nullptr, false).count < wanted) part /= 2;
+  TaskList list = cut(nullptr, true);
+  while (heads > 1 && list.count < wanted) {
     heads = ceil_div(heads, 2);
-    count = cut(a, heads, nullptr, partial_rows);
+    list = cut(nullptr, true);
   }
-  auto* tasks = static_cast<AttentionTask*>(scratch(kSlotPartials, size_t(count) * sizeof(AttentionTask)));
-  cut(a, heads, tasks, partial_rows);
-  AttentionWork work{&a, tasks, nullptr, ceil_div(a.v_head_dim(), kPanel) * kPanel + kPanel};
-  if (partial_rows)
-    work.partials = static_cast<float*>(scratch(kSlotActivations, size_t(partial_rows * work.partial_stride) * sizeof(float)));
-  run_tasks(count, attention_one, &work);
-  if (partial_rows) run_tasks(count * kMergeWays, merge_parts, &work);
+  list = cut(static_cast<AttentionTask*>(scratch(kSlotPartials, size_t(list.count) * sizeof(AttentionTask))), true);
+  AttentionWork work{&a, list.tasks, shared, nullptr, ceil_div(a.v_head_dim(), kPanel) * kPanel + kPanel};
+  if (list.partial_rows)
+    work.partials = static_cast<float*>(scratch(kSlotActivations, size_t(list.partial_rows * work.partial_stride) * sizeof(float)));
+  run_tasks(list.count, attention_one, &work);
+  if (list.partial_rows) run_tasks(list.count * kMergeWays, merge_parts, &work);
 }

@@ -6,6 +6,12 @@
 // prefetchers of its L2 cache run ahead of it. They stop at the end of a page of the pool; what is asked for by instruction
 // crosses it.
 
+constexpr int64_t kDirectRows = 8;  // at most so many rows go this way
+
+INLINE bool is_direct(const AttentionArgs& a, int64_t rows) {
+  return !a.latent && rows <= kDirectRows && a.k.dim % (2 * VL) == 0 && a.v.dim % (2 * VL) == 0;
+}
+
 constexpr int64_t kKeysAhead = 16;  // keys between what is read and what is asked for: a page of the pool, as a rule
 // Keys whose values are summed before the next KV head's turn. Twice as many of more than four rows, where arithmetic is the
 // bound and loading and storing sums is a part of it.
@@ -255,13 +261,13 @@ static void direct_block(
       // Zeros after the last key: update_row reads whole vectors.
       for (int64_t j = count; j < kKeys; ++j) row[j] = 0.0f;
       update_row(a, s, h * rows + r, row, weights + (h * rows + r) * kKeys, a.scaled() ? scales.first : nullptr,
-                 a.scaled() ? scales.second : nullptr, begin, count, seen_by(a, t.req, t.query + r / group));
+                 a.scaled() ? scales.second : nullptr, begin, count, seen_by(a, t, r / group));
     }
   }
 
   int64_t low = count, high = 0;  // keys that any of the queries sees: the values of others may be NaN
   for (int64_t i = 0; i < t.queries; ++i) {
-    Seen seen = seen_by(a, t.req, t.query + i);
+    Seen seen = seen_by(a, t, i);
     low = min1(low, max1(int64_t(0), seen.first - begin));
     high = max1(high, min1(count, seen.last - begin));
   }

@@ -22,7 +22,21 @@ struct AttentionTask {
   int32_t query, queries;      // of the req's new tokens: [query, query + queries)
   int32_t key_begin, key_end;  // positions this task visits
   int32_t partial;             // first row of its partial results, -1: it writes the output itself
-  int32_t parts;               // on the first of several parts of a range: how many; else 0
+  int32_t parts;               // on the first of a range's parts, if they are to be merged: how many; else 0
+  const int32_t* tokens;       // of keys that reqs share: whose queries they are, [queries]; else null
+
+  INLINE_MEMBER int64_t token(const AttentionArgs& a, int64_t i) const { return tokens ? tokens[i] : a.cu_extend[req] + query + i; }
+};
+
+// Tasks in the order they are taken. With `tasks` null they are only counted.
+struct TaskList {
+  AttentionTask* tasks;
+  int64_t count, partial_rows;  // rows of partial results
+
+  INLINE_MEMBER void add(const AttentionTask& task) {
+    if (tasks) tasks[count] = task;
+    ++count;
+  }
 };
 
 // The running softmax of a task's rows. Tops are logarithms to base 2.
@@ -77,6 +91,11 @@ INLINE Seen seen_by(const AttentionArgs& a, int64_t req, int64_t query) {
     seen.drop = max1(int64_t(0), length - a.window);
   }
   return seen;
+}
+
+// What query i of a task sees. Shared keys are before all new tokens, and there are none under a window.
+INLINE Seen seen_by(const AttentionArgs& a, const AttentionTask& t, int64_t i) {
+  return t.tokens ? Seen{0, t.key_end, nullptr, 0, 0} : seen_by(a, t.req, t.query + i);
 }
 
 // Where each key and value begins, of the task's first KV head; of latents, each latent and rotated key. A block's, and after them

@@ -1,6 +1,8 @@
 // Many rows (extend, latents): a block of keys and of values is laid out in panels, and both products run on the tiles of gemm.inl.
 // With VDPBF16PS, and on AMX tiles, queries, keys, weights and values are multiplied as bf16, else in float32.
 
+constexpr int64_t kTileRows = 96;  // rows a tile holds, about
+
 template <bool Wide>
 struct PanelElement {
   using Type = uint16_t;
@@ -231,7 +233,7 @@ static void tiled_block(
   // Queries that see nothing of this block are left out at both ends of the tile.
   int64_t from = t.queries, to = 0, low = count, high = 0;
   for (int64_t i = 0; i < t.queries; ++i) {
-    Seen seen = seen_by(a, t.req, t.query + i);
+    Seen seen = seen_by(a, t, i);
     if (seen.first >= begin + count || seen.last <= begin) continue;
     from = min1(from, i), to = i + 1;
     low = min1(low, max1(int64_t(0), seen.first - begin));
@@ -276,7 +278,7 @@ static void tiled_block(
       key_scales = nullptr;
     }
     update_row(a, s, row0 + r, row, weights + r * weight_stride, key_scales, value_scales, begin, count,
-               seen_by(a, t.req, t.query + (row0 + r) / group));
+               seen_by(a, t, (row0 + r) / group));
   }
   int64_t panel_bytes = kKeys / 2 * line_bytes<T>();
   char* packed = static_cast<char*>(scratch(kSlotValues, size_t(v_panels * panel_bytes)));

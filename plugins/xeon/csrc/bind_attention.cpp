@@ -118,7 +118,8 @@ std::tuple<Tensor, Tensor> attend(AttentionArgs& args, const Tensor& like, bool 
 // What a plan says of the batch, and the pool's stores.
 AttentionArgs paged_args(
     const Tensor& k_cache, const Tensor& v_cache, const MaybeTensor& k_scale, const MaybeTensor& v_scale, const Tensor& cu_extend,
-    const Tensor& prefix_lens, const Tensor& seq_lens, const Tensor& page_table, const MaybeTensor& tree, double scale) {
+    const Tensor& prefix_lens, const Tensor& seq_lens, const Tensor& page_table, const MaybeTensor& sharing, const MaybeTensor& tree,
+    double scale) {
   int64_t reqs = seq_lens.numel();
   STD_TORCH_CHECK(
       cu_extend.numel() == reqs + 1 && prefix_lens.numel() == reqs && page_table.dim() == 2 && page_table.size(0) == reqs,
@@ -134,6 +135,11 @@ AttentionArgs paged_args(
   args.num_kv_heads = k_cache.size(2);
   args.scale = float(scale);
   args.causal = true;
+  if (sharing) {
+    STD_TORCH_CHECK(
+        sharing->dim() == 2 && sharing->size(0) == 2 && sharing->size(1) == reqs, "sglang_xeon: sharing must be int32[2, R]");
+    args.sharing = int32_of(*sharing, "sharing");
+  }
   if (tree) args.tree = int32_of(*tree, "tree_mask"), args.tree_words = tree->size(1);
   return args;
 }
@@ -141,12 +147,13 @@ AttentionArgs paged_args(
 std::tuple<Tensor, Tensor> attention_lse(
     const Tensor& q, const MaybeTensor& k, const MaybeTensor& v, const Tensor& k_cache, const Tensor& v_cache,
     const MaybeTensor& k_scale, const MaybeTensor& v_scale, const Tensor& slots, const Tensor& cu_extend, const Tensor& prefix_lens,
-    const Tensor& seq_lens, const Tensor& page_table, const MaybeTensor& tree, const MaybeTensor& sinks, double scale,
-    double soft_cap, int64_t window, bool causal, bool want_lse) {
+    const Tensor& seq_lens, const Tensor& page_table, const MaybeTensor& sharing, const MaybeTensor& tree, const MaybeTensor& sinks,
+    double scale, double soft_cap, int64_t window, bool causal, bool want_lse) {
   if (k && v) kv_write(*k, *v, k_cache, v_cache, k_scale, v_scale, slots);
   STD_TORCH_CHECK(q.dim() == 3 && q.size(2) == k_cache.size(3), "sglang_xeon: q must be [T, Hq, D] with the pool's D");
   STD_TORCH_CHECK(q.size(1) % k_cache.size(2) == 0, "sglang_xeon: heads do not divide over KV heads");
-  AttentionArgs args = paged_args(k_cache, v_cache, k_scale, v_scale, cu_extend, prefix_lens, seq_lens, page_table, tree, scale);
+  AttentionArgs args =
+      paged_args(k_cache, v_cache, k_scale, v_scale, cu_extend, prefix_lens, seq_lens, page_table, sharing, tree, scale);
   Tensor q_rows = with_contiguous_rows(q), sink_values;
   args.q = rows_of(q_rows, "q");
   if (sinks) {
@@ -162,10 +169,10 @@ std::tuple<Tensor, Tensor> attention_lse(
 Tensor attention(
     const Tensor& q, const MaybeTensor& k, const MaybeTensor& v, const Tensor& k_cache, const Tensor& v_cache,
     const MaybeTensor& k_scale, const MaybeTensor& v_scale, const Tensor& slots, const Tensor& cu_extend, const Tensor& prefix_lens,
-    const Tensor& seq_lens, const Tensor& page_table, const MaybeTensor& tree, const MaybeTensor& sinks, double scale,
-    double soft_cap, int64_t window, bool causal) {
+    const Tensor& seq_lens, const Tensor& page_table, const MaybeTensor& sharing, const MaybeTensor& tree, const MaybeTensor& sinks,
+    double scale, double soft_cap, int64_t window, bool causal) {
   return std::get<0>(attention_lse(
-      q, k, v, k_cache, v_cache, k_scale, v_scale, slots, cu_extend, prefix_lens, seq_lens, page_table, tree, sinks, scale,
+      q, k, v, k_cache, v_cache, k_scale, v_scale, slots, cu_extend, prefix_lens, seq_lens, page_table, sharing, tree, sinks, scale,
       soft_cap, window, causal, false));
 }
 
@@ -173,15 +180,16 @@ Tensor attention(
 std::tuple<Tensor, Tensor> latent_attention(
     const Tensor& q_nope, const Tensor& q_pe, const MaybeTensor& c_kv, const MaybeTensor& k_pe, const Tensor& c_cache,
     const Tensor& pe_cache, const MaybeTensor& c_scale, const MaybeTensor& pe_scale, const Tensor& slots, const Tensor& cu_extend,
-    const Tensor& prefix_lens, const Tensor& seq_lens, const Tensor& page_table, const MaybeTensor& tree, double scale,
-    bool want_lse) {
+    const Tensor& prefix_lens, const Tensor& seq_lens, const Tensor& page_table, const MaybeTensor& sharing, const MaybeTensor& tree,
+    double scale, bool want_lse) {
   if (c_kv && k_pe) kv_write(*c_kv, *k_pe, c_cache, pe_cache, c_scale, pe_scale, slots);
   STD_TORCH_CHECK(
       q_nope.dim() == 3 && q_pe.dim() == 3 && q_nope.size(2) == c_cache.size(3) && q_pe.size(2) == pe_cache.size(3) &&
           q_pe.size(0) == q_nope.size(0) && q_pe.size(1) == q_nope.size(1) && q_pe.scalar_type() == q_nope.scalar_type(),
       "sglang_xeon: q_nope, q_pe must be [T, Hq, rank] and [T, Hq, rope dims] as in the pool, of one dtype");
   STD_TORCH_CHECK(c_cache.size(2) == 1 && pe_cache.size(2) == 1, "sglang_xeon: latents have no heads");
-  AttentionArgs args = paged_args(c_cache, pe_cache, c_scale, pe_scale, cu_extend, prefix_lens, seq_lens, page_table, tree, scale);
+  AttentionArgs args =
+      paged_args(c_cache, pe_cache, c_scale, pe_scale, cu_extend, prefix_lens, seq_lens, page_table, sharing, tree, scale);
   Tensor nope_rows = with_contiguous_rows(q_nope), pe_rows = with_contiguous_rows(q_pe);
   args.q = rows_of(nope_rows, "q_nope"), args.q_rope = rows_of(pe_rows, "q_pe");
   args.num_heads = q_nope.size(1), args.latent = true;
@@ -236,16 +244,16 @@ STABLE_TORCH_LIBRARY_FRAGMENT(sglang_xeon, m) {
       "float eps, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor(c!)? k_scale, Tensor(d!)? v_scale, Tensor slots) -> Tensor");
   m.def(
       "attention(Tensor q, Tensor? k, Tensor? v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor(c!)? k_scale, Tensor(d!)? v_scale, "
-      "Tensor slots, Tensor cu_extend, Tensor prefix_lens, Tensor seq_lens, Tensor page_table, Tensor? tree, Tensor? sinks, "
-      "float scale, float soft_cap, int window, bool causal) -> Tensor");
+      "Tensor slots, Tensor cu_extend, Tensor prefix_lens, Tensor seq_lens, Tensor page_table, Tensor? sharing, Tensor? tree, "
+      "Tensor? sinks, float scale, float soft_cap, int window, bool causal) -> Tensor");
   m.def(
       "attention_lse(Tensor q, Tensor? k, Tensor? v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor(c!)? k_scale, "
-      "Tensor(d!)? v_scale, Tensor slots, Tensor cu_extend, Tensor prefix_lens, Tensor seq_lens, Tensor page_table, Tensor? tree, "
-      "Tensor? sinks, float scale, float soft_cap, int window, bool causal, bool want_lse) -> (Tensor, Tensor)");
+      "Tensor(d!)? v_scale, Tensor slots, Tensor cu_extend, Tensor prefix_lens, Tensor seq_lens, Tensor page_table, Tensor? sharing, "
+      "Tensor? tree, Tensor? sinks, float scale, float soft_cap, int window, bool causal, bool want_lse) -> (Tensor, Tensor)");
   m.def(
       "latent_attention(Tensor q_nope, Tensor q_pe, Tensor? c_kv, Tensor? k_pe, Tensor(a!) c_cache, Tensor(b!) pe_cache, "
       "Tensor(c!)? c_scale, Tensor(d!)? pe_scale, Tensor slots, Tensor cu_extend, Tensor prefix_lens, Tensor seq_lens, "
-      "Tensor page_table, Tensor? tree, float scale, bool want_lse) -> (Tensor, Tensor)");
+      "Tensor page_table, Tensor? sharing, Tensor? tree, float scale, bool want_lse) -> (Tensor, Tensor)");
   m.def(
       "ragged_attention(Tensor q, Tensor k, Tensor v, Tensor cu_q, Tensor cu_k, float scale, float soft_cap, int window, "
       "bool causal, bool want_lse) -> (Tensor, Tensor)");

@@ -41,6 +41,8 @@ namespace {
 //
 #include "attention_tiled.inl"
 //
+#include "attention_shared.inl"
+//
 #include "attention.inl"
 }  // namespace
 

@@ -33,6 +33,8 @@ namespace {
 //
 #include "attention_tiled.inl"
 //
+#include "attention_shared.inl"
+//
 #include "attention.inl"
 //
 #include "attention_merge.inl"

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from sglang_core.api import Pool
-from sglang_core.api.ops import AttnBatch, AttnSpec, MLASpec, Plan, PlanStatic
+from sglang_core.api.ops import AttnSpec, MLASpec, Plan
+from sglang_xeon.attention_plan import XeonPlan
 from sglang_xeon.library import ops
 
 _attention, _attention_lse, _kv_write = ops.attention.default, ops.attention_lse.default, ops.kv_write.default
 _latent, _ragged, _merge = ops.latent_attention.default, ops.ragged_attention.default, ops.merge.default
-
-COLUMNS = 64  # of a page table, zeros past the pages there are
 
 
 def stores(pool: Pool, layer: int) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
@@ -25,6 +23,10 @@ def stores(pool: Pool, layer: int) -> tuple[Tensor, Tensor, Tensor | None, Tenso
 def kv_write(k: Tensor, v: Tensor, pool: Pool, layer: int, slot_mapping: Tensor) -> None:
     """k: [T, Hk, D], v: [T, Hk, Dv], slot_mapping: int32[T]. Latents: c_kv: [T, rank], k_pe: [T, rope_dim]."""
     _kv_write(k, v, *stores(pool, layer), slot_mapping)
+
+
+def _sharing(plan: Plan) -> Tensor | None:
+    return plan.sharing if isinstance(plan, XeonPlan) else None  # of another provider, which says nothing of it
 
 
 def paged(
@@ -50,6 +52,7 @@ def paged(
         plan.prefix_lens,
         plan.seq_lens,
         plan.page_table,
+        _sharing(plan),
         plan.tree_mask,
         sinks,
         spec.scale,
@@ -86,6 +89,7 @@ def mla_paged(
         plan.prefix_lens,
         plan.seq_lens,
         plan.page_table,
+        _sharing(plan),
         plan.tree_mask,
         spec.scale,
         lse,
@@ -118,39 +122,3 @@ def ragged(
 def merge(o_a: Tensor, lse_a: Tensor, o_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
     """o: [T, Hq, Dv], lse: float32[T, Hq] of both sides -> the same of all their keys."""
     return _merge(o_a, lse_a, o_b, lse_b)  # type: ignore[no-any-return]
-
-
-def plan(spec: AttnSpec | MLASpec, batch: AttnBatch, device: torch.device, out: Plan | None = None) -> Plan:
-    """The batch as it is: the kernel cuts its own work, so the reference's tiles are left out.
-
-    Page tables grow by COLUMNS at a time, so that a step whose reqs have grown by a page still has the shape of the one before.
-    """
-    num_pages = batch.num_pages if batch.static else -(-batch.num_pages // COLUMNS) * COLUMNS
-    page_table = batch.page_table_cpu.contiguous()
-    if num_pages > batch.num_pages:
-        page_table = torch.nn.functional.pad(page_table, (0, num_pages - batch.num_pages))
-    made = Plan(
-        static=PlanStatic(
-            num_tokens=batch.num_tokens,
-            num_reqs=batch.num_reqs,
-            max_extend=batch.max_extend,
-            num_pages=num_pages,
-            page_size=batch.page_size,
-            num_chunks=(),
-            tree_words=0 if batch.tree_mask_cpu is None else batch.tree_mask_cpu.shape[1],
-        ),
-        cu_extend=batch.cu_extend_cpu,
-        prefix_lens=batch.prefix_lens_cpu,
-        seq_lens=batch.seq_lens_cpu,
-        page_table=page_table,
-        slot_mapping=batch.slot_mapping_cpu,
-        tiles=(),
-        tile_row=batch.slot_mapping_cpu[:0],
-        tree_mask=None if batch.tree_mask_cpu is None else batch.tree_mask_cpu.contiguous(),
-    )
-    if out is None:
-        return made
-    assert out.static == made.static, f"plan of another bucket: {made.static} into {out.static}"
-    for old, new in zip(out.buffers(), made.buffers(), strict=True):
-        old.copy_(new)
-    return out

@@ -36,6 +36,7 @@ PROFILES = (
     *(f"quant:int4.{fmt}" for fmt in ("awq.g128", "gptq.g64", "pack.g128")),
 )
 INVARIANT = frozenset({"batch_invariant"})  # a row's result does not depend on its neighbours
+INVARIANT_PRIORITY = 49  # below the default: of kernels that are there for --deterministic
 
 
 def dtype_limits(ctx: SelectionContext) -> str | None:
@@ -107,12 +108,20 @@ class XeonBackend(Backend):
             _kernel("gemm.linear", "gemm:linear", **packing),
             # Not invariant: AMX tiles, from some number of rows on, sum in another order.
             _kernel("gemm.linear", "gemm:linear_amx", device=("xeon/amx",), **(packing | {"features": frozenset()})),
-            _kernel("attn.paged", "attention:paged"),
-            _kernel("attn.plan", "attention:plan"),
-            _kernel("attn.rope_paged", "rope_paged:rope_paged"),
+            # Not invariant: with this plan, keys that reqs share are visited once for all of them. --deterministic takes the other.
+            _kernel("attn.paged", "attention:paged", features=frozenset()),
+            _kernel("attn.paged", "attention:paged", priority=INVARIANT_PRIORITY),
+            _kernel("attn.plan", "attention_plan:plan", features=frozenset()),
+            _kernel("attn.plan", "attention_plan:plan_invariant", priority=INVARIANT_PRIORITY),
+            _kernel("attn.rope_paged", "rope_paged:rope_paged", features=frozenset()),
+            _kernel("attn.rope_paged", "rope_paged:rope_paged", priority=INVARIANT_PRIORITY),
             _kernel("kv.write", "attention:kv_write"),
-            _kernel("attn.mla_paged", "attention:mla_paged", supports=latent_limits),
-            _kernel("attn.mla_plan", "attention:plan", supports=latent_limits),
+            _kernel("attn.mla_paged", "attention:mla_paged", supports=latent_limits, features=frozenset()),
+            _kernel("attn.mla_paged", "attention:mla_paged", supports=latent_limits, priority=INVARIANT_PRIORITY),
+            _kernel("attn.mla_plan", "attention_plan:plan", supports=latent_limits, features=frozenset()),
+            _kernel(
+                "attn.mla_plan", "attention_plan:plan_invariant", supports=latent_limits, priority=INVARIANT_PRIORITY
+            ),
             _kernel("kv.write_mla", "attention:kv_write", supports=latent_limits),
             _kernel("attn.ragged", "attention:ragged"),
             _kernel("attn.merge", "attention:merge"),

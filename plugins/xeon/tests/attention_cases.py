@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
-from sglang_xeon import attention
+from sglang_xeon import attention, attention_plan
 from tolerance import assert_close
 from torch import Tensor
 
@@ -26,7 +27,7 @@ class Case:
     """Reqs with prefixes in the pool, all else of the pool NaN, and this step's q, k, v."""
 
     kind: Literal["full", "mla"] = "full"
-    paged, plan = staticmethod(attention.paged), staticmethod(attention.plan)
+    paged, plan = staticmethod(attention.paged), staticmethod(attention_plan.plan)
     body, body_plan = staticmethod(OPS["attn.paged"].body), staticmethod(OPS["attn.plan"].body)
 
     def __init__(
@@ -38,8 +39,9 @@ class Case:
         page_size: int = 4,
         kv_dtype=None,
         trees=None,
+        shared: Sequence[tuple[Sequence[int], int]] = (),
     ) -> None:
-        """trees: of each req, the parents of its new tokens."""
+        """trees: of each req, the parents of its new tokens. shared: reqs, and how many leading pages they have in common."""
         self.spec, self.dtype = spec, dtype
         lens = torch.tensor([p + e for p, e in reqs], dtype=torch.int32)
         pages = [-(-int(n) // page_size) for n in lens]
@@ -49,6 +51,9 @@ class Case:
         for r, (prefix, extend) in enumerate(reqs):
             table[r, : pages[r]] = torch.tensor([order.pop() for _ in range(pages[r])], dtype=torch.int32)
             slots += [int(table[r, i // page_size]) * page_size + i % page_size for i in range(prefix, prefix + extend)]
+        for members, count in shared:
+            assert all(reqs[r][0] >= count * page_size for r in members), "a step writes no page that reqs share"
+            table[list(members), :count] = table[members[0], :count].clone()
         self.pool = Pool(
             PoolSpec(
                 kind=self.kind,

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 from attention_cases import BATCHES, CPU, DTYPES, Case, make_spec
-from sglang_xeon import attention
+from sglang_xeon import attention, attention_plan
 
 from sglang_core.api import Pool, PoolSpec
 from sglang_core.api.ops import OPS, AttnBatch
@@ -76,7 +76,7 @@ def test_a_req_alone_gives_the_bits_it_gives_in_a_batch(level: str, dtype: torch
     reqs = [(1100, 1), (40, 30), (600, 1), (0, 200), (0, 1)]
     case = Case(spec, reqs, dtype, page_size=16)
     b = case.batch
-    whole = attention.paged(*case.new, case.pool, 1, spec, attention.plan(spec, b, CPU))
+    whole = attention.paged(*case.new, case.pool, 1, spec, attention_plan.plan(spec, b, CPU))
     for r, (_, extend) in enumerate(reqs):
         rows, one = slice(int(b.cu_extend_cpu[r]), int(b.cu_extend_cpu[r + 1])), slice(r, r + 1)
         alone = dataclasses.replace(
@@ -89,7 +89,7 @@ def test_a_req_alone_gives_the_bits_it_gives_in_a_batch(level: str, dtype: torch
             num_tokens=extend,
             num_reqs=1,
         )
-        plan = attention.plan(spec, alone, CPU)
+        plan = attention_plan.plan(spec, alone, CPU)
         assert torch.equal(attention.paged(case.q[rows], None, None, case.pool, 1, spec, plan), whole[rows])
 
 
@@ -137,7 +137,7 @@ def test_queries_that_see_no_key_and_padding_give_zeros(level: str) -> None:
     b.seq_lens_cpu[1] = 0  # a req that only fills a bucket
     b.page_table_cpu[1] = 10**6  # and whose pages mean nothing
     q = torch.cat([case.q, torch.randn(3, 4, 64)])  # tokens of no req
-    plan = attention.plan(case.spec, b, CPU)
+    plan = attention_plan.plan(case.spec, b, CPU)
     o, lse = attention.paged(q, None, None, case.pool, 1, make_spec(), plan, lse=True)
     assert not o[1:].any()
     assert (lse[1:] == float("-inf")).all()
@@ -145,14 +145,14 @@ def test_queries_that_see_no_key_and_padding_give_zeros(level: str) -> None:
 
 def test_an_empty_batch(level: str) -> None:
     case = Case(make_spec(), [], torch.float32)
-    plan = attention.plan(case.spec, case.batch, CPU)
+    plan = attention_plan.plan(case.spec, case.batch, CPU)
     assert attention.paged(*case.new, case.pool, 0, case.spec, plan).shape == (0, 4, 64)
 
 
 def test_plan_fills_an_earlier_one() -> None:
     first, second = Case(make_spec(), [(4, 1)], torch.float32), Case(make_spec(), [(7, 1)], torch.float32)
-    plan = attention.plan(first.spec, first.batch, CPU)
-    assert attention.plan(second.spec, second.batch, CPU, plan) is plan
+    plan = attention_plan.plan(first.spec, first.batch, CPU)
+    assert attention_plan.plan(second.spec, second.batch, CPU, plan) is plan
     assert plan.seq_lens.tolist() == [8]
 
 
@@ -207,5 +207,5 @@ def test_every_code_is_written_and_read(level: str, kv_dtype: torch.dtype) -> No
     )
     attend = make_spec(1, 1, 64)
     q = torch.randn(tokens, 1, 64)
-    o = attention.paged(q, None, None, pool, 0, attend, attention.plan(attend, batch, CPU))
+    o = attention.paged(q, None, None, pool, 0, attend, attention_plan.plan(attend, batch, CPU))
     torch.testing.assert_close(o.view(-1, 64), codes, rtol=1e-6, atol=0)

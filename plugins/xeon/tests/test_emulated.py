@@ -14,8 +14,8 @@ import pytest
 from sglang_xeon import isa
 
 NAMES = (
-    *("gemm", "gemm_formats", "exponents", "amx", "attention", "latent_attention", "ragged_attention", "rows"),
-    *("moe", "route", "lora_apply", "sampling", "logits"),
+    *("gemm", "gemm_formats", "exponents", "amx", "attention", "shared_attention", "latent_attention"),
+    *("ragged_attention", "rows", "moe", "route", "lora_apply", "sampling", "logits"),
 )
 TESTS = [str(Path(__file__).with_name(f"test_{name}.py")) for name in NAMES]
 

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 from attention_cases import BATCHES, CPU, DTYPES, Case
-from sglang_xeon import attention
+from sglang_xeon import attention, attention_plan
 from torch import Tensor
 
 from sglang_core.api.ops import OPS, MLASpec
@@ -19,7 +19,7 @@ def make_spec(heads: int = 16, rank: int = 128, rope: int = 32, **facts) -> MLAS
 
 class LatentCase(Case):
     kind = "mla"
-    paged, plan = staticmethod(attention.mla_paged), staticmethod(attention.plan)
+    paged, plan = staticmethod(attention.mla_paged), staticmethod(attention_plan.plan)
     body, body_plan = staticmethod(OPS["attn.mla_paged"].body), staticmethod(OPS["attn.mla_plan"].body)
 
     @property
@@ -81,7 +81,7 @@ def test_latents_alone_give_the_bits_they_give_in_a_batch(level: str, dtype: tor
     spec = make_spec()
     case = LatentCase(spec, [(1100, 1), (40, 30), (0, 1)], dtype, page_size=16)
     b = case.batch
-    whole = attention.mla_paged(*case.new, case.pool, 1, spec, attention.plan(spec, b, CPU))
+    whole = attention.mla_paged(*case.new, case.pool, 1, spec, attention_plan.plan(spec, b, CPU))
     for r in range(3):
         rows, one = slice(int(b.cu_extend_cpu[r]), int(b.cu_extend_cpu[r + 1])), slice(r, r + 1)
         extend = rows.stop - rows.start
@@ -95,6 +95,6 @@ def test_latents_alone_give_the_bits_they_give_in_a_batch(level: str, dtype: tor
             num_tokens=extend,
             num_reqs=1,
         )
-        plan = attention.plan(spec, alone, CPU)
+        plan = attention_plan.plan(spec, alone, CPU)
         queries = (case.new[0][rows], case.new[1][rows])
         assert torch.equal(attention.mla_paged(*queries, None, None, case.pool, 1, spec, plan), whole[rows])

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from sglang_xeon import gemm, norm, step_graph
-from sglang_xeon.attention import COLUMNS, plan
+from sglang_xeon.attention_plan import COLUMNS, plan
 from sglang_xeon.backend import XeonBackend
 from sglang_xeon.runtime import XeonRuntime
 from sglang_xeon.step_graph import RECORD_AT, StepGraphs
