@@ -22,12 +22,20 @@ def dtype_limits(ctx: SelectionContext) -> str | None:
 INT4 = tuple(f"int4.{kind}.g{group}" for kind in ("awq", "gptq", "pack") for group in (32, 64, 128, -1))
 QUANTISED = ("fp8.tensor", "fp8.token_channel", "fp8.block128", "int8.token_channel", *INT4, "mxfp4.g32")
 EXPERTS = ("dense", *QUANTISED)
-FORMATS = {"gemm.linear": QUANTISED, "gemm.grouped": EXPERTS, "moe.fused": EXPERTS}
+FORMATS = {"gemm.linear": QUANTISED, "gemm.grouped": EXPERTS, "moe.fused": EXPERTS, "lora.experts": EXPERTS}
 
 
 def format_limits(ctx: SelectionContext) -> str | None:
     taken = FORMATS[ctx.site.op]
     return dtype_limits(ctx) if ctx.site.fmt in taken else f"takes weights in {', '.join(taken)}, not {ctx.site.fmt}"
+
+
+MAX_KEY_DIM = 128  # a few columns of a state of so many rows fit registers, and a chunk of such keys shared memory
+
+
+def state_limits(ctx: SelectionContext) -> str | None:
+    dim = ctx.site.spec.k_head_dim
+    return dtype_limits(ctx) if dim <= MAX_KEY_DIM else f"takes keys of at most {MAX_KEY_DIM} dims, not {dim}"
 
 
 def _kernel(op: str, fn: str, **facts: Any) -> Kernel:
@@ -48,11 +56,17 @@ KERNELS = (
     _kernel("logits.adjust", "logits:adjust"),
     _kernel("logits.soft_cap", "logits:soft_cap"),
     _kernel("sample.sample", "sampling:sample"),
+    _kernel("quant.quantize", "quantize_weight:quantize"),
+    _kernel("quant.dequantize", "quantize_weight:dequantize"),
     _kernel("lora.apply", "lora:apply"),
+    _kernel("lora.embed", "lora:embed"),
+    _kernel("lora.experts", "lora_experts:experts", supports=format_limits, features=GRAPHS),
     _kernel("gemm.linear", "gemm:linear", supports=format_limits, features=GRAPHS),
     _kernel("moe.route", "moe_route:route"),
     _kernel("moe.fused", "moe:fused", supports=format_limits, features=GRAPHS),
     _kernel("gemm.grouped", "moe:grouped", supports=format_limits, features=GRAPHS),
+    _kernel("ssm.causal_conv1d", "causal_conv:causal_conv1d"),
+    _kernel("ssm.gated_delta_rule", "gated_delta:gated_delta_rule", supports=state_limits),
     _kernel("attn.plan", "attention_plan:plan", features=GRAPHS),
     _kernel("attn.plan", "attention_plan:plan_invariant", priority=PRIORITY - 1),
     _kernel("attn.paged", "attention:paged", features=GRAPHS),
@@ -61,6 +75,7 @@ KERNELS = (
     _kernel("attn.mla_plan", "attention_plan:plan_invariant", priority=PRIORITY - 1),
     _kernel("attn.mla_paged", "attention:mla_paged", features=GRAPHS),
     _kernel("attn.mla_paged", "attention:mla_paged", priority=PRIORITY - 1),
+    _kernel("attn.mla_project", "mla_project:mla_project", features=GRAPHS),
     _kernel("attn.ragged", "attention:ragged"),
     _kernel("attn.merge", "attention:merge"),
 )
