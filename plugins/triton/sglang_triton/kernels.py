@@ -21,6 +21,10 @@ def dtype_limits(ctx: SelectionContext) -> str | None:
 # Formats of weights whose codes and activations the kernels of linear layers know; dense ones are left to the device's BLAS.
 INT4 = tuple(f"int4.{kind}.g{group}" for kind in ("awq", "gptq", "pack") for group in (32, 64, 128, -1))
 QUANTISED = ("fp8.tensor", "fp8.token_channel", "fp8.block128", "int8.token_channel", *INT4, "mxfp4.g32")
+QUANTISED_CHECKED = (
+    *("fp8.tensor", "fp8.token_channel", "fp8.block128", "int8.token_channel", "mxfp4.g32"),
+    *("int4.awq.g32", "int4.awq.g128", "int4.gptq.g64", "int4.pack.g128", "int4.pack.g-1"),
+)
 EXPERTS = ("dense", *QUANTISED)
 FORMATS = {"gemm.linear": QUANTISED, "gemm.grouped": EXPERTS, "moe.fused": EXPERTS, "lora.experts": EXPERTS}
 
@@ -29,6 +33,13 @@ def format_limits(ctx: SelectionContext) -> str | None:
     taken = FORMATS[ctx.site.op]
     return dtype_limits(ctx) if ctx.site.fmt in taken else f"takes weights in {', '.join(taken)}, not {ctx.site.fmt}"
 
+
+# What these kernels do as a whole, whatever device has them: all cases of it are green through the interpreter.
+PROFILES = (
+    *("mla", "moe", "vision", "lora", "ssm"),
+    *("window", "soft_cap", "sinks", "tree", "cross", "kv_half", "kv_fp8", "kv_int8", "odd_sizes", "buckets"),
+    *(f"quant:{fmt}" for fmt in QUANTISED_CHECKED),
+)
 
 MAX_KEY_DIM = 128  # a few columns of a state of so many rows fit registers, and a chunk of such keys shared memory
 
@@ -81,8 +92,11 @@ KERNELS = (
 )
 
 
-def claims(profiles: tuple[str, ...]) -> Claims:
-    """What a backend with these kernels claims. Of the other ops only float16 is refused, which their bodies were never checked with."""
+def claims(more: tuple[str, ...]) -> Claims:
+    """What a backend with these kernels claims; `more`: profiles of the device itself. Of the other ops only float16 is refused, which their bodies were never checked with."""
     ops = dict.fromkeys(kernel.op for kernel in KERNELS)
     native = [Claim(op=op, dtypes=DTYPES, formats=FORMATS.get(op, ("*",))) for op in ops]
-    return Claims((*native, Claim(op="*", dtypes=("float16",), support=Support.UNSUPPORTED)), profiles=profiles)
+    plan = Claim(op="ssm.plan", support=Support.REFERENCE)  # host integers: whatever the dtype, its body will do
+    return Claims(
+        (*native, plan, Claim(op="*", dtypes=("float16",), support=Support.UNSUPPORTED)), profiles=(*more, *PROFILES)
+    )
