@@ -21,10 +21,6 @@ def dtype_limits(ctx: SelectionContext) -> str | None:
 # Formats of weights whose codes and activations the kernels of linear layers know; dense ones are left to the device's BLAS.
 INT4 = tuple(f"int4.{kind}.g{group}" for kind in ("awq", "gptq", "pack") for group in (32, 64, 128, -1))
 QUANTISED = ("fp8.tensor", "fp8.token_channel", "fp8.block128", "int8.token_channel", *INT4, "mxfp4.g32")
-QUANTISED_CHECKED = (
-    *("fp8.tensor", "fp8.token_channel", "fp8.block128", "int8.token_channel", "mxfp4.g32"),
-    *("int4.awq.g32", "int4.awq.g128", "int4.gptq.g64", "int4.pack.g128", "int4.pack.g-1"),
-)
 EXPERTS = ("dense", *QUANTISED)
 FORMATS = {"gemm.linear": QUANTISED, "gemm.grouped": EXPERTS, "moe.fused": EXPERTS, "lora.experts": EXPERTS}
 
@@ -38,7 +34,6 @@ def format_limits(ctx: SelectionContext) -> str | None:
 PROFILES = (
     *("mla", "moe", "vision", "lora", "ssm"),
     *("window", "soft_cap", "sinks", "tree", "cross", "kv_half", "kv_fp8", "kv_int8", "odd_sizes", "buckets"),
-    *(f"quant:{fmt}" for fmt in QUANTISED_CHECKED),
 )
 
 MAX_KEY_DIM = 128  # a few columns of a state of so many rows fit registers, and a chunk of such keys shared memory

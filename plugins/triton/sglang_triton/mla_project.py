@@ -61,7 +61,7 @@ def _project(
     tl.store(y + (token * H + head) * N + column, rounded(total, y.dtype.element_ty), (token < T) & (column < N))
 
 
-_SIZES = ("T", "N", "H", "x_stride_t", "x_stride_h", "w_stride_h", "w_stride_k", "w_stride_n")
+_SIZES = ("T", "N", "H", "x_stride_t", "x_stride_h", "w_stride_h", "w_stride_k")
 AOT = tuple(
     AotSpec(
         op="attn.mla_project",
