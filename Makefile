@@ -50,7 +50,7 @@ test-triton: install
 	$(PY) -m pytest -n 2 plugins/triton/tests plugins/cuda/tests plugins/rocm/tests
 	$(TRITON_CONFORMANCE) -k act. -k norm. -k rope. -k embed. -k kv.w -k logits.
 
-# All of the suite that is for them, and every architecture: long, and not run to its end yet.
+# All of the suite that is for them, and every architecture: an hour and more.
 test-triton-slow: install
 	$(PY) -m sglang_triton.aot --check benchmarks/gpu/budgets.json
 	$(TRITON_CONFORMANCE)
