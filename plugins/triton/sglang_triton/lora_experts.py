@@ -73,7 +73,7 @@ def _added(
     low = y.new_zeros(count, a.shape[2])
     by_expert(x, _stack(a), sizes, None, low, source=order, share=share, target=order)
     by_pair = scale.flatten(0, 1)[pair.clamp(max=num - 1)]
-    low = (low.view(count, len(b), -1).float() * by_pair[..., None]).to(y.dtype)
+    low = (low.view(count, len(b), b[0].shape[3]).float() * by_pair[..., None]).to(y.dtype)
     delta = []
     for part, matrices in enumerate(b):
         made = y.new_zeros(count, matrices.shape[2])

@@ -89,3 +89,5 @@ def test_each_row_gets_its_adapter_of_its_expert(dtype: torch.dtype, weight_on_i
     for given in (own, None):
         want = OPS["lora.experts"].body(*args, given, expert_map=expert_map)
         assert_close(experts(*args, given, expert_map=expert_map), want, scale=16)
+    none = (args[0][:0], w13, w2, args[3][:0], ids[:0], act, adapters, own[:0])
+    assert experts(*none, expert_map=expert_map).shape == (0, hidden)
