@@ -51,7 +51,7 @@ test-triton: install
 	PYTHONPATH=plugins/tpu $(PY) -m pytest plugins/tpu/tests/test_tpu_probe.py
 	$(TRITON_CONFORMANCE) -k act. -k norm. -k rope. -k embed. -k kv.w -k logits.
 
-# All of the suite that is for them, and every architecture: long, and not run to its end yet.
+# All of the suite that is for them, and every architecture: an hour and more.
 test-triton-slow: install
 	$(PY) -m sglang_triton.aot --check benchmarks/gpu/budgets.json
 	$(TRITON_CONFORMANCE)

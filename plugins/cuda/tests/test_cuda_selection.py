@@ -21,7 +21,7 @@ def test_every_op_of_a_model_has_a_kernel(quantization: str | None) -> None:
     assert {"attn.paged", "norm.rms", "act.gated", "sample.sample"} <= {op for op, _ in found}
     for (op, fmt), provider in found.items():
         own = op == "gemm.linear" and fmt in ("dense", "fp8.token_channel")
-        assert provider == ("cuda" if own else "reference" if op == "quant.quantize" else "triton"), (op, fmt)
+        assert provider == ("cuda" if own else "triton"), (op, fmt)
 
 
 def test_dense_layers_are_summed_in_one_order_where_that_is_asked_for() -> None:

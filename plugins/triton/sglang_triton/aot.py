@@ -45,9 +45,12 @@ class Usage:
         return [f"{mine[name]} {name}, and its budget is {most[name]}" for name in mine if mine[name] > most[name]]
 
 
+MODULES = ("sglang_triton.page_copy",)  # launched by the runtime of GPUs, as no op
+
+
 def specs(only: str = "") -> list[AotSpec]:
     """Those of every kernel module, in the kernels' order; with `only`, those whose title contains it."""
-    modules = dict.fromkeys(kernel.fn.split(":")[0] for kernel in KERNELS)
+    modules = dict.fromkeys([*(kernel.fn.split(":")[0] for kernel in KERNELS), *MODULES])
     return [spec for module in modules for spec in importlib.import_module(module).AOT if only in spec.title]
 
 

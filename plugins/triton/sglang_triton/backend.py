@@ -19,7 +19,7 @@ from sglang_core.api import (
 from sglang_triton.kernels import claims
 
 SWITCH = "TRITON_INTERPRET"  # Triton's own: it reads it as it is imported
-PROFILES = ("base", "odd_sizes")
+PROFILES = ("base",)
 
 
 class TritonBackend(TorchBackend):

@@ -43,3 +43,34 @@ def decode_e4m3(code):
 def encode_int8(x):
     """x: float32 -> int8 in +-127: to the nearest, a tie to the even one."""
     return nearest_integer(tl.minimum(tl.maximum(x, -127.0), 127.0)).to(tl.int8)
+
+
+@triton.jit
+def encode_e2m1(x):
+    """x: float32 -> int32 codes in 0..15, a sign and 0, 0.5, 1, 1.5, 2, 3, 4, 6: to the nearest, a tie to the even code, saturated."""
+    size = tl.abs(x)
+    code = (size > 0.25).to(tl.int32) + (size >= 0.75).to(tl.int32) + (size > 1.25).to(tl.int32)
+    code += (size >= 1.75).to(tl.int32) + (size > 2.5).to(tl.int32) + (size >= 3.5).to(tl.int32)
+    return code + (size > 5.0).to(tl.int32) + 8 * (x < 0).to(tl.int32)
+
+
+@triton.jit
+def decode_e2m1(code):
+    """code: int32 in 0..15 -> float32."""
+    size, exponent = code & 7, (code >> 1) & 3
+    halves = tl.where(exponent == 0, size, (2 + (size & 1)) << tl.maximum(exponent - 1, 0)).to(tl.float32) * 0.5
+    return tl.where(code >= 8, -halves, halves)
+
+
+@triton.jit
+def encode_e8m0(most):
+    """most: float32, not negative, the largest of a group -> uint8: its exponent less 2, that of the largest e2m1."""
+    exponent = (most.to(tl.uint32, bitcast=True) >> 23).to(tl.int32)
+    return tl.maximum(exponent - 2, 0).to(tl.uint8)
+
+
+@triton.jit
+def decode_e8m0(code):
+    """code: uint8 -> float32, 2 ** (code - 127); 255 is NaN."""
+    bits = tl.where(code == 0, 1 << 22, tl.where(code == 255, 0x7FC00000, code.to(tl.int32) << 23))
+    return bits.to(tl.float32, bitcast=True)

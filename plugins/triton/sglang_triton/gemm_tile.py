@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sglang_triton.codes import decode_e4m3
+from sglang_triton.codes import decode_e2m1, decode_e4m3, decode_e8m0
 from sglang_triton.numerics import dot, rounded
 
 
@@ -96,9 +96,7 @@ def fp8_product(a, b, NATIVE: tl.constexpr):
 def four_bits(code, offset, dtype: tl.constexpr, ELEMENT: tl.constexpr):
     """code: int32[k, n] in 0..15, offset: int32[n] -> what it stands for before it is scaled, exact in any float dtype."""
     if ELEMENT == "e2m1":
-        size, exponent = code & 7, (code >> 1) & 3
-        halves = tl.where(exponent == 0, size, (2 + (size & 1)) << tl.maximum(exponent - 1, 0)).to(tl.float32) * 0.5
-        value = tl.where(code >= 8, -halves, halves)
+        value = decode_e2m1(code)
     else:
         value = (code - offset[None, :]).to(tl.float32)
     return rounded(value, dtype)
@@ -109,8 +107,7 @@ def weight_scale(at, there):
     """float32, or of uint8 codes of e8m0: 2 ** (code - 127), 255 NaN."""
     raw = tl.load(at, there, other=0)
     if at.dtype.element_ty == tl.uint8:
-        bits = tl.where(raw == 0, 1 << 22, tl.where(raw == 255, 0x7FC00000, raw.to(tl.int32) << 23))
-        value = bits.to(tl.float32, bitcast=True)
+        value = decode_e8m0(raw)
     else:
         value = raw
     return value

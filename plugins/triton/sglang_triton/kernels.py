@@ -23,7 +23,7 @@ def dtype_limits(ctx: SelectionContext) -> str | None:
 INT4 = tuple(f"int4.{kind}.g{group}" for kind in ("awq", "gptq", "pack") for group in (32, 64, 128, -1))
 QUANTISED = ("fp8.tensor", "fp8.token_channel", "fp8.block128", "int8.token_channel", *INT4, "mxfp4.g32")
 EVERY = ("dense", *QUANTISED)
-FORMATS = {"gemm.linear": EVERY, "gemm.grouped": EVERY, "moe.fused": EVERY}
+FORMATS = {"gemm.linear": EVERY, "gemm.grouped": EVERY, "moe.fused": EVERY, "lora.experts": EVERY}
 
 
 def format_limits(ctx: SelectionContext) -> str | None:
@@ -37,6 +37,20 @@ def quantised_limits(ctx: SelectionContext) -> str | None:
 
 TUNED = ("gemm.linear", "gemm.grouped", "moe.fused", "attn.paged", "attn.mla_paged")
 TUNER = "sglang_triton.tuner:TritonTuner"
+
+# What these kernels do as a whole, whatever device has them: green through the interpreter, but for cases that are too long for it, which
+# docs/backends/triton-attention.md names.
+PROFILES = (
+    *("mla", "moe", "vision", "lora", "ssm"),
+    *("window", "soft_cap", "sinks", "tree", "cross", "kv_half", "kv_fp8", "kv_int8", "odd_sizes", "buckets"),
+)
+
+MAX_KEY_DIM = 128  # a few columns of a state of so many rows fit registers, and a chunk of such keys shared memory
+
+
+def state_limits(ctx: SelectionContext) -> str | None:
+    dim = ctx.site.spec.k_head_dim
+    return dtype_limits(ctx) if dim <= MAX_KEY_DIM else f"takes keys of at most {MAX_KEY_DIM} dims, not {dim}"
 
 
 def _kernel(op: str, fn: str, **facts: Any) -> Kernel:
@@ -58,7 +72,11 @@ KERNELS = (
     _kernel("logits.adjust", "logits:adjust"),
     _kernel("logits.soft_cap", "logits:soft_cap"),
     _kernel("sample.sample", "sampling:sample"),
+    _kernel("quant.quantize", "quantize_weight:quantize"),
+    _kernel("quant.dequantize", "quantize_weight:dequantize"),
     _kernel("lora.apply", "lora:apply"),
+    _kernel("lora.embed", "lora:embed"),
+    _kernel("lora.experts", "lora_experts:experts", supports=format_limits, features=GRAPHS),
     _kernel("gemm.linear", "gemm:linear", supports=quantised_limits, features=GRAPHS | {"takes_codes"}),
     _kernel(
         "gemm.linear",
@@ -72,6 +90,8 @@ KERNELS = (
     _kernel("moe.route", "moe_route:route"),
     _kernel("moe.fused", "moe:fused", supports=format_limits, features=GRAPHS),
     _kernel("gemm.grouped", "moe:grouped", supports=format_limits, features=GRAPHS),
+    _kernel("ssm.causal_conv1d", "causal_conv:causal_conv1d"),
+    _kernel("ssm.gated_delta_rule", "gated_delta:gated_delta_rule", supports=state_limits),
     _kernel("attn.plan", "attention_plan:plan", features=GRAPHS),
     _kernel("attn.plan", "attention_plan:plan_invariant", priority=PRIORITY - 1),
     _kernel("attn.paged", "attention:paged", features=GRAPHS),
@@ -82,13 +102,17 @@ KERNELS = (
     _kernel("attn.mla_plan", "attention_plan:plan_invariant", priority=PRIORITY - 1),
     _kernel("attn.mla_paged", "attention:mla_paged", features=GRAPHS),
     _kernel("attn.mla_paged", "attention:mla_paged", priority=PRIORITY - 1),
+    _kernel("attn.mla_project", "mla_project:mla_project", features=GRAPHS),
     _kernel("attn.ragged", "attention:ragged"),
     _kernel("attn.merge", "attention:merge"),
 )
 
 
-def claims(profiles: tuple[str, ...]) -> Claims:
-    """What a backend with these kernels claims. Of the other ops only float16 is refused, which their bodies were never checked with."""
+def claims(more: tuple[str, ...]) -> Claims:
+    """What a backend with these kernels claims; `more`: profiles of the device itself. Of the other ops only float16 is refused, which their bodies were never checked with."""
     ops = dict.fromkeys(kernel.op for kernel in KERNELS)
     native = [Claim(op=op, dtypes=DTYPES, formats=FORMATS.get(op, ("*",))) for op in ops]
-    return Claims((*native, Claim(op="*", dtypes=("float16",), support=Support.UNSUPPORTED)), profiles=profiles)
+    plan = Claim(op="ssm.plan", support=Support.REFERENCE)  # host integers: whatever the dtype, its body will do
+    return Claims(
+        (*native, plan, Claim(op="*", dtypes=("float16",), support=Support.UNSUPPORTED)), profiles=(*more, *PROFILES)
+    )

@@ -1,4 +1,4 @@
-"""lora.apply: adapters of any number in one batch, without sorting it.
+"""lora.apply and lora.embed: adapters of any number in one batch, without sorting it.
 
 A tile of tokens is multiplied by each adapter that one of them has, and what is not a token's own is masked out: a tile of a long
 prompt meets one adapter, a tile of sixteen decoding reqs up to sixteen, each read once. `_shrink` leaves x A^T in float32, in parts
@@ -26,14 +26,13 @@ def apply(
     if out.numel() == 0:
         return out
     y, x, a, b, scale = (dense_last(t) for t in (y, x, a, b, scale))
-    (num_tokens, width), (num_adapters, columns, depth), rank = y.shape, a.shape, b.shape[2]
+    num_tokens, (num_adapters, columns, depth) = y.shape[0], a.shape
     config = dict(choose("lora.apply", K=depth))
     splits, block_t = triton.cdiv(depth, config.pop("SPLIT_K")), config["BLOCK_T"]
     h = torch.empty(splits, num_tokens, columns, dtype=torch.float32, device=x.device)
     block_n = min(max(16, triton.next_power_of_2(columns)), config.pop("BLOCK_N"))
     block_o, block_k = config.pop("BLOCK_O"), config.pop("BLOCK_K")
-    token_blocks = triton.cdiv(num_tokens, block_t)
-    _shrink[(token_blocks, triton.cdiv(columns, block_n), splits)](
+    _shrink[(triton.cdiv(num_tokens, block_t), triton.cdiv(columns, block_n), splits)](
         x,
         a,
         token_adapter,
@@ -51,9 +50,61 @@ def apply(
         BLOCK_K=block_k,
         **config,
     )
+    _expanded(y, h, b, token_adapter, scale, out, parts, block_t, block_o, config)
+    return out
+
+
+def embed(
+    y: Tensor, ids: Tensor, a: Tensor, b: Tensor, token_adapter: Tensor, scale: Tensor, vocab_start: int = 0
+) -> Tensor:
+    """y: [T, M], ids: int32[T], a: [A, V, R], b: [A, M, R], token_adapter: int32[T], scale: float32[A, 1] -> [T, M]."""
+    out = torch.empty(y.shape, dtype=y.dtype, device=y.device)
+    if out.numel() == 0:
+        return out
+    y, a, b, scale = (dense_last(t) for t in (y, a, b, scale))
+    num_tokens, (_, vocab, rank) = y.shape[0], a.shape
+    h = torch.empty(1, num_tokens, rank, dtype=torch.float32, device=y.device)
+    config = dict(choose("lora.embed"))
+    _pick[(triton.cdiv(num_tokens, config["BLOCK_T"]),)](
+        ids,
+        a,
+        token_adapter,
+        h,
+        num_tokens,
+        vocab,
+        vocab_start,
+        ids.stride(0),
+        a.stride(0),
+        a.stride(1),
+        token_adapter.stride(0),
+        R=rank,
+        BLOCK_R=triton.next_power_of_2(rank),
+        **config,
+    )
+    config = dict(choose("lora.apply", K=rank))
+    block_t, block_o = config["BLOCK_T"], config["BLOCK_O"]
+    options = {name: value for name, value in config.items() if name == "BLOCK_T" or name.startswith("num_")}
+    _expanded(y, h, b, token_adapter, scale, out, (), block_t, block_o, options)
+    return out
+
+
+def _expanded(
+    y: Tensor,
+    h: Tensor,
+    b: Tensor,
+    token_adapter: Tensor,
+    scale: Tensor,
+    out: Tensor,
+    parts: tuple[int, ...],
+    block_t: int,
+    block_o: int,
+    config: dict[str, int],
+) -> None:
+    """h: float32[splits, T, P * R] -> out, part after part."""
+    (splits, num_tokens, columns), (num_adapters, width, rank) = h.shape, b.shape
     start = 0
     for part, size in enumerate(parts or (width,)):
-        _expand[(token_blocks, triton.cdiv(size, block_o))](
+        _expand[(triton.cdiv(num_tokens, block_t), triton.cdiv(size, block_o))](
             y,
             h,
             b,
@@ -79,7 +130,33 @@ def apply(
             **config,
         )
         start += size
-    return out
+
+
+@triton.jit
+def _pick(
+    ids,
+    a,
+    adapter,
+    h,
+    T,
+    V,
+    vocab_start,
+    ids_stride,
+    a_stride_a,
+    a_stride_v,
+    adapter_stride,
+    R: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """h: float32[T, R]: row id - vocab_start of each token's own table [V, R] in a; zeros for other ids, and without an adapter."""
+    token = (tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
+    rank = tl.arange(0, BLOCK_R)[None, :]
+    own = tl.load(adapter + token * adapter_stride, token < T, other=-1).to(tl.int64)
+    row = tl.load(ids + token * ids_stride, token < T, other=0).to(tl.int64) - vocab_start
+    inside = ((own >= 0) & (row >= 0) & (row < V))[:, None] & (rank < R)
+    value = widen(tl.load(a + own[:, None] * a_stride_a + row[:, None] * a_stride_v + rank, inside, other=0.0))
+    tl.store(h + token[:, None] * R + rank, value, (token < T)[:, None] & (rank < R))
 
 
 @triton.jit
@@ -202,10 +279,11 @@ _POINTERS = {
 }
 _INTEGERS = (
     *("T", "N", "start", "end", "part", "x_stride", "y_stride", "out_stride", "scale_stride", "adapter_stride"),
+    *("V", "vocab_start", "ids_stride", "a_stride_v"),
     *("a_stride_a", "a_stride_n", "b_stride_a", "b_stride_o"),
 )
 # A config has the tile sizes of both kernels; each compilation takes its own.
-AOT = tuple(
+_ADAPTERS = tuple(
     AotSpec(
         op="lora.apply",
         name=name,
@@ -217,4 +295,14 @@ AOT = tuple(
         instructions={"sm_90": "mma", "gfx9": "mfma"},
     )
     for name, kernel in (("shrink", _shrink), ("expand", _expand))
+)
+AOT = (
+    *_ADAPTERS,
+    AotSpec(
+        op="lora.embed",
+        kernel=_pick,
+        signature=_POINTERS | {"ids": "*i32"} | dict.fromkeys(_INTEGERS, "i32"),
+        constexprs={"R": 16, "BLOCK_R": 16},
+        odd=("T", "V", "vocab_start", "ids_stride", "adapter_stride"),
+    ),
 )

@@ -27,7 +27,7 @@ from sglang_triton.tuning import choose
 
 def grouped(x: Tensor, w: PackedWeight, group_sizes: Tensor, bias: Tensor | None = None) -> Tensor:
     """x: [S, in], w: [X, out, in], group_sizes: int32[X], bias: [X, out] -> [S, out]; zeros for rows past the sum of the sizes."""
-    return _by_expert(x, w, group_sizes, bias, torch.zeros(x.shape[0], w.out_features, dtype=x.dtype, device=x.device))
+    return by_expert(x, w, group_sizes, bias, torch.zeros(x.shape[0], w.out_features, dtype=x.dtype, device=x.device))
 
 
 def fused(
@@ -46,10 +46,7 @@ def fused(
     (num_tokens, top_k), device = ids.shape, x.device
     num_experts = w13.num_experts or 0
     local = ids.flatten() if expert_map is None else expert_map[ids.flatten()]
-    group = torch.where(local >= 0, local, num_experts)  # what is remote comes last, and in no group
-    order = torch.sort(group, stable=True).indices.to(torch.int32)
-    sizes = torch.zeros(num_experts + 1, dtype=torch.int32, device=device)
-    sizes = sizes.scatter_add(0, group.long(), torch.ones_like(group, dtype=torch.int32))[:-1]
+    order, sizes = by_group(torch.where(local >= 0, local, num_experts), num_experts)
     count = num_tokens * top_k
     source, share = order, top_k
     if act.weight_on_input:
@@ -57,14 +54,21 @@ def fused(
         share = 1
     # Rows of what is remote are never written, and never read: whatever they hold stays theirs.
     h = torch.empty(count, w13.out_features, dtype=x.dtype, device=device)
-    h = gated_rows(_by_expert(x, w13, sizes, bias13, h, source=source, share=share), act)
+    h = gated_rows(by_expert(x, w13, sizes, bias13, h, source=source, share=share), act)
     make = torch.empty if expert_map is None else torch.zeros
     y = make(count, w2.out_features, dtype=x.dtype, device=device)
-    _by_expert(h, w2, sizes, bias2, y, target=order)
-    return _combined(y, weights, weighted=not act.weight_on_input)
+    by_expert(h, w2, sizes, bias2, y, target=order)
+    return combined(y, weights, weighted=not act.weight_on_input)
 
 
-def _by_expert(
+def by_group(group: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
+    """group: int[S], `num_groups` for rows of none -> the rows in order of their groups: int32[S], and the sizes of the groups."""
+    order = torch.sort(group, stable=True).indices.to(torch.int32)
+    sizes = torch.zeros(num_groups + 1, dtype=torch.int32, device=group.device)
+    return order, sizes.scatter_add(0, group.long(), torch.ones_like(group, dtype=torch.int32))[:-1]
+
+
+def by_expert(
     x: Tensor,
     w: PackedWeight,
     sizes: Tensor,
@@ -117,7 +121,7 @@ def _by_expert(
     return y
 
 
-def _combined(y: Tensor, weights: Tensor, *, weighted: bool) -> Tensor:
+def combined(y: Tensor, weights: Tensor, *, weighted: bool) -> Tensor:
     """y: [T * K, M], weights: float32[T, K] -> [T, M]: the sum over K, in float32."""
     (num_tokens, top_k), width = weights.shape, y.shape[1]
     out = torch.empty(num_tokens, width, dtype=y.dtype, device=y.device)

@@ -8,9 +8,10 @@ import sys
 
 import pytest
 from sglang_triton.backend import TritonBackend
-from sglang_triton.kernels import FORMATS, KERNELS
+from sglang_triton.kernels import FORMATS, KERNELS, PROFILES, state_limits
 
-from sglang_core.api import Claims, DeviceInfo, KernelContext, Support
+from sglang_core.api import Claims, DeviceInfo, KernelContext, OpSite, SelectionContext, Support
+from sglang_core.api.ops import GatedDeltaSpec
 from sglang_core.backend.devices import installed_backends, open_device
 from sglang_core.backend.providers import Providers
 from sglang_core.errors import DeviceError
@@ -53,6 +54,20 @@ def test_every_kernel_is_claimed_in_every_dtype() -> None:
             for fmt in FORMATS.get(op, ("*",)):
                 assert claims.support(op, fmt=fmt, dtype=dtype) is Support.NATIVE
     assert claims.support("no.such_op", dtype="bfloat16") is Support.REFERENCE
+
+
+@pytest.mark.parametrize(("dim", "reason"), [(128, None), (192, "takes keys of at most 128 dims, not 192")])
+def test_states_that_are_too_long_are_refused(dim: int, reason: str | None) -> None:
+    heads = {"num_k_heads": 1, "num_v_heads": 2, "k_head_dim": dim, "v_head_dim": 64}
+    spec = GatedDeltaSpec(**heads, conv_width=4, scale=1.0)
+    site = OpSite(op="ssm.gated_delta_rule", layer="GatedDeltaNet", dtype="bfloat16", spec=spec)
+    device = DeviceInfo(backend="cuda", path="cuda/sm_90", name="a device")
+    assert state_limits(SelectionContext(device=device, site=site)) == reason
+
+
+def test_profiles_are_those_of_kernels_and_of_the_device() -> None:
+    stated = TritonBackend().claims(context("triton/interpreter")).profiles
+    assert stated == ("base", *PROFILES)
 
 
 def test_listing_devices_imports_neither_torch_nor_triton() -> None:

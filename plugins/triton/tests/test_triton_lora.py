@@ -1,13 +1,14 @@
-"""lora.apply against its op body, through the interpreter."""
+"""lora.apply, lora.embed and lora.experts against their op bodies, through the interpreter."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from sglang_triton.lora import apply
+from sglang_triton.lora import apply, embed
+from sglang_triton.lora_experts import experts
 from triton_tolerance import assert_close
 
-from sglang_core.api.ops import OPS
+from sglang_core.api.ops import OPS, ExpertAdapters, ExpertSpec
 
 pytestmark = pytest.mark.usefixtures("tiles")
 ADAPTERS = 3
@@ -46,3 +47,47 @@ def test_no_tokens() -> None:
     none = torch.empty(0, dtype=torch.int32)
     a, b, scale = torch.randn(ADAPTERS, 4, 64), torch.randn(ADAPTERS, 48, 4), torch.ones(ADAPTERS, 1)
     assert apply(torch.empty(0, 48), torch.empty(0, 64), a, b, none, scale).shape == (0, 48)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_each_token_gets_the_row_of_its_own_table(dtype: torch.dtype) -> None:
+    """Ids before, in and past the table; tokens of no adapter."""
+    torch.manual_seed(0)
+    y, ids = torch.randn(40, 48).to(dtype), torch.arange(40, dtype=torch.int32) * 3
+    a, b = torch.randn(ADAPTERS, 50, 5).to(dtype), torch.randn(ADAPTERS, 48, 5).to(dtype)
+    own = (torch.arange(40, dtype=torch.int32) * 7) % (ADAPTERS + 1) - 1
+    args = y, ids, a, b, own, torch.linspace(0.5, 2.0, ADAPTERS)[:, None], 20
+    got = embed(*args)
+    assert_close(got, OPS["lora.embed"].body(*args), scale=4)
+    assert torch.equal(got[own < 0], y[own < 0])
+
+
+@pytest.mark.parametrize("weight_on_input", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_each_row_gets_its_adapter_of_its_expert(dtype: torch.dtype, weight_on_input: bool) -> None:
+    """Some experts are another rank's, some tokens have no adapter."""
+    torch.manual_seed(0)
+    tokens, hidden, width, rank, num = 9, 24, 20, 3, 4
+
+    def normal(*shape: int, scale: float = 1.0) -> torch.Tensor:
+        return (scale * torch.randn(shape)).to(dtype)
+
+    quantize = OPS["quant.quantize"].body
+    w13, w2 = (quantize(normal(num, *shape, scale=0.2), "dense") for shape in ((2 * width, hidden), (hidden, width)))
+    adapters = ExpertAdapters(
+        a13=normal(ADAPTERS, num, 2 * rank, hidden, scale=0.2),
+        b13=normal(ADAPTERS, num, 2 * width, rank),
+        a2=normal(ADAPTERS, num, rank, width, scale=0.2),
+        b2=normal(ADAPTERS, num, hidden, rank),
+        scale=torch.linspace(0.5, 2.0, ADAPTERS * num * 3).view(ADAPTERS, num, 3),
+    )
+    ids = torch.stack([torch.randperm(6)[:2] for _ in range(tokens)]).int()
+    expert_map = torch.tensor([0, 1, -1, 2, 3, -1], dtype=torch.int32)
+    own = torch.arange(tokens, dtype=torch.int32) % (ADAPTERS + 1) - 1
+    act = ExpertSpec(activation="silu", weight_on_input=weight_on_input)
+    args = normal(tokens, hidden), w13, w2, torch.rand(tokens, 2), ids, act, adapters
+    for given in (own, None):
+        want = OPS["lora.experts"].body(*args, given, expert_map=expert_map)
+        assert_close(experts(*args, given, expert_map=expert_map), want, scale=16)
+    none = (args[0][:0], w13, w2, args[3][:0], ids[:0], act, adapters, own[:0])
+    assert experts(*none, expert_map=expert_map).shape == (0, hidden)

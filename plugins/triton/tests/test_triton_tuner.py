@@ -96,7 +96,7 @@ def test_out_is_a_file_beside(tune: Any, folder: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (("--op", "gemm.linear"), "runs its REFERENCE body"),
+        (("--op", "gemm.linear", "--device", "cpu"), "runs its REFERENCE body"),
         (("--op", "norm.rms"), "is not tuned"),
         (("--op", "moe.fuse"), "did you mean 'moe.fused'"),
         (("--op", "attn.mla_paged"), "has no attn.mla_paged"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from attention_cases import Case, make_spec
-from sglang_xeon import attention, norm, rope, rope_paged
+from sglang_xeon import attention, attention_plan, norm, rope, rope_paged
 from tolerance import assert_close
 from torch import Tensor
 
@@ -34,7 +34,7 @@ class RopedCase(Case):
         table = torch.randn(300, rotary.rotary_dim, generator=torch.Generator().manual_seed(1))
         positions = torch.arange(q.shape[0], dtype=torch.int32)
         before = [leaf.clone() for leaf in self.pool.leaves]
-        plan = attention.plan(self.spec, self.batch, torch.device("cpu"))
+        plan = attention_plan.plan(self.spec, self.batch, torch.device("cpu"))
         if fused:
             at = positions, table, rotary, self.pool, 1, self.spec, plan
             o = rope_paged.rope_paged(q, k, v, *at, head_norms=norms)
@@ -86,7 +86,7 @@ def test_it_is_the_body(level: str, dtype: torch.dtype) -> None:
     want, want_lse = OPS["attn.rope_paged"].body(*args, plan, head_norms=norms, lse=True)
     for leaf, old in zip(case.pool.leaves, before, strict=True):
         leaf.copy_(old)
-    own = attention.plan(spec, case.batch, torch.device("cpu"))
+    own = attention_plan.plan(spec, case.batch, torch.device("cpu"))
     got, lse = rope_paged.rope_paged(*args, own, head_norms=norms, lse=True)
     assert_close(got, want, scale=8)
     torch.testing.assert_close(lse, want_lse, rtol=1e-2, atol=1e-2 if dtype == torch.bfloat16 else 1e-4)

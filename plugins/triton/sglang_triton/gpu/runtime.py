@@ -14,13 +14,18 @@ from sglang_core.api import (
     Communicator,
     LocalCommunicator,
     MemoryInfo,
+    Pool,
+    PoolSpec,
     RuntimeContext,
+    StatePool,
+    StatePoolSpec,
     Stream,
     TorchRuntime,
 )
 from sglang_triton.gpu.communicator import NcclCommunicator
 from sglang_triton.gpu.driver import Driver
 from sglang_triton.gpu.graphs import GraphedStep
+from sglang_triton.gpu.pool import GpuPool, GpuStatePool
 from sglang_triton.gpu.stream import GpuStream
 
 MAX_GRAPHED_REQS = 512  # in a longer step the kernels outlast the host's launching of them
@@ -65,6 +70,14 @@ class GpuRuntime(TorchRuntime):
         if not buckets:
             return super().compile_step(fn, state, buckets)
         return GraphedStep(fn, state, self._driver, len(buckets))
+
+    def alloc_pool(self, spec: PoolSpec, num_pages: int) -> Pool:
+        self._refuse_layout(spec.layout, GpuPool.layout)
+        return GpuPool(spec, num_pages, self.torch_device)
+
+    def alloc_state_pool(self, spec: StatePoolSpec, num_slots: int) -> StatePool:
+        self._refuse_layout(spec.layout, GpuStatePool.layout)
+        return GpuStatePool(spec, num_slots, self.torch_device)
 
     def time_calls(self, call: Callable[[], object], *, repeats: int, replayed: bool = False) -> list[float]:
         """By events on a stream of its own; a graph safe call as a graph, so that launches do not count."""
