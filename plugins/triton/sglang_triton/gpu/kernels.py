@@ -11,7 +11,7 @@ from importlib.metadata import version
 from typing import Any
 
 from sglang_core.api import Kernel, SelectionContext
-from sglang_triton.kernels import GRAPHS, dtype_limits
+from sglang_triton.kernels import GRAPHS, TUNER, dtype_limits
 
 Supports = Callable[[SelectionContext], str | None]
 
@@ -31,7 +31,7 @@ def dense() -> Kernel:
 def scaled(fn: str, supports: Supports, **facts: Any) -> list[Kernel]:
     """`fn` for many rows, Triton's for few. Facts are of both: variants share one packing."""
     facts = {"features": GRAPHS | {"takes_codes"}} | facts
-    few = _kernel("sglang_triton.gemm:linear", supports=supports, tokens=(1, FEW), **facts)
+    few = _kernel("sglang_triton.gemm:linear", supports=supports, tokens=(1, FEW), tune=TUNER, **facts)
     return [few, _kernel(fn, supports=supports, tokens=(FEW + 1, None), **facts)]
 
 
