@@ -18,7 +18,7 @@ class CudaBackend(GpuBackend):
 
     name = "cuda"
     platform = "CUDA"
-    install = "pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/cu130"
+    install = "pip install --force-reinstall torch: what PyPI has for Linux is built for CUDA"
 
     def takes_build(self, build: str) -> bool:
         return not build.startswith(("cpu", "rocm", "xpu"))
