@@ -44,7 +44,7 @@ class TpuBackend(Backend):
         ]
 
     def absent_reason(self) -> str:
-        return "jax or torchax is not installed: pip install sglang-tpu[tpu]"
+        return "jax or torchax is not installed: pip install sglang-tpu brings both"
 
     def create_runtime(self, ctx: RuntimeContext) -> DeviceRuntime:
         import jax

@@ -9,7 +9,10 @@ import jax
 
 from sglang_core.api import (
     Bucket,
+    Communicator,
+    DeviceError,
     HostStream,
+    LocalCommunicator,
     MemoryInfo,
     Pool,
     PoolSpec,
@@ -21,7 +24,7 @@ from sglang_core.api import (
 )
 from sglang_tpu.environment import stay_on_device
 from sglang_tpu.pools import TpuPool, TpuStatePool
-from sglang_tpu.step import JittedStep
+from sglang_tpu.step import JittedStep, WatchedStep
 
 
 class TpuRuntime(TorchRuntime):
@@ -39,7 +42,8 @@ class TpuRuntime(TorchRuntime):
         return MemoryInfo(total=total, free=total - stats["bytes_in_use"])
 
     def synchronize(self) -> None:
-        jax.effects_barrier()
+        """What was dispatched before has ended once this has: a device runs its programs in order."""
+        jax.block_until_ready(jax.device_put(0, self._device) + 0)
 
     def stream(self) -> Stream:
         return HostStream(stay_on_device)
@@ -57,7 +61,14 @@ class TpuRuntime(TorchRuntime):
         return decode + prefill
 
     def compile_step(self, fn: Callable[..., Any], state: Any, buckets: Sequence[Bucket]) -> Callable[..., Any]:
-        return JittedStep(fn, state, len(buckets))
+        return WatchedStep(fn, state) if self.ctx.watched else JittedStep(fn, state, len(buckets))
+
+    def communicator(self, ranks: Sequence[int], rank: int, store: Any) -> Communicator:
+        if len(ranks) > 1:
+            raise DeviceError(
+                f"{len(ranks)} ranks: the backend 'tpu' has no mesh yet, and runs one; leave out --tp-size"
+            )
+        return LocalCommunicator()
 
     def alloc_pool(self, spec: PoolSpec, num_pages: int) -> Pool:
         self._refuse_layout(spec.layout, Pool.layout)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sglang_core.api import leaves, map_tensors, step_modules
-from sglang_tpu.environment import array, environment, lift, stays_on_device, to_host, wrap
+from sglang_tpu.environment import array, environment, lift, lift_tree, stays_on_device, to_host, wrap
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +43,20 @@ class JittedStep:
                 )
             program = self._programs[kind] = Program(self._fn, self._state, batch, self._weights)
         made = program(batch)
+        return made if stays_on_device() else to_host(made)
+
+
+class WatchedStep:
+    """The step as it is, operator by operator: a compiled one calls no op that anybody could look at."""
+
+    def __init__(self, fn: Callable[..., Any], state: Any) -> None:
+        self._fn, self._state = fn, state
+        lift_weights(fn)
+        lift_state(state)
+
+    def __call__(self, batch: Any) -> Any:
+        with environment():
+            made = self._fn(self._state, lift_tree(batch))
         return made if stays_on_device() else to_host(made)
 
 

@@ -7,11 +7,14 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("jax")
+jax = pytest.importorskip("jax")
 
-from sglang_tpu import step
+from sglang_tpu import step  # noqa: E402
+from sglang_tpu.backend import TpuBackend  # noqa: E402
+from sglang_tpu.runtime import TpuRuntime  # noqa: E402
 
-from sglang_core import Engine
+from sglang_core import Engine  # noqa: E402
+from sglang_core.api import DeviceError, RuntimeContext  # noqa: E402
 
 PROMPTS = ["The capital of France is", "One, two, three", "x", "Hello! How are you today?"]
 SETTINGS: dict[str, Any] = {
@@ -65,3 +68,18 @@ def test_serving_compiles_no_forward_step(engines: list[Engine], monkeypatch: py
     )
     engines[1].generate([p * 2 for p in PROMPTS], GREEDY)
     assert "_forward_step" not in compiled
+
+
+def test_watched_steps_call_every_op(engines: list[Engine], caplog: pytest.LogCaptureFixture) -> None:
+    """Kernels are compared with their bodies, which a compiled step would not call."""
+    with caplog.at_level("INFO"), Engine(device="tpu:cpu", verify_kernels=1.0, **SETTINGS) as watched:
+        asked = GREEDY | {"max_new_tokens": 3}
+        expected, made = (engine.generate(PROMPTS[0], asked)["output_ids"] for engine in (engines[0], watched))
+        assert made == expected
+    assert "norm.rms" in caplog.text
+
+
+def test_several_ranks_are_refused() -> None:
+    runtime = TpuRuntime(RuntimeContext(devices=tuple(TpuBackend().probe())), jax.devices("cpu")[0])
+    with pytest.raises(DeviceError, match="no mesh yet"):
+        runtime.communicator((0, 1), 0, None)
