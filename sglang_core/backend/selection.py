@@ -35,6 +35,8 @@ class OpLike(Protocol):
     @property
     def host(self) -> bool: ...
     @property
+    def weighted(self) -> bool: ...
+    @property
     def parts(self) -> Mapping[str, str]: ...
     def decompose(self, bind: Callable[[str], Callable[..., Any]]) -> Callable[..., Any]: ...
 
@@ -174,10 +176,17 @@ class OpTable:
             return why
         return why if not online and self.has_kernel(replace(site, fmt="dense")) else ""
 
-    def has_kernel(self, site: OpSite) -> bool:
-        """Whether a kernel runs at a site, if it is bound; nothing is bound here."""
+    def has_kernel(self, site: OpSite, *, packed_as: BoundOp | None = None) -> bool:
+        """Whether a kernel runs at a site, if it is bound; nothing is bound here.
+
+        `packed_as`: and multiplies by weights as they are packed for that op.
+        """
         wanted = self.overrides.get(site.op)
-        return any(o.accepted and wanted in (None, o.provider) for o in self._offers((site,), CANONICAL))
+        offers = [o for o in self._offers((site,), CANONICAL) if o.offers[0] and wanted in (None, o.provider)]
+        if packed_as is None or not offers:
+            return bool(offers)
+        best = winner(offers)[0].lead.kernels[0]
+        return any((k.pack, k.packed_layout) == (best.pack, best.packed_layout) for k in packed_as.kernels)
 
     def bind_group(self, sites: Sequence[OpSite], *, pool: str = "full") -> dict[str, BoundOp]:
         """Bind ops that only work together, like attn.paged, attn.plan and kv.write on one pool: op -> BoundOp.
@@ -340,17 +349,27 @@ class OpTable:
     ) -> BoundOp:
         """The body. A composite's runs the kernels of its parts: those bound `beside` it in its group, and others at their sites."""
         op = self.ops[site.op]
-        fn, provider = op.body, REFERENCE
+        fn, provider, packs = op.body, REFERENCE, None
         if op.parts and self.overrides.get(site.op) != REFERENCE:
             sites = site.parts or tuple(replace(site, op=part) for part in op.parts.values())
             parts = {part.op: beside.get(part.op) or self.bind(part) for part in sites}
             if any(part.provider != REFERENCE for part in parts.values()):
                 provider = DECOMPOSED
                 reason += "; made of " + ", ".join(f"{name} ({part.provider})" for name, part in parts.items())
+            packs = next((part for name, part in parts.items() if op.weighted and self.ops[name].weighted), None)
             if provider == DECOMPOSED or site.parts:  # parts of a group are ops of their own to whoever watches them
                 fn = op.decompose(lambda part: parts[part].fn if part in parts else self.ops[part].body)
         return self._watched(
-            BoundOp(site=site, fn=fn, provider=provider, reason=reason, refused=refused, fallback=fallback)
+            BoundOp(
+                site=site,
+                fn=fn,
+                provider=provider,
+                reason=reason,
+                refused=refused,
+                fallback=fallback,
+                pack=packs.pack if packs else None,  # what multiplies by the weight is who packs it
+                unpack=packs.unpack if packs else None,
+            )
         )
 
     def _watched(self, bound: BoundOp) -> BoundOp:

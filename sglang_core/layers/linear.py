@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -73,7 +74,7 @@ class Linear(Layer):
         )
         online = any(s.online for s in self.stored)
         bound = ctx.table.bind_weight(site, dense_only=self.dense_only or mixed, online=online)
-        self._linear, self._pack = bound.fn, bound.pack
+        self._linear, self._pack, self._bound = bound.fn, bound.pack, bound
         self.packs = None if bound.pack is None else bound
         self.fmt = DENSE.fmt if bound.dequantized else quantised
         if self.lora is None and self.fmt.activation in CODE_KINDS:  # adapters multiply x as it was
@@ -88,6 +89,17 @@ class Linear(Layer):
         self._quantize = ctx.table.bind(replace(site, op="quant.quantize")).fn if online else quantize
         self._dequantize = ctx.table.bind(replace(site, op="quant.dequantize")).fn if bound.dequantized else dequantize
         self._reads = [self._part_reads(*part, s) for part, s in zip(self.parts, self.stored, strict=True)]
+
+    def composite(self, ctx: BuildContext, op: str, spec: Any, *others: OpSite) -> Callable[..., Tensor] | None:
+        """A kernel of `op`, made of this layer's product and of what is at the sites `others`; None where there is none to take.
+
+        There is none where the layer adds adapters to its product, or holds its weight in another format or packing than the kernel takes.
+        """
+        product = self._bound.site
+        whole = replace(product, op=op, spec=spec, parts=(product, *others))
+        if self.lora is not None or self._bound.dequantized or not ctx.table.has_kernel(whole, packed_as=self._bound):
+            return None
+        return ctx.table.bind(whole).fn
 
     def _part_reads(
         self, name: str, rows: int, ranges: Ranges, stored: Stored

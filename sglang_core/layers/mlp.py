@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 
 from torch import Tensor
@@ -19,6 +20,7 @@ class GatedMLP(Layer):
     """down(act(gate(x)) * up(x))."""
 
     codes = ""  # the kind of those that the middle hands on in place of a tensor; known once settled
+    _whole: Callable[..., Tensor] | None = None  # gemm.linear_gated: both projections and the activation
 
     def __init__(self, cfg: ModelConfig, *, intermediate_size: int | None = None, reduce: bool = True) -> None:
         """Of the model's own width by default; without `reduce`, the result is this rank's part of the sum over ranks."""
@@ -45,9 +47,14 @@ class GatedMLP(Layer):
         site = replace(self._site, op="act.gated_quant", fmt=codes_for([self.down_proj]))
         if site.fmt and ctx.table.has_kernel(site):
             self.codes, self._act_quant = site.fmt, ctx.table.bind(site).fn
+        elif not self.gate_up_proj.takes:
+            self._whole = self.gate_up_proj.composite(ctx, "gemm.linear_gated", self.activation, self._site)
 
     def forward(self, h: Tensor | Codes) -> Tensor:
         """h: [T, M], or codes of it -> [T, M]."""
+        if self._whole is not None:
+            up = self.gate_up_proj
+            return self.down_proj(self._whole(h, up.weight, self.activation, up.bias))  # type: ignore[no-any-return]
         x = self.gate_up_proj(h)
         if self.codes:
             return self.down_proj(self._act_quant(x, self.activation, self.codes))  # type: ignore[no-any-return]

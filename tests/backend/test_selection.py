@@ -43,10 +43,22 @@ def rope_paged(*, norm=body, rope=body, paged=body):
     return norm(None, None, 0.0), rope(), paged()
 
 
+def linear_gated(*, linear=body, act=body):
+    return linear(), act()
+
+
 OPS = {
     "norm.rms": OpDef(name="norm.rms", body=rms),
     "norm.add_rms": OpDef(name="norm.add_rms", body=add_rms, composite=True, parts={"rms": "norm.rms"}),
     "gemm.linear": OpDef(name="gemm.linear", body=body, weighted=True),
+    "act.gated": OpDef(name="act.gated", body=body),
+    "gemm.linear_gated": OpDef(
+        name="gemm.linear_gated",
+        body=linear_gated,
+        composite=True,
+        weighted=True,
+        parts={"linear": "gemm.linear", "act": "act.gated"},
+    ),
     "attn.paged": OpDef(name="attn.paged", body=body),
     "attn.plan": OpDef(name="attn.plan", body=body, host=True),
     "attn.mla_paged": OpDef(name="attn.mla_paged", body=body),
@@ -579,6 +591,27 @@ def test_a_composites_kernel_gives_way_to_what_was_asked_for_its_parts(flags: di
     kernels = [*group("a", ops=PAIR), whole, kernel("turn", "rope.apply", provider="a")]
     assert roped(*kernels).fn() == "whole"
     assert roped(*kernels, overrides=flags).fn() == made
+
+
+def test_a_composite_that_is_taken_apart_packs_weights_as_the_part_that_multiplies_by_them() -> None:
+    packing = {"pack": "fake_kernels:packed", "unpack": "fake_kernels:unpacked", "packed_layout": "a/1"}
+    product, act = kernel("a", "gemm.linear", **packing), kernel("a", "act.gated")
+    site = OpSite(op="gemm.linear_gated", layer="GateUpLinear", dtype="bfloat16", fmt="int8")
+    assert (bound := table(product, act).bind(site)).pack is not None and bound.unpack is not None
+    assert (bound.pack(), bound.unpack(), bound.provider) == ("packed", "unpacked", DECOMPOSED)
+    assert table(act).bind(site).pack is None
+
+
+def test_whether_a_kernel_takes_weights_as_they_are_packed_for_another_op() -> None:
+    packing = {"pack": "fake_kernels:packed", "unpack": "fake_kernels:unpacked", "packed_layout": "a/1"}
+    site = OpSite(op="gemm.linear_gated", layer="GateUpLinear", dtype="bfloat16", fmt="bf16")
+    whole = kernel("whole", "gemm.linear_gated", provider="a", **packing)
+    t = table(kernel("a", "gemm.linear", **packing), whole)
+    assert t.has_kernel(site) and t.has_kernel(site, packed_as=t.bind(GEMM))
+    other = table(kernel("a", "gemm.linear", **(packing | {"packed_layout": "a/2"})), whole)
+    assert not other.has_kernel(site, packed_as=other.bind(GEMM))
+    body_of_gemm = table(whole)
+    assert not body_of_gemm.has_kernel(site, packed_as=body_of_gemm.bind(GEMM))
 
 
 def test_only_a_composite_can_be_decomposed() -> None:

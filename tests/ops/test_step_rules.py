@@ -162,6 +162,7 @@ CALLS: list[Callable[[], Call]] = [
     lambda: call("gemm.linear", coded(X, "fp8_block"), quantize(torch.randn(3, 8), "fp8.block128")),
     lambda: call("rope.apply", Q, K, ints(0, 1, 2, 3, 4), rope_table(ROPES["neox"], 9), ROPES["neox"]),
     lambda: call("rope.apply", Q, K, ints(0, 1, 2, 3, 4), rope_table(ROPES["interleaved"], 9), ROPES["interleaved"]),
+    lambda: call("gemm.linear_gated", X, dense(torch.randn(6, 8)), "silu", torch.randn(6)),
     *[lambda kind=kind: call("act.gated", X, kind) for kind in ("silu", "gelu", "gelu_tanh")],
     lambda: call("embed.lookup", ints(1, 2), torch.randn(9, 4), 3),
     lambda: call("logits.soft_cap", X, 3.0),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from sglang_conformance.case import HALVES, Case, Outputs, add, dtype_name
 from sglang_conformance.cases.rows import NONE, ONE, TOGETHER, Rows, Run, add_rows
 from sglang_conformance.env import Env
 from sglang_core.backend.kernel import OpSite
+from sglang_core.ops.activation import GateKind
 from sglang_core.ops.weight import PackedWeight
 
 
@@ -71,6 +73,53 @@ add_rows(
     linear_rows,
     odd=lambda env, rows: linear_rows(env, rows, 67, 33),
     many=lambda env, rows: linear_rows(env, rows, 32, 16),
+    fmt="dense",
+)
+
+
+def linear_gated_rows(
+    env: Env,
+    rows: int,
+    width: int = 256,
+    half: int = 192,
+    *,
+    kind: GateKind = "silu",
+    bias: bool = True,
+    fmt: str = "dense",
+) -> tuple[Rows, Run]:
+    """`half`: columns of gates, and of what they open."""
+    dims = {"in": width, "out": 2 * half, "F": half}
+    op = env.op("gemm.linear_gated", spec=kind, fmt=fmt, dims=dims)
+    site = replace(linear_site(env, width, 2 * half, fmt), op="gemm.linear_gated", spec=kind, dims=dims)
+    w, x = env.weight(2 * half, width, site), env.normal(rows, width)
+    b = env.normal(2 * half) if bias else None
+    return {"x": x}, lambda given: {"y": op(given["x"], w, kind, b)}
+
+
+def linear_gated(env: Env, rows: int, *sizes: int, **more: Any) -> Outputs:
+    given, run = linear_gated_rows(env, rows, *sizes, **more)
+    return run(given)
+
+
+def gated_three_dims(env: Env) -> Outputs:
+    given, run = linear_gated_rows(env, 12)
+    x = given["x"]
+    return {"batches": run({"x": x.view(3, 4, -1)})["y"], "a vector": run({"x": x[0]})["y"]}
+
+
+WHOLE = "gemm.linear_gated"
+for rows in (0, 1, 3, 17, 64, 300):
+    add(Case(op=WHOLE, name=f"{rows} rows", fmt="dense", run=lambda env, n=rows: linear_gated(env, n, bias=n == 17)))
+for kind in ("gelu", "gelu_tanh"):
+    add(Case(op=WHOLE, name=kind, fmt="dense", run=lambda env, k=kind: linear_gated(env, 5, kind=k)))
+add(Case(op=WHOLE, name="odd sizes", fmt="dense", profile="odd_sizes", run=lambda env: linear_gated(env, 7, 67, 33)))
+add(Case(op=WHOLE, name="one gate", fmt="dense", profile="odd_sizes", run=lambda env: linear_gated(env, 3, 256, 1)))
+add(Case(op=WHOLE, name="three dims and one", fmt="dense", run=gated_three_dims))
+add_rows(
+    WHOLE,
+    linear_gated_rows,
+    odd=lambda env, rows: linear_gated_rows(env, rows, 67, 33),
+    many=lambda env, rows: linear_gated_rows(env, rows, 32, 16),
     fmt="dense",
 )
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from sglang_conformance.case import FLOATS, Case, Outputs, add
-from sglang_conformance.cases.dense import linear, linear_rows
+from sglang_conformance.cases.dense import linear, linear_gated, linear_rows
 from sglang_conformance.cases.moe import OAI, fused, grouped
 from sglang_conformance.cases.rows import PADDED, SLICED, TOGETHER, add_rows
 from sglang_conformance.env import X_SCALE, Env
@@ -124,6 +124,7 @@ add_formats("quant.dequantize", any_matrix, ", any codes")
 for rows in (0, 1, 37):
     add_formats("gemm.linear", lambda env, fmt, n=rows: linear(env, n, 256, 192, bias=True, fmt=fmt), f", {rows} rows")
 add_formats("gemm.linear", any_linear, ", any codes")
+add_formats("gemm.linear_gated", lambda env, fmt: linear_gated(env, 5, fmt=fmt))
 for fmt in (fmt for fmt in FORMATS if Fmt.parse(fmt).element == "fp8"):
     add(Case(op="gemm.linear", name=f"{fmt}, each code", fmt=fmt, run=lambda env, f=fmt: each_code(env, f)))
 for fmt in FORMATS:

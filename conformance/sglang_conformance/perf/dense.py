@@ -23,6 +23,19 @@ def linear(env: PerfEnv, tokens: int, width: int, out: int, fmt: str) -> Work:
     )
 
 
+def linear_gated(env: PerfEnv, tokens: int) -> Work:
+    """x: [T, M] times gates and up, to [T, F]."""
+    site = env.site("gemm.linear_gated", spec="silu", fmt="dense", dims={"in": M, "out": 2 * F, "F": F})
+    op = env.op(site.op, spec=site.spec, fmt=site.fmt, dims=dict(site.dims))
+    weights, stored = env.weights(site, 2 * F, M)
+    x = env.normal(tokens, M)
+    return Work(
+        calls=[partial(op, x, w, site.spec) for w in weights],
+        nbytes=stored + size_of(x) + tokens * F * x.element_size(),
+        flops=2 * tokens * M * 2 * F,
+    )
+
+
 SHAPES = {"gate and up": (M, 2 * F), "down": (F, M)}
 for fmt in ("dense", *FORMATS):
     for name in SHAPES if fmt == "dense" else ("down",):
@@ -30,3 +43,5 @@ for fmt in ("dense", *FORMATS):
             width, out = SHAPES[name]
             make = partial(linear, tokens=tokens, width=width, out=out, fmt=fmt)
             add("gemm.linear", f"{step}, {name}", make, fmt=fmt)
+for step, tokens in STEPS.items():
+    add("gemm.linear_gated", step, partial(linear_gated, tokens=tokens), fmt="dense")

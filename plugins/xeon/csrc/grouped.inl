@@ -67,16 +67,6 @@ static void load_bias(const ExpertStack& stack, int64_t expert, int64_t first, i
     bias[j] = stack.bias && first + j < n ? load1(stack.bias, stack.bias_dtype, expert * n + first + j) : 0.0f;
 }
 
-// The first `count` of 16 sums, rounded.
-template <typename T>
-INLINE void write_columns(const float* c, int64_t count, T* out) {
-  if (count == kPanel) {
-    UNROLL for (int v = 0; v < kVecs; ++v) store(out + v * VL, load(c + v * VL));
-  } else {
-    for (int64_t j = 0; j < count; ++j) store1(out + j, c[j]);
-  }
-}
-
 // out[j] = c[j] + bias[j], of `count` columns; c and bias are whole panels. c is changed.
 template <typename T>
 static void write_sums(float* c, const float* bias, int64_t count, T* out) {
@@ -84,13 +74,6 @@ static void write_sums(float* c, const float* bias, int64_t count, T* out) {
     UNROLL for (int v = 0; v < kVecs; ++v) store(c + j + v * VL, load(c + j + v * VL) + load(bias + j + v * VL));
     write_columns(c + j, min1(kPanel, count - j), out + j);
   }
-}
-
-// x rounded to T.
-template <typename T>
-INLINE vf rounded(vf x) {
-  if constexpr (sizeof(T) == 2) return (vf)(round_bf16(x) << 16);
-  return x;
 }
 
 struct GroupedSweep {

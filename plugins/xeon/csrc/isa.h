@@ -88,7 +88,9 @@ extern const TileKernels kTileKernels;
 // Asks the kernel for leave to use tiles, for every thread of this process. False where it refuses.
 bool allow_tiles();
 
-// out[m, n] = sum_k x[m, k] * w[n, k] + bias[n], x quantised first.
+enum class Gate : int32_t { none = -1, silu = 0, gelu = 1, gelu_tanh = 2 };
+
+// y[m, n] = sum_k x[m, k] * w[n, k] + bias[n], x quantised first. out is y, or with a gate act(y[m, j]) * y[m, n / 2 + j].
 struct LinearArgs {
   Rows x;
   Weight w;
@@ -96,6 +98,7 @@ struct LinearArgs {
   const float* x_scale;  // [1], where the checkpoint brings it
   const void* bias;      // may be null
   DType bias_dtype;
+  Gate gate;
   MutRows out;
   int64_t m;
   const TileKernels* tiles;  // AMX's, which sum in another order than the other kernels; null: not to be used
@@ -123,8 +126,6 @@ struct NormArgs {
   int64_t inner_stride;
   float eps;
 };
-
-enum class Gate : int32_t { silu = 0, gelu = 1, gelu_tanh = 2 };
 
 struct GatedArgs {
   Rows x;  // [T, 2 * width]

@@ -1,4 +1,4 @@
-// gemm.linear: activations prepared, then `multiply` over row blocks and panels, and the bias.
+// gemm.linear and gemm.linear_gated: activations prepared, then `multiply` over row blocks and panels, the bias, and the gate.
 
 #include "multiply.inl"
 
@@ -13,45 +13,90 @@ INLINE void store(_Float16* p, vf x) {
 }
 INLINE void store1(_Float16* p, float x) { *p = _Float16(x); }
 
-// Sums of one panel, with the bias added, rounded into the output.
+// The first `count` of 16 sums, rounded.
 template <typename T>
-static void write_panel(const LinearArgs& args, const float* c, int64_t c_stride, int64_t row, int64_t rows, int64_t column) {
-  int64_t width = min1(kPanel, args.w.n - column);
-  float bias[kPanel] = {};
-  if (args.bias)
-    for (int64_t j = 0; j < width; ++j) bias[j] = load1(args.bias, args.bias_dtype, column + j);
-  for (int64_t r = 0; r < rows; ++r) {
-    T* out = static_cast<T*>(args.out.data) + (row + r) * args.out.stride + column;
-    const float* sums = c + r * c_stride;
-    if (width == kPanel) {
-      UNROLL for (int v = 0; v < kVecs; ++v) store(out + v * VL, load(sums + v * VL) + load(bias + v * VL));
-    } else {
-      for (int64_t j = 0; j < width; ++j) store1(out + j, sums[j] + bias[j]);
+INLINE void write_columns(const float* c, int64_t count, T* out) {
+  if (count == kPanel) {
+    UNROLL for (int v = 0; v < kVecs; ++v) store(out + v * VL, load(c + v * VL));
+  } else {
+    for (int64_t j = 0; j < count; ++j) store1(out + j, c[j]);
+  }
+}
+
+// x rounded to T.
+template <typename T>
+INLINE vf rounded(vf x) {
+  if constexpr (__is_same(T, uint16_t)) return (vf)(round_bf16(x) << 16);
+  if constexpr (__is_same(T, _Float16))
+    for (int i = 0; i < VL; ++i) x[i] = float(_Float16(x[i]));
+  return x;
+}
+
+// Of one panel's columns.
+static void load_bias(const LinearArgs& args, int64_t column, int64_t count, float* bias) {
+  for (int64_t j = 0; j < kPanel; ++j) bias[j] = args.bias && j < count ? load1(args.bias, args.bias_dtype, column + j) : 0.0f;
+}
+
+// Sums of some panels, with the bias added, rounded into the output.
+template <typename T>
+static void write_sums(const LinearArgs& args, float* c, int64_t c_stride, int64_t row, int64_t rows, int64_t column, int64_t width) {
+  for (int64_t end = min1(column + width, args.w.n); column < end; column += kPanel, c += kPanel) {
+    float bias[kPanel];
+    int64_t count = min1(kPanel, end - column);
+    load_bias(args, column, count, bias);
+    for (int64_t r = 0; r < rows; ++r) {
+      float* sums = c + r * c_stride;
+      UNROLL for (int v = 0; v < kVecs; ++v) store(sums + v * VL, load(sums + v * VL) + load(bias + v * VL));
+      write_columns(sums, count, static_cast<T*>(args.out.data) + (row + r) * args.out.stride + column);
     }
   }
 }
 
+// The same of gates and of what they open: both are rounded, as between two kernels, then gate(g) * u is.
+template <typename T>
+static void write_gated(
+    const LinearArgs& args, float* gates, const float* ups, int64_t c_stride, int64_t row, int64_t rows, int64_t column, int64_t width) {
+  int64_t half = args.w.n / 2;
+  for (int64_t end = min1(column + width, half); column < end; column += kPanel, gates += kPanel, ups += kPanel) {
+    float gate_bias[kPanel], up_bias[kPanel];
+    int64_t count = min1(kPanel, end - column);
+    load_bias(args, column, count, gate_bias), load_bias(args, half + column, count, up_bias);
+    for (int64_t r = 0; r < rows; ++r) {
+      float* g = gates + r * c_stride;
+      const float* u = ups + r * c_stride;
+      UNROLL for (int v = 0; v < kVecs; ++v) {
+        vf up = rounded<T>(load(u + v * VL) + load(up_bias + v * VL));
+        store(g + v * VL, gate(rounded<T>(load(g + v * VL) + load(gate_bias + v * VL)), args.gate) * up);
+      }
+      write_columns(g, count, static_cast<T*>(args.out.data) + (row + r) * args.out.stride + column);
+    }
+  }
+}
+
+template <typename T>
 static void linear_task(const void* opaque, int64_t index) {
   const LinearTask& t = *static_cast<const LinearTask*>(opaque);
   const LinearArgs& args = *t.args;
   // Row blocks of one group of panels follow each other, so that its weights come from L3 for all but the first.
   int64_t block = row_block(args.w, args.tiles), row = index % t.row_blocks * block, rows = min1(block, args.m - row);
-  int64_t panel0 = index / t.row_blocks * t.panels_per_task;
-  int64_t panels = min1(t.panels_per_task, t.panels - panel0);
-  // Of codes, few rows take all panels at once: `multiply` then fetches a step's first codes during the step before.
-  int64_t step = is_coded(args.w) && rows <= kCodedRows ? panels : panels_per_step(args.w, rows), c_stride = step * kPanel;
+  int64_t panel = index / t.row_blocks * t.panels_per_task, end = min1(panel + t.panels_per_task, t.panels);
+  // Few rows take all panels at once: of codes `multiply` then fetches a step's first during the step before, and what gates
+  // open is a long stream of its own.
+  bool gated = args.gate != Gate::none;
+  int64_t step = rows <= (gated ? kMaxRows : is_coded(args.w) ? kCodedRows : 0) ? end - panel : panels_per_step(args.w, rows);
+  int64_t c_stride = (gated ? 2 * step + 1 : step) * kPanel, half = args.w.n / 2;
   float* c = static_cast<float*>(scratch(kSlotTile, size_t(rows * c_stride) * sizeof(float)));
-  for (int64_t p = 0; p < panels; p += step) {
-    int64_t count = min1(step, panels - p);
-    multiply(args.w, t.x, row, rows, panel0 + p, count, c, c_stride, args.tiles);
-    for (int64_t i = 0; i < count; ++i) {
-      int64_t column = (panel0 + p + i) * kPanel;
-      switch (args.out.dtype) {
-        case DType::bf16: write_panel<uint16_t>(args, c + i * kPanel, c_stride, row, rows, column); break;
-        case DType::f32: write_panel<float>(args, c + i * kPanel, c_stride, row, rows, column); break;
-        case DType::f16: write_panel<_Float16>(args, c + i * kPanel, c_stride, row, rows, column); break;
-      }
+  for (; panel < end; panel += step) {
+    int64_t count = min1(step, end - panel), column = panel * kPanel, width = count * kPanel;
+    multiply(args.w, t.x, row, rows, panel, count, c, c_stride, args.tiles);
+    if (!gated) {
+      write_sums<T>(args, c, c_stride, row, rows, column, width);
+      continue;
     }
+    // What the gates open lies `half` columns further on, which may be within a panel.
+    int64_t up = half + column, shift = up % kPanel, panels = ceil_div(shift + min1(width, half - column), kPanel);
+    multiply(args.w, t.x, row, rows, up / kPanel, panels, c + width, c_stride, args.tiles);
+    write_gated<T>(args, c, c + width + shift, c_stride, row, rows, column, width);
   }
 }
 
@@ -85,13 +130,15 @@ static void linear(const LinearArgs& args) {
     }
   }
   t.row_blocks = ceil_div(args.m, row_block(args.w, args.tiles));
-  t.panels = ceil_div(args.w.n, kPanel);
+  bool gated = args.gate != Gate::none;
+  t.panels = ceil_div(gated ? args.w.n / 2 : args.w.n, kPanel);
   // Enough tasks that a slow thread holds the others up by little; enough bytes in one, as of 8 panels of bf16, that a stream
   // stays long.
   Element element = args.w.element;
   int64_t wanted = 12 * num_threads(), longest = 8 * max1(int64_t(1), unit_of(element) * kPanel * 2 / unit_bytes(element));
-  int64_t per_task = max1(int64_t(1), min1(longest, t.panels * t.row_blocks / wanted));
+  int64_t per_task = max1(int64_t(1), min1(gated ? longest / 2 : longest, t.panels * t.row_blocks / wanted));
   int64_t step = panels_per_step(args.w, min1(args.m, row_block(args.w, args.tiles)));
   t.panels_per_task = ceil_div(per_task, step) * step;
-  run_tasks(t.row_blocks * ceil_div(t.panels, t.panels_per_task), linear_task, &t);
+  Task task = args.out.dtype == DType::bf16 ? linear_task<uint16_t> : args.out.dtype == DType::f32 ? linear_task<float> : linear_task<_Float16>;
+  run_tasks(t.row_blocks * ceil_div(t.panels, t.panels_per_task), task, &t);
 }

@@ -108,6 +108,13 @@ class XeonBackend(Backend):
             _kernel("gemm.linear", "gemm:linear", **packing),
             # Not invariant: AMX tiles, from some number of rows on, sum in another order.
             _kernel("gemm.linear", "gemm:linear_amx", device=("xeon/amx",), **(packing | {"features": frozenset()})),
+            _kernel("gemm.linear_gated", "gemm:linear_gated", **(packing | {"supports": dtype_limits})),
+            _kernel(
+                "gemm.linear_gated",
+                "gemm:linear_gated_amx",
+                device=("xeon/amx",),
+                **(packing | {"supports": dtype_limits, "features": frozenset()}),
+            ),
             # Not invariant: with this plan, keys that reqs share are visited once for all of them. --deterministic takes the other.
             _kernel("attn.paged", "attention:paged", features=frozenset()),
             _kernel("attn.paged", "attention:paged", priority=INVARIANT_PRIORITY),
