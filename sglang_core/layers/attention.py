@@ -104,7 +104,7 @@ class Attention(PoolLayer):
         self.kv_scales.hand_to(pool, self.pool_layer)
 
     def forward(self, h: Tensor | Codes, fb: ForwardBatch) -> Tensor:
-        """h: [T, M], or codes of it -> [T, M]. Writes this step's keys and values to the pool."""
+        """h: [T, M], or codes of it -> [T, M], of the rows kept. Writes this step's keys and values to the pool."""
         q, k, v = self.qkv_proj.forward_split(h)
         gate = None
         if self.cfg.attn_output_gate:
@@ -126,4 +126,4 @@ class Attention(PoolLayer):
         )
         if gate is not None:
             o = (o.float() * gate.float().sigmoid()).to(o.dtype)
-        return self.o_proj(o.flatten(1))  # type: ignore[no-any-return]
+        return self.o_proj(fb.kept(o.flatten(1)))  # type: ignore[no-any-return]

@@ -38,8 +38,8 @@ class StepState:
 class ForwardBatch:
     """One step on the device. T tokens packed over R reqs.
 
-    `plans` has one entry per attention spec in the model. `sample_rows` are the rows of the hidden states that the head maps.
-    `pools` is set from the state inside the step; nobody keeps it.
+    `plans` has one entry per attention spec in the model. `sample_rows` are the rows of the hidden states that the head maps;
+    `only_sampled` says that nobody reads the others. `pools` is set from the state inside the step; nobody keeps it.
     """
 
     token_ids: Tensor  # int32[T]; where token_slots >= 0, the id is next_token_ids[token_slots] instead
@@ -48,5 +48,20 @@ class ForwardBatch:
     sample_rows: Tensor | None  # int32[S], None for all
     plans: Mapping[AnySpec, AnyPlan]
     input_embeds: Tensor | None = None  # [T, M] in place of token_ids
+    only_sampled: bool = False
     token_adapter: Tensor | None = None  # int32[T], the slot of each token's adapter or -1; None where no token has one
     pools: dict[PoolGroup, Any] = field(default_factory=dict)  # a layer knows which kind its group has
+    _kept: Tensor | None = None  # int32[S], in the last layer
+
+    def enter_last_layer(self) -> None:
+        """From here on a row that is not read is of use to nobody once its keys and values are written."""
+        self._kept = self.sample_rows if self.only_sampled else None
+
+    @property
+    def narrowed(self) -> bool:
+        """Whether the hidden states are of the sampled rows alone. A model that never enters its last layer gives all."""
+        return self._kept is not None
+
+    def kept(self, x: Tensor) -> Tensor:
+        """x: [T, ...] -> the rows of those tokens that go on past this layer's attention: all, but in the last layer."""
+        return x if self._kept is None else x[self._kept]

@@ -159,7 +159,7 @@ class GatedDeltaNet(PoolLayer):
         )
 
     def forward(self, h: Tensor, fb: ForwardBatch) -> Tensor:
-        """h: [T, M] -> [T, M]. Writes the state after each req's last token to the pool."""
+        """h: [T, M] -> [T, M], of the rows kept. Writes the state after each req's last token to the pool."""
         s, pool, plan = self.spec, fb.pools[self.group], fb.plans[self.spec]
         mixed, z = self._project(h)
         mixed = self._conv(mixed, self.conv1d.weight, None, pool, self.pool_layer, plan, activation="silu")
@@ -170,7 +170,7 @@ class GatedDeltaNet(PoolLayer):
         beta, g = b.flatten(1).sigmoid(), -self.A_log.exp() * F.softplus(a.flatten(1) + self.dt_bias)
         o = self.norm.normalize(self._rule(q, k, v, g, beta, pool, self.pool_layer, s, plan))
         o = (o.float() * F.silu(z.float())).to(o.dtype)
-        return self.out_proj(o.flatten(1))  # type: ignore[no-any-return]
+        return self.out_proj(fb.kept(o.flatten(1)))  # type: ignore[no-any-return]
 
     def _project(self, h: Tensor) -> tuple[Tensor, Tensor]:
         """h: [T, M] -> q, k, v side by side: [T, C], z: [T, Hv, Dv]."""

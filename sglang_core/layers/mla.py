@@ -134,7 +134,7 @@ class LatentAttention(PoolLayer):
         self.kv_scales.hand_to(pool, self.pool_layer)
 
     def forward(self, h: Tensor, fb: ForwardBatch) -> Tensor:
-        """h: [T, M] -> [T, M]. Writes this step's latents to the pool."""
+        """h: [T, M] -> [T, M], of the rows kept. Writes this step's latents to the pool."""
         q_nope, q_pe = self._queries(h)
         c_kv, k_pe = self.kv_a_proj_with_mqa(h).split([self.mla.kv_rank, self.mla.rope_dim], dim=-1)
         c_kv = self.kv_a_layernorm.normalize(c_kv)
@@ -147,7 +147,7 @@ class LatentAttention(PoolLayer):
         else:
             self._write(c_kv, k_pe, pool, self.pool_layer, plan.slot_mapping)
             o = self._mixed(q_nope, q_pe, pool, plan, plan.expanded)
-        return self.o_proj(o.flatten(1))  # type: ignore[no-any-return]
+        return self.o_proj(fb.kept(o.flatten(1)))  # type: ignore[no-any-return]
 
     def _queries(self, h: Tensor) -> tuple[Tensor, Tensor]:
         """-> [T, Hq, nope_dim], [T, Hq, rope_dim]."""

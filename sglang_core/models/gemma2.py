@@ -33,7 +33,7 @@ class Gemma2Layer(Module):
         """h, residual: [T, M] -> the same; the sum h + residual is what flows on."""
         h, residual = self.input_layernorm(h, residual)
         h = self.post_attention_layernorm.normalize(self.self_attn(h, fb))
-        h, residual = self.pre_feedforward_layernorm(h, residual)
+        h, residual = self.pre_feedforward_layernorm(h, fb.kept(residual))
         return self.post_feedforward_layernorm.normalize(self.mlp(h)), residual
 
 

@@ -44,7 +44,7 @@ class GptOssLayer(Module):
     def forward(self, h: Tensor, residual: Tensor | None, fb: ForwardBatch) -> tuple[Tensor, Tensor]:
         """h, residual: [T, M] -> the same; the sum h + residual is what flows on."""
         h, residual = self.input_layernorm(h, residual)
-        h, residual = self.post_attention_layernorm(self.self_attn(h, fb), residual)
+        h, residual = self.post_attention_layernorm(self.self_attn(h, fb), fb.kept(residual))
         return self.mlp(h), residual
 
 

@@ -46,7 +46,7 @@ class Qwen3NextLayer(Module):
         """h, residual: [T, M] -> the same; the sum h + residual is what flows on."""
         h, residual = self.input_layernorm(h, residual)
         h = self.linear_attn(h, fb) if self.is_linear else self.self_attn(h, fb)
-        h, residual = self.post_attention_layernorm(h, residual)
+        h, residual = self.post_attention_layernorm(h, fb.kept(residual))
         return self.mlp(h), residual
 
 

@@ -135,6 +135,8 @@ class ModelRunner:
         forward_batch = self._forward_batch(step)
         num_top = self._slots.num_top_logprobs[step.slots[: step.num_real_reqs]]
         wanted = InputLogprobs.of(plan, num_top)
+        # A bucket has one form, and adapters are laid out by token.
+        forward_batch.only_sampled = wanted is None and not step.padded and forward_batch.token_adapter is None
         sample = SampleInput(
             logits=None,
             params=self._sample_params(step),
@@ -227,14 +229,14 @@ class ModelRunner:
             self._verifier.num_steps += 1
 
     def _forward_step(self, state: StepState, fb: ForwardBatch) -> tuple[Tensor, Tensor]:
-        """-> hidden: [T, M], logits: [R, V] of each req's last token."""
+        """-> hidden: [T, M], or [R, M] where only sampled rows are read, and logits: [R, V], of each req's last token."""
         fb.pools = state.pools
         if fb.token_slots is not None:
             on_device = state.next_token_ids[fb.token_slots.clamp(min=0)]
             fb.token_ids = torch.where(fb.token_slots >= 0, on_device, fb.token_ids)
         hidden = self._model(fb)
         rows, row_adapter = hidden, fb.token_adapter
-        if fb.sample_rows is not None:
+        if fb.sample_rows is not None and not fb.narrowed:
             rows, row_adapter = rows[fb.sample_rows], None if row_adapter is None else row_adapter[fb.sample_rows]
         return hidden, self._model.head(rows, row_adapter)
 
