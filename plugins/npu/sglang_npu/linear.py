@@ -44,7 +44,7 @@ def pack_int8(w: PackedWeight, out: PackedWeight | None = None) -> PackedWeight:
 
 
 def unpack_int8(w: PackedWeight) -> PackedWeight:
-    return _canonical(w, {"weight": _nd(w["weight"]).t().contiguous(), "scale": w["scale"]})
+    return _canonical(w, {"weight": _nd(w["weight"]).t().contiguous(), "scale": w["scale"].clone()})
 
 
 def _packed(w: PackedWeight, tensors: dict[str, Tensor], layout: str, out: PackedWeight | None) -> PackedWeight:
@@ -53,7 +53,8 @@ def _packed(w: PackedWeight, tensors: dict[str, Tensor], layout: str, out: Packe
         for name, tensor in tensors.items():
             out[name].copy_(tensor)  # in the format of what it is copied to
         return out
-    made = tensors | {"weight": torch_npu.npu_format_cast(tensors["weight"].contiguous(), FRACTAL_NZ)}
+    made = {name: tensor.clone() for name, tensor in tensors.items() if name != "weight"}  # w keeps its own
+    made["weight"] = torch_npu.npu_format_cast(tensors["weight"].contiguous(), FRACTAL_NZ)
     return PackedWeight(w.fmt, made, out_features=w.out_features, in_features=w.in_features, layout=layout)
 
 
