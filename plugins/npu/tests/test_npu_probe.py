@@ -11,6 +11,8 @@ import pytest
 from sglang_npu import backend, dcmi
 from sglang_npu.backend import NpuBackend
 
+from sglang_core.api import DefaultsContext
+
 
 class FakeDcmi:
     """A driver's library: cards, each with the names of its devices; a device that is no chip has none."""
@@ -73,6 +75,13 @@ def test_each_npu_is_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (first.label, first.path, first.name, first.problem) == ("npu:0", "npu/910b3", "Ascend 910B3", "")
     assert (second.index, second.name, second.problem) == (1, "Ascend 910_9392", "")
     assert first.versions == {"driver": "25.0.rc1", "torch_npu": "2.13.0"} and first.score >= 100
+
+
+def test_defaults_are_what_the_kernels_want(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed(monkeypatch, "910B3")
+    (info,) = NpuBackend().probe()
+    defaults = NpuBackend().config_defaults(DefaultsContext(device=info, model={}))
+    assert (defaults["page_size"], defaults["dtype"]) == (128, "bfloat16")
 
 
 def test_a_chip_of_another_series_is_listed_and_not_opened(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -61,7 +61,7 @@ def gating_top_k_softmax(
     scores = x.float() if renorm else x.float().softmax(-1)
     ids = _best(scores, k)
     y = scores.gather(-1, ids)
-    return (y.softmax(-1) if renorm else y).to(x.dtype), ids.int(), torch.empty_like(x, dtype=torch.float32)
+    return (y.softmax(-1) if renorm else y).to(x.dtype), ids.int(), x.new_empty(0, dtype=torch.float32)
 
 
 def _best(scores: Tensor, k: int) -> Tensor:
