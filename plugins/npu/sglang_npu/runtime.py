@@ -36,6 +36,7 @@ class NpuRuntime(TorchRuntime):
     """
 
     takes_exact_shapes = True
+    collectives = "hccl"  # the backend of torch.distributed
 
     def __init__(self, ctx: RuntimeContext, driver: Driver) -> None:
         driver.bind()
@@ -84,7 +85,7 @@ class NpuRuntime(TorchRuntime):
         timeout = timedelta(seconds=self.ctx.dist_timeout)
         if not dist.is_initialized():
             dist.init_process_group(
-                "hccl", store=store, rank=self.ctx.rank, world_size=self.ctx.world_size, timeout=timeout
+                self.collectives, store=store, rank=self.ctx.rank, world_size=self.ctx.world_size, timeout=timeout
             )
         return HcclCommunicator(dist.new_group(list(ranks), timeout=timeout), ranks, rank)
 

@@ -46,11 +46,9 @@ class EmulatedNpuBackend(NpuBackend):
         return "torch_npu is not installed: pip install ./plugins/npu/emulation brings it"
 
     def create_runtime(self, ctx: RuntimeContext) -> DeviceRuntime:
-        from sglang_npu.runtime import NpuRuntime  # torch
+        from sglang_npu_emulation.runtime import EmulatedRuntime  # torch
 
-        from sglang_npu_emulation.driver import HostDriver
-
-        return NpuRuntime(ctx, HostDriver())
+        return EmulatedRuntime(ctx)
 
     def kernels(self, ctx: KernelContext) -> list[Kernel]:
         """Those of the NPU, under this backend's name. Their modules import torch_npu, which wants something in its driver's place first."""
