@@ -17,7 +17,7 @@ HALVES = ("bfloat16", "float16")
 FLOATS = (*HALVES, "float32")
 GRAPHS = frozenset({"graph_safe"})
 ATTENTION_PAGE = "https://www.hiascend.com/document/detail/zh/Pytorch/700/apiref/apilist/ptaoplist_001232.html"
-PROFILES = ("base", "serving", "mla", "moe", "quant:int8.token_channel", "graph")
+PROFILES = ("base", "serving", "mla", "moe", "quant:int8.token_channel", "quant:int4.awq.g128", "graph")
 
 INNER = 65535  # elements in the last dim of a matrix
 PAGE_UNIT, LONGEST_PAGE = 16, 512  # tokens
@@ -28,6 +28,7 @@ LATENT_HEADS = (1, 2, 4, 8, 16, 32, 64, 128)
 LATENT_LAYOUT = "npu.latents"
 ROPE_DIMS, ROPE_HEADS = 896, 1000  # below
 EXPERTS, GROUPED_EXPERTS = 2048, 1024
+INT4 = tuple(f"int4.{kind}.g{group}" for kind in ("awq", "gptq", "pack") for group in (32, 64, 128, -1))
 GROUP_ALIGNMENT = 32  # experts of a group count as a multiple of so many
 
 
@@ -137,6 +138,12 @@ def int8(ctx: SelectionContext) -> str | None:
     return halves(ctx) or inner(ctx)
 
 
+def int4(ctx: SelectionContext) -> str | None:
+    if ctx.site.fmt not in INT4:
+        return f"takes weights in {INT4[0]}, ... {INT4[-1]}, not {ctx.site.fmt}"
+    return halves(ctx) or inner(ctx)
+
+
 def _kernel(op: str, fn: str, supports: Supports = floats, **facts: Any) -> Kernel:
     return Kernel(op, fn=f"sglang_npu.{fn}", device=DEVICES, supports=supports, features=GRAPHS, **facts)
 
@@ -165,6 +172,7 @@ KERNELS = [
     _linear("dense", dense_nz, priority=55),
     _kernel("gemm.linear", "linear:dense", dense),
     _linear("int8", int8),
+    _kernel("gemm.linear", "int4:linear", int4, pack="sglang_npu.int4:pack", unpack="sglang_npu.int4:unpack"),
 ]
 
 CLAIMED = {
@@ -176,7 +184,7 @@ CLAIMED = {
     ),
 }
 WEIGHTED = {("moe.fused", "dense"): FLOATS, ("gemm.grouped", "dense"): FLOATS, ("gemm.linear", "dense"): FLOATS}
-WEIGHTED |= {("gemm.linear", "int8.token_channel"): HALVES}
+WEIGHTED |= {("gemm.linear", fmt): HALVES for fmt in ("int8.token_channel", *INT4)}
 
 
 def claims() -> Claims:

@@ -108,6 +108,13 @@ def test_linear_layers() -> None:
     assert "70000" in (kernels.int8(context("gemm.linear", fmt="int8.token_channel", dims={"out": 70000})) or "")
 
 
+def test_weights_of_four_bits() -> None:
+    assert kernels.int4(context("gemm.linear", fmt="int4.awq.g128", dims={"in": 256, "out": 64})) is None
+    for fmt in ("int4.gptq.g128.act_order", "w4a8_fp8.g128", "mxfp4.g32"):
+        assert fmt in (kernels.int4(context("gemm.linear", fmt=fmt)) or "")
+    assert "float32" in (kernels.int4(context("gemm.linear", fmt="int4.pack.g32", dtype="float32")) or "")
+
+
 def test_rotation() -> None:
     def of(**facts: Any) -> str | None:
         return kernels.rope(context("rope.apply", spec=RopeSpec(**({"head_dim": 128, "rotary_dim": 128} | facts)), dims={"Hq": 32}))

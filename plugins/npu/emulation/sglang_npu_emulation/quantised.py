@@ -10,6 +10,7 @@ from sglang_npu_emulation.contract import HALVES, emulated, require, require_con
 ND, FRACTAL_NZ = 2, 29
 INNER = 65535
 LARGEST = 127  # of int8
+CODES = 8  # of 4 bits, in an int32
 EXACT_COLUMNS = 512  # of int8 products whose sum float32 holds exactly
 
 
@@ -69,6 +70,56 @@ def quant_matmul(
         total, bias = total + bias, None
     y = total.float() * scale.float() * pertoken_scale[:, None]
     return (y if bias is None else y + bias.float()).to(dtype)
+
+
+@emulated("npu_convert_weight_to_int4pack")
+def convert_weight_to_int4pack(weight: Tensor, inner_k_tiles: int = 0) -> Tensor:
+    require(weight.dtype == torch.int32 and weight.dim() == 2, "weight is int32[K, N]")
+    require(weight.shape[1] % CODES == 0, f"the last dim is a multiple of {CODES}, not {weight.shape[1]}")
+    require_contiguous(weight=weight)
+    require(bool((weight >= -8).all() and (weight <= 7).all()) and inner_k_tiles == 0, "codes are -8 to 7")
+    nibbles = (weight & 15).view(len(weight), -1, CODES)
+    packed = torch.zeros(nibbles.shape[:2], dtype=torch.int32)
+    for i in range(CODES):
+        packed |= nibbles[..., i] << (4 * i)
+    return packed
+
+
+@emulated("npu_weight_quant_batchmatmul")
+def weight_quant_batchmatmul(
+    x: Tensor,
+    weight: Tensor,
+    antiquant_scale: Tensor,
+    antiquant_offset: Tensor | None = None,
+    quant_scale: Tensor | None = None,
+    quant_offset: Tensor | None = None,
+    bias: Tensor | None = None,
+    antiquant_group_size: int = 0,
+    inner_precise: int = 0,
+    weight_dtype: int | None = None,
+) -> Tensor:
+    """Codes of 4 bits, as npu_convert_weight_to_int4pack lays them. What they stand for is rounded to the dtype of x before it is multiplied."""
+    require(quant_scale is None and quant_offset is None and inner_precise == 0 and weight_dtype is None, "not emulated")
+    require_dtype(HALVES, x=x)
+    require(x.dim() == weight.dim() == 2 and weight.dtype == torch.int32, "x: [M, K], weight: int32[K, N / 8]")
+    require_contiguous(weight=weight, bias=bias)
+    (rows, inner), columns = x.shape, weight.shape[1] * CODES
+    require(rows > 0 and 1 <= inner <= INNER and 1 <= columns <= INNER, f"K and N up to {INNER}, and nothing empty")
+    require(inner == len(weight), f"{list(x.shape)} by {list(weight.shape)}")
+    size = antiquant_group_size
+    require(size == 0 or (size % 32 == 0 and 32 <= size <= inner - 1), f"groups of 32, 64, ... K - 1 columns, not {size}")
+    groups = -(-inner // size) if size else 1
+    require(antiquant_scale.shape == (groups, columns), f"scales [{groups}, {columns}], not {list(antiquant_scale.shape)}")
+    require(antiquant_scale.dtype == x.dtype, f"scales are of {x.dtype}, not of {antiquant_scale.dtype}")
+    offset = antiquant_offset
+    require(offset is None or (offset.shape, offset.dtype) == (antiquant_scale.shape, x.dtype), "offsets are like scales")
+    wanted = torch.float32 if x.dtype == torch.bfloat16 else x.dtype
+    require(bias is None or (bias.dtype == wanted and bias.shape == (columns,)), f"bias: {wanted}[N]")
+    code = torch.stack([(weight << (28 - 4 * i)) >> 28 for i in range(CODES)], dim=-1).flatten(1).float()
+    spread = torch.arange(inner) // (size or inner)
+    code = code if offset is None else code + offset.float()[spread]
+    y = x.float() @ (code * antiquant_scale.float()[spread]).to(x.dtype).float()
+    return (y if bias is None else y + bias.float()).to(x.dtype)
 
 
 @emulated("npu_format_cast")

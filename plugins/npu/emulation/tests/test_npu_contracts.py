@@ -132,6 +132,16 @@ def product() -> Call:
     return {"x1": codes, "x2": weight, **scales, "bias": randn(48), "output_dtype": torch.bfloat16}
 
 
+def int4_codes() -> Tensor:
+    return torch.randint(-8, 8, (64, 16), generator=torch.Generator().manual_seed(3)).to(torch.int32)
+
+
+def int4_product() -> Call:
+    weight = torch.ops.npu.npu_convert_weight_to_int4pack(int4_codes())
+    scales = {"antiquant_scale": randn(2, 16), "antiquant_offset": randn(2, 16, seed=4), "antiquant_group_size": 32}
+    return {"x": randn(3, 64), "weight": weight, **scales, "bias": randn(16, dtype=torch.float32)}
+
+
 def cast() -> Call:
     return {"input": randn(32, 64), "acl_format": 29}
 
@@ -152,6 +162,8 @@ CALLS: dict[str, tuple[str, Callable[[], Call]]] = {
     "finalize": ("npu_moe_finalize_routing", finalize),
     "quant": ("npu_dynamic_quant", quant),
     "product": ("npu_quant_matmul", product),
+    "int4_pack": ("npu_convert_weight_to_int4pack", lambda: {"weight": int4_codes()}),
+    "int4_product": ("npu_weight_quant_batchmatmul", int4_product),
     "cast": ("npu_format_cast", cast),
 }
 
@@ -227,6 +239,15 @@ BROKEN: list[tuple[str, Call]] = [
     ("product", {"scale": torch.full((48,), 0.01, dtype=torch.bfloat16), "output_dtype": torch.float16, "bias": None}),
     ("product", {"bias": randn(48, dtype=torch.float16)}),
     ("product", {"output_dtype": None}),
+    ("int4_pack", {"weight": int4_codes() + 1}),
+    ("int4_pack", {"weight": int4_codes().t()}),
+    ("int4_pack", {"weight": int4_codes()[:, :12].contiguous()}),
+    ("int4_product", {"antiquant_group_size": 48}),
+    ("int4_product", {"antiquant_group_size": 64}),
+    ("int4_product", {"antiquant_scale": randn(2, 16, dtype=torch.float32)}),
+    ("int4_product", {"antiquant_offset": randn(1, 16)}),
+    ("int4_product", {"bias": randn(16)}),
+    ("int4_product", {"x": randn(3, 64, dtype=torch.float32)}),
     ("cast", {"acl_format": 4}),
     ("cast", {"input": randn(32, 64, dtype=torch.float32)}),
 ]
