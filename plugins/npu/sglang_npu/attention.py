@@ -48,9 +48,7 @@ def paged(
     return _given(o, sums, lse)
 
 
-def _attend_rows(
-    q: Tensor, pool: Pool, layer: int, spec: AttnSpec, rows: Rows, *, lse: bool
-) -> tuple[Tensor, Tensor]:
+def _attend_rows(q: Tensor, pool: Pool, layer: int, spec: AttnSpec, rows: Rows, *, lse: bool) -> tuple[Tensor, Tensor]:
     """q: [B, Hq, D] -> o: [B, Hq, D], float32[B, Hq], which means nothing without `lse`."""
     o, sums = torch_npu.npu_fused_infer_attention_score_v2(
         q.contiguous()[:, None],
@@ -68,9 +66,7 @@ def _attend_rows(
     return _of_live(o[:, 0], sums, rows, lse=lse)
 
 
-def _attend_span(
-    q: Tensor, pool: Pool, layer: int, spec: AttnSpec, span: Span, *, lse: bool
-) -> tuple[Tensor, Tensor]:
+def _attend_span(q: Tensor, pool: Pool, layer: int, spec: AttnSpec, span: Span, *, lse: bool) -> tuple[Tensor, Tensor]:
     """q: [S, Hq, D] -> as `_attend_rows`."""
     o, sums = torch_npu.npu_fused_infer_attention_score_v2(
         q.contiguous()[None],

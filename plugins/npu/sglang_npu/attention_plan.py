@@ -115,7 +115,14 @@ def split(table: Ints, blocks: int) -> Ints:
 
 
 def _rows(
-    token: Ints, req: Ints, live: npt.NDArray[np.bool_], cu: Ints, prefix: Ints, table: Ints, every: bool, device: torch.device
+    token: Ints,
+    req: Ints,
+    live: npt.NDArray[np.bool_],
+    cu: Ints,
+    prefix: Ints,
+    table: Ints,
+    every: bool,
+    device: torch.device,
 ) -> Rows | None:
     """`every`: these are all tokens of the step."""
     if not len(token):
@@ -131,7 +138,9 @@ def _rows(
 
 def _refill(out: Plan, made: NpuPlan) -> Plan:
     """`out`, of the same bucket, with the numbers of `made`."""
-    assert isinstance(out, NpuPlan) and out.static == made.static, f"plan of another bucket: {made.static} into {out.static}"
+    assert isinstance(out, NpuPlan) and out.static == made.static, (
+        f"plan of another bucket: {made.static} into {out.static}"
+    )
     for old, new in zip(out.buffers(), made.buffers(), strict=True):
         old.copy_(new)
     if out.rows is not None and made.rows is not None:

@@ -179,9 +179,7 @@ CLAIMED = {
     **dict.fromkeys(
         ("norm.rms", "norm.add_rms", "rope.apply", "act.gated", "embed.lookup", "sample.sample", "moe.route"), FLOATS
     ),
-    **dict.fromkeys(
-        ("attn.plan", "attn.paged", "kv.write", "attn.mla_plan", "attn.mla_paged", "kv.write_mla"), HALVES
-    ),
+    **dict.fromkeys(("attn.plan", "attn.paged", "kv.write", "attn.mla_plan", "attn.mla_paged", "kv.write_mla"), HALVES),
 }
 WEIGHTED = {("moe.fused", "dense"): FLOATS, ("gemm.grouped", "dense"): FLOATS, ("gemm.linear", "dense"): FLOATS}
 WEIGHTED |= {("gemm.linear", fmt): HALVES for fmt in ("int8.token_channel", *INT4)}

@@ -5,7 +5,6 @@ Releases of CANN differ in whether the gating op divides its weights by their su
 
 from __future__ import annotations
 
-import torch
 import torch_npu
 from torch import Tensor
 

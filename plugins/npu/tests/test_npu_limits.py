@@ -19,7 +19,9 @@ def context(op: str, *, dtype: str = "bfloat16", page_size: int = 128, **facts: 
 
 
 def attn(**changes: Any) -> AttnSpec:
-    return AttnSpec(**({"num_heads": 32, "num_kv_heads": 8, "head_dim": 128, "v_head_dim": 128, "scale": 0.1} | changes))
+    return AttnSpec(
+        **({"num_heads": 32, "num_kv_heads": 8, "head_dim": 128, "v_head_dim": 128, "scale": 0.1} | changes)
+    )
 
 
 def mla(**changes: Any) -> MLASpec:
@@ -28,7 +30,12 @@ def mla(**changes: Any) -> MLASpec:
 
 
 def test_attention_takes_what_models_have() -> None:
-    for spec in (attn(), attn(head_dim=64, v_head_dim=64), attn(num_heads=64, num_kv_heads=1), attn(kv_dtype="bfloat16")):
+    for spec in (
+        attn(),
+        attn(head_dim=64, v_head_dim=64),
+        attn(num_heads=64, num_kv_heads=1),
+        attn(kv_dtype="bfloat16"),
+    ):
         assert kernels.attention(context("attn.paged", spec=spec)) is None
     assert kernels.attention(context("attn.paged", spec=attn(), page_size=16)) is None
 
@@ -117,7 +124,9 @@ def test_weights_of_four_bits() -> None:
 
 def test_rotation() -> None:
     def of(**facts: Any) -> str | None:
-        return kernels.rope(context("rope.apply", spec=RopeSpec(**({"head_dim": 128, "rotary_dim": 128} | facts)), dims={"Hq": 32}))
+        return kernels.rope(
+            context("rope.apply", spec=RopeSpec(**({"head_dim": 128, "rotary_dim": 128} | facts)), dims={"Hq": 32})
+        )
 
     assert of() is None
     assert "1024" in (of(head_dim=1024, rotary_dim=1024) or "")

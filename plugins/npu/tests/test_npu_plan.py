@@ -90,7 +90,9 @@ def test_a_bucket_is_filled_again_where_it_lies() -> None:
     places = [x.data_ptr() for x in (first.rows.table, first.rows.lens_cpu, first.rows.live, first.page_table)]
     other = batch([(8, 1), (1, 1)], 128, padding=1)
     again = plan(SPEC, replace(other, page_table_cpu=other.page_table_cpu + 3), CPU, first)
-    assert again is first and first.rows.lens_cpu.tolist() == [9, 2, 1] and first.rows.table[:, 0].tolist() == [3, 13, 0]
+    assert (
+        again is first and first.rows.lens_cpu.tolist() == [9, 2, 1] and first.rows.table[:, 0].tolist() == [3, 13, 0]
+    )
     assert places == [x.data_ptr() for x in (first.rows.table, first.rows.lens_cpu, first.rows.live, first.page_table)]
 
 

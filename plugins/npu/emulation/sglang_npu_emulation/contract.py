@@ -30,7 +30,9 @@ def require(holds: bool, what: str) -> None:
 
 def require_contiguous(**tensors: Tensor | None) -> None:
     for name, x in tensors.items():
-        require(x is None or x.is_contiguous(), f"{name} must be contiguous, and has strides {x is not None and x.stride()}")
+        require(
+            x is None or x.is_contiguous(), f"{name} must be contiguous, and has strides {x is not None and x.stride()}"
+        )
 
 
 def require_dtype(dtypes: tuple[torch.dtype, ...], **tensors: Tensor | None) -> None:
@@ -77,5 +79,7 @@ def _on_meta(tree: Any) -> Any:
 
 
 def _compare(op: str, made: Any, expected: Any) -> None:
-    ours, theirs = ([(tuple(x.shape), x.dtype) for x in tree_leaves(tree) if isinstance(x, Tensor)] for tree in (made, expected))
+    ours, theirs = (
+        [(tuple(x.shape), x.dtype) for x in tree_leaves(tree) if isinstance(x, Tensor)] for tree in (made, expected)
+    )
     assert ours == theirs, f"npu::{op}: its body made {ours}, and its Meta kernel says {theirs}"

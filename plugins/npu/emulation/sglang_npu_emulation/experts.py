@@ -53,11 +53,19 @@ def gating_top_k(
 
 @emulated("npu_moe_gating_top_k_softmax_v2")
 def gating_top_k_softmax(
-    x: Tensor, *, k: int = 1, finished: Tensor | None = None, renorm: int | None = 0, output_softmax: bool | None = False
+    x: Tensor,
+    *,
+    k: int = 1,
+    finished: Tensor | None = None,
+    renorm: int | None = 0,
+    output_softmax: bool | None = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     require_dtype(FLOATS, x=x)
     require(x.dim() in (2, 3) and 0 < k <= min(x.shape[-1], 1024), f"k is at most X and 1024, not {k}")
-    require(finished is None and not output_softmax and renorm in (0, 1), "finished rows and output_softmax are not emulated")
+    require(
+        finished is None and not output_softmax and renorm in (0, 1),
+        "finished rows and output_softmax are not emulated",
+    )
     scores = x.float() if renorm else x.float().softmax(-1)
     ids = _best(scores, k)
     y = scores.gather(-1, ids)
@@ -91,8 +99,13 @@ def init_routing(
     require(expert_idx.dtype == torch.int32 and x.dim() == expert_idx.dim() == 2, "x: [T, M], expert_idx: int32[T, K]")
     require(len(x) == len(expert_idx), "a row of expert_idx for each of x")
     require(0 < expert_num <= 10240 and active_expert_range == [0, expert_num], "a part of the experts is not emulated")
-    require(drop_pad_mode == 0 and quant_mode == -1 and scale is None and offset is None, "drop_pad_mode 0; no quantisation")
-    require(expert_tokens_num_type == 1 and expert_tokens_num_flag, "expert_tokens_num_type 1 or 2, with its flag; 2 is not emulated")
+    require(
+        drop_pad_mode == 0 and quant_mode == -1 and scale is None and offset is None, "drop_pad_mode 0; no quantisation"
+    )
+    require(
+        expert_tokens_num_type == 1 and expert_tokens_num_flag,
+        "expert_tokens_num_type 1 or 2, with its flag; 2 is not emulated",
+    )
     require(row_idx_type == 0 and x_dtype is None, "row_idx_type 1 is not emulated")
     require(active_num in (-1, 0, expert_idx.numel()), "dropping rows is not emulated")
     ids, k = expert_idx.flatten().long(), expert_idx.shape[1]
@@ -120,13 +133,17 @@ def grouped_matmul(
     require(len(x) == len(weight) == 1 and split_item in (2, 3) and group_type == 0, "one x, one stack, one result")
     rows, stack = x[0], weight[0]
     require_dtype(FLOATS, x=rows)
-    require(rows.dtype == stack.dtype and rows.dim() == 2 and stack.dim() == 3, "x: [S, K], weight: [X, K, N], of one dtype")
+    require(
+        rows.dtype == stack.dtype and rows.dim() == 2 and stack.dim() == 3, "x: [S, K], weight: [X, K, N], of one dtype"
+    )
     require(rows.is_contiguous(), "x may not be transposed")
     require(stack.is_contiguous() or stack.mT.is_contiguous(), "weight is dense, or the transposition of a dense one")
     require(rows.shape[1] == stack.shape[1], f"{list(rows.shape)} by {list(stack.shape)}")
     last = stack.shape[2] if stack.is_contiguous() else stack.shape[1]
     require(rows.shape[1] < INNER and last < INNER, f"last dims below {INNER}")
-    require(group_list is not None and group_list.dtype == torch.int64 and group_list_type == 1, "group_list: int64 counts")
+    require(
+        group_list is not None and group_list.dtype == torch.int64 and group_list_type == 1, "group_list: int64 counts"
+    )
     assert group_list is not None
     require(2 <= len(group_list) <= 1024 and len(group_list) == len(stack), f"2 to 1024 groups, not {len(group_list)}")
     counts = group_list.tolist()
@@ -155,11 +172,20 @@ def finalize_routing(
     k: int | None = 1,
 ) -> Tensor:
     require_dtype(FLOATS, expanded_permuted_rows=rows)
-    require(skip1 is None and skip2 is None and bias is None and export_for_source_row is None, "skips and biases are not emulated")
+    require(
+        skip1 is None and skip2 is None and bias is None and export_for_source_row is None,
+        "skips and biases are not emulated",
+    )
     require(drop_pad_mode == 0 and scales is not None, "drop_pad_mode 0, with scales")
     assert scales is not None
-    require(scales.dtype == rows.dtype and scales.dim() == 2, f"scales: {rows.dtype}[T, K], not {scales.dtype}{list(scales.shape)}")
-    require(place.dtype == torch.int32 and place.shape == (len(rows),) and scales.numel() == len(rows), "int32[T * K] of rows")
+    require(
+        scales.dtype == rows.dtype and scales.dim() == 2,
+        f"scales: {rows.dtype}[T, K], not {scales.dtype}{list(scales.shape)}",
+    )
+    require(
+        place.dtype == torch.int32 and place.shape == (len(rows),) and scales.numel() == len(rows),
+        "int32[T * K] of rows",
+    )
     require(bool((place >= 0).all() and (place < len(rows)).all()), "rows are those of expanded_permuted_rows")
     chosen = rows[place.view(scales.shape[1], -1).t()]  # choice by choice
     return (chosen.float() * scales.float()[..., None]).sum(1).to(rows.dtype)

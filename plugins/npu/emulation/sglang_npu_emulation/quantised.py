@@ -26,7 +26,9 @@ def dynamic_quant(
 ) -> tuple[Tensor, Tensor]:
     require_dtype(HALVES, input=x)
     require(x.dim() > 1 and x.numel() > 0, "x has two dims or more, and is not empty")
-    require(smooth_scales is None and group_index is None and dst_type in (None, 1), "smoothing and int4 are not emulated")
+    require(
+        smooth_scales is None and group_index is None and dst_type in (None, 1), "smoothing and int4 are not emulated"
+    )
     require(quant_mode == "pertoken", f"quant_mode {quant_mode} is not emulated")
     wide = x.float()
     scale = wide.abs().amax(-1) / LARGEST
@@ -99,7 +101,9 @@ def weight_quant_batchmatmul(
     weight_dtype: int | None = None,
 ) -> Tensor:
     """Codes of 4 bits, as npu_convert_weight_to_int4pack lays them. What they stand for is rounded to the dtype of x before it is multiplied."""
-    require(quant_scale is None and quant_offset is None and inner_precise == 0 and weight_dtype is None, "not emulated")
+    require(
+        quant_scale is None and quant_offset is None and inner_precise == 0 and weight_dtype is None, "not emulated"
+    )
     require_dtype(HALVES, x=x)
     require(x.dim() == weight.dim() == 2 and weight.dtype == torch.int32, "x: [M, K], weight: int32[K, N / 8]")
     require_contiguous(weight=weight, bias=bias)
@@ -107,12 +111,18 @@ def weight_quant_batchmatmul(
     require(rows > 0 and 1 <= inner <= INNER and 1 <= columns <= INNER, f"K and N up to {INNER}, and nothing empty")
     require(inner == len(weight), f"{list(x.shape)} by {list(weight.shape)}")
     size = antiquant_group_size
-    require(size == 0 or (size % 32 == 0 and 32 <= size <= inner - 1), f"groups of 32, 64, ... K - 1 columns, not {size}")
+    require(
+        size == 0 or (size % 32 == 0 and 32 <= size <= inner - 1), f"groups of 32, 64, ... K - 1 columns, not {size}"
+    )
     groups = -(-inner // size) if size else 1
-    require(antiquant_scale.shape == (groups, columns), f"scales [{groups}, {columns}], not {list(antiquant_scale.shape)}")
+    require(
+        antiquant_scale.shape == (groups, columns), f"scales [{groups}, {columns}], not {list(antiquant_scale.shape)}"
+    )
     require(antiquant_scale.dtype == x.dtype, f"scales are of {x.dtype}, not of {antiquant_scale.dtype}")
     offset = antiquant_offset
-    require(offset is None or (offset.shape, offset.dtype) == (antiquant_scale.shape, x.dtype), "offsets are like scales")
+    require(
+        offset is None or (offset.shape, offset.dtype) == (antiquant_scale.shape, x.dtype), "offsets are like scales"
+    )
     wanted = torch.float32 if x.dtype == torch.bfloat16 else x.dtype
     require(bias is None or (bias.dtype == wanted and bias.shape == (columns,)), f"bias: {wanted}[N]")
     code = torch.stack([(weight << (28 - 4 * i)) >> 28 for i in range(CODES)], dim=-1).flatten(1).float()

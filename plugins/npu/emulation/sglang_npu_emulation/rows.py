@@ -14,7 +14,9 @@ def rms_norm(x: Tensor, gamma: Tensor, epsilon: float = 1e-6) -> tuple[Tensor, T
     require_dtype(FLOATS, input=x)
     require(gamma.dtype == x.dtype, f"gamma must be of the input's dtype, {x.dtype}, and is of {gamma.dtype}")
     require(2 <= x.dim() <= 8, f"the input has 2 to 8 dims, not {x.dim()}")
-    require(gamma.shape == x.shape[-gamma.dim() :], f"gamma has the last dims of {list(x.shape)}, not {list(gamma.shape)}")
+    require(
+        gamma.shape == x.shape[-gamma.dim() :], f"gamma has the last dims of {list(x.shape)}, not {list(gamma.shape)}"
+    )
     wide = x.float()
     rstd = torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)
     return (wide * rstd * gamma.float()).to(x.dtype), rstd
@@ -34,10 +36,15 @@ def rotary_mul(x: Tensor, r1: Tensor, r2: Tensor, rotary_mode: str = "half", rot
     require_dtype(FLOATS, input=x, r1=r1, r2=r2)
     require(rotate is None, "a matrix of rotation is not emulated")
     require(x.dim() == r1.dim() == r2.dim() == 4, "input, r1 and r2 have 4 dims")
-    require(r1.shape == r2.shape and r1.dtype == r2.dtype == x.dtype, "r1 and r2 are of one shape, and of the input's dtype")
+    require(
+        r1.shape == r2.shape and r1.dtype == r2.dtype == x.dtype, "r1 and r2 are of one shape, and of the input's dtype"
+    )
     (b, n, d), (rb, rn) = (x.shape[0], x.shape[2], x.shape[3]), (r1.shape[0], r1.shape[2])
     require(d < 896 and d % 2 == 0 and r1.shape[3] == d, f"D is even and below 896, not {d}")
-    require(r1.shape[1] == x.shape[1] and rn in (1, n) and rb in (1, b), f"r1 {list(r1.shape)} is no 1S1D, BS1D or BSND of {list(x.shape)}")
+    require(
+        r1.shape[1] == x.shape[1] and rn in (1, n) and rb in (1, b),
+        f"r1 {list(r1.shape)} is no 1S1D, BS1D or BSND of {list(x.shape)}",
+    )
     require(b < 1000 and n < 1000, f"B and N are below 1000, not {b} and {n}")
     require(bool((r1.abs() <= 1 + 1e-6).all() and (r2.abs() <= 1 + 1e-6).all()), "r1 and r2 lie in [-1, 1]")
     if rotary_mode == "half":

@@ -255,7 +255,11 @@ BROKEN: list[tuple[str, Call]] = [
 
 def run(name: str, changes: Call | None = None) -> Any:
     op, arguments = CALLS[name]
-    given = {key: value for key, value in (arguments() | (changes or {})).items() if value is not None or key.startswith(("skip", "bias", "export"))}
+    given = {
+        key: value
+        for key, value in (arguments() | (changes or {})).items()
+        if value is not None or key.startswith(("skip", "bias", "export"))
+    }
     return getattr(torch.ops.npu, op)(**given)
 
 
@@ -265,14 +269,18 @@ def test_what_is_documented_is_taken(name: str) -> None:
     run(name)
 
 
-@pytest.mark.parametrize(("name", "changes"), BROKEN, ids=[f"{name}-{'-'.join(c)}-{i}" for i, (name, c) in enumerate(BROKEN)])
+@pytest.mark.parametrize(
+    ("name", "changes"), BROKEN, ids=[f"{name}-{'-'.join(c)}-{i}" for i, (name, c) in enumerate(BROKEN)]
+)
 def test_what_is_not_is_refused(name: str, changes: Call) -> None:
     run(name)
     with pytest.raises((ContractError, RuntimeError)):
         run(name, changes)
 
 
-@pytest.mark.parametrize(("name", "changes"), [("norm", {"epsilom": 1.0}), ("decode", {"actual_seq_lengths_kv": [1, 2]})])
+@pytest.mark.parametrize(
+    ("name", "changes"), [("norm", {"epsilom": 1.0}), ("decode", {"actual_seq_lengths_kv": [1, 2]})]
+)
 def test_names_are_the_schemas(name: str, changes: Call) -> None:
     with pytest.raises(RuntimeError, match="Declaration: npu::"):
         run(name, changes)
@@ -303,7 +311,12 @@ def test_pages_are_read_through_the_table() -> None:
 def test_a_longer_query_sees_what_its_tokens_see_one_by_one() -> None:
     call, (o, lse) = prefill(), run("prefill")
     for i in range(7):
-        one = call | {"query": call["query"][:, i : i + 1], "actual_seq_qlen": None, "actual_seq_kvlen": [144 + i], "sparse_mode": 0}
+        one = call | {
+            "query": call["query"][:, i : i + 1],
+            "actual_seq_qlen": None,
+            "actual_seq_kvlen": [144 + i],
+            "sparse_mode": 0,
+        }
         one = {k: v for k, v in one.items() if k not in ("atten_mask", "actual_seq_qlen")}
         mine, my_lse = torch.ops.npu.npu_fused_infer_attention_score_v2(**one)
         torch.testing.assert_close(o[:, i], mine[:, 0], atol=1e-2, rtol=1e-2)

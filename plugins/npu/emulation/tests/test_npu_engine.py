@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +12,12 @@ from sglang_core import Engine
 from tests.models.tiny import reference
 
 PROMPTS = ["The capital of France is", "One, two, three", "x", "Hello! How are you today?"]
-SETTINGS: dict[str, Any] = {"in_process": True, "max_running_requests": 3, "chunked_prefill_size": 16, "max_total_tokens": 1024}
+SETTINGS: dict[str, Any] = {
+    "in_process": True,
+    "max_running_requests": 3,
+    "chunked_prefill_size": 16,
+    "max_total_tokens": 1024,
+}
 GREEDY = {"temperature": 0, "max_new_tokens": 10, "ignore_eos": True}
 
 

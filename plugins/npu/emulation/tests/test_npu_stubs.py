@@ -28,7 +28,9 @@ def generated(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Path], lis
 def test_they_are_what_torch_npu_lacks(generated: tuple[list[Path], list[str]]) -> None:
     libraries, functions = generated
     names = {path.name for path in libraries}
-    assert {"libascendcl.so", "libhccl.so"} <= names and "libtorch_cpu.so" not in names and "libtorch_npu.so" not in names
+    assert (
+        {"libascendcl.so", "libhccl.so"} <= names and "libtorch_cpu.so" not in names and "libtorch_npu.so" not in names
+    )
     assert {"aclInit", "aclrtMalloc", "aclrtGetDeviceCount"} <= set(functions)
     assert not [name for name in functions if not name.startswith(("acl", "rt", "Msprof", "_ZN3atb"))]
 
