@@ -29,6 +29,7 @@ LATENT_LAYOUT = "npu.latents"
 ROPE_DIMS, ROPE_HEADS = 896, 1000  # below
 EXPERTS, GROUPED_EXPERTS = 2048, 1024
 INT4 = tuple(f"int4.{kind}.g{group}" for kind in ("awq", "gptq", "pack") for group in (32, 64, 128, -1))
+EXPERT_FORMATS = ("dense", "int8.token_channel")
 GROUP_ALIGNMENT = 32  # experts of a group count as a multiple of so many
 
 
@@ -112,11 +113,11 @@ def routing(ctx: SelectionContext) -> str | None:
 
 def experts(ctx: SelectionContext) -> str | None:
     num = ctx.site.dims.get("X", 2)
-    if ctx.site.fmt != "dense":
-        return f"takes dense weights, not {ctx.site.fmt}"
+    if ctx.site.fmt not in EXPERT_FORMATS:
+        return f"takes weights in {', '.join(EXPERT_FORMATS)}, not {ctx.site.fmt}"
     if not 2 <= num <= GROUPED_EXPERTS:
         return f"takes 2 to {GROUPED_EXPERTS} experts, not {num}"
-    return inner(ctx) or floats(ctx)
+    return inner(ctx) or (floats(ctx) if ctx.site.fmt == "dense" else halves(ctx))
 
 
 def inner(ctx: SelectionContext) -> str | None:
@@ -182,6 +183,7 @@ CLAIMED = {
     **dict.fromkeys(("attn.plan", "attn.paged", "kv.write", "attn.mla_plan", "attn.mla_paged", "kv.write_mla"), HALVES),
 }
 WEIGHTED = {("moe.fused", "dense"): FLOATS, ("gemm.grouped", "dense"): FLOATS, ("gemm.linear", "dense"): FLOATS}
+WEIGHTED |= {(op, "int8.token_channel"): HALVES for op in ("moe.fused", "gemm.grouped")}
 WEIGHTED |= {("gemm.linear", fmt): HALVES for fmt in ("int8.token_channel", *INT4)}
 
 

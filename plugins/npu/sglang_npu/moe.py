@@ -1,6 +1,8 @@
-"""moe.fused and gemm.grouped by npu_moe_init_routing_v2, npu_grouped_matmul and npu_moe_finalize_routing."""
+"""moe.fused and gemm.grouped by npu_moe_init_routing_v2, npu_grouped_matmul and npu_moe_finalize_routing, on dense weights and int8 ones."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch_npu
@@ -77,18 +79,28 @@ def grouped(x: Tensor, w: PackedWeight, group_sizes: Tensor, bias: Tensor | None
 
 def _product(x: Tensor, w: PackedWeight, counts: Tensor, bias: Tensor | None) -> Tensor:
     """x: [S, in], w: [X, out, in], counts: int64[X], which sum to S, bias: [X, out] -> [S, out] in x.dtype."""
-    if bias is not None:  # float16 alone takes its own
-        bias = bias.to(torch.float16 if x.dtype == torch.float16 else torch.float32)
-    made: list[Tensor] = torch_npu.npu_grouped_matmul(
-        [x.contiguous()],
-        [w["weight"].transpose(1, 2)],
-        bias=None if bias is None else [bias],
-        group_list=counts.long(),
-        split_item=SINGLE,
-        group_type=BY_ROWS,
-        group_list_type=COUNTS,
-    )
-    return made[0]
+    groups: dict[str, Any] = {
+        "group_list": counts.long(),
+        "split_item": SINGLE,
+        "group_type": BY_ROWS,
+        "group_list_type": COUNTS,
+    }
+    weight = [w["weight"].transpose(1, 2)]
+    if w.fmt == "dense":
+        if bias is not None:  # float16 alone takes its own
+            groups["bias"] = [bias.to(torch.float16 if x.dtype == torch.float16 else torch.float32)]
+        dense: Tensor = torch_npu.npu_grouped_matmul([x.contiguous()], weight, **groups)[0]
+        return dense
+    code, by_row = torch_npu.npu_dynamic_quant(x.contiguous())
+    scale = (
+        w["scale"].to(torch.bfloat16) if x.dtype == torch.bfloat16 else w["scale"]
+    )  # what each may be, as documented
+    y: Tensor = torch_npu.npu_grouped_matmul(
+        [code], weight, scale=[scale], per_token_scale=[by_row], output_dtype=x.dtype, **groups
+    )[0]
+    if bias is None:
+        return y
+    return y + bias.to(x.dtype).repeat_interleave(counts, dim=0, output_size=y.shape[0])
 
 
 def activate(x: Tensor, act: ExpertSpec) -> Tensor:

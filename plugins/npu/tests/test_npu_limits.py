@@ -99,10 +99,12 @@ def test_routing(spec: RouteSpec, taken: bool) -> None:
     assert (kernels.routing(context("moe.route", spec=spec)) is None) == taken
 
 
-def test_experts_are_two_or_more_and_dense() -> None:
+def test_experts_are_two_or_more_dense_or_int8() -> None:
     assert kernels.experts(context("moe.fused", fmt="dense", dims={"X": 8, "M": 64, "F": 128})) is None
     assert "1" in (kernels.experts(context("moe.fused", fmt="dense", dims={"X": 1})) or "")
-    assert "int8" in (kernels.experts(context("moe.fused", fmt="int8.token_channel", dims={"X": 8})) or "")
+    assert kernels.experts(context("moe.fused", fmt="int8.token_channel", dims={"X": 8})) is None
+    assert "float32" in (kernels.experts(context("moe.fused", fmt="int8.token_channel", dtype="float32")) or "")
+    assert "mxfp4" in (kernels.experts(context("moe.fused", fmt="mxfp4.g32", dims={"X": 8})) or "")
     assert "70000" in (kernels.experts(context("moe.fused", fmt="dense", dims={"X": 8, "F": 70000})) or "")
 
 

@@ -122,17 +122,19 @@ def grouped_matmul(
     weight: list[Tensor],
     *,
     bias: list[Tensor] | None = None,
+    scale: list[Tensor] | None = None,
+    per_token_scale: list[Tensor] | None = None,
     group_list: Tensor | None = None,
     split_item: int | None = 0,
     group_type: int | None = None,
     group_list_type: int | None = 0,
+    output_dtype: int | None = None,
     **others: object,
 ) -> list[Tensor]:
-    """One tensor of rows, one stack of matrices, one tensor of results."""
+    """One tensor of rows, one stack of matrices, one tensor of results: float, or int8 with a scale for each channel and token."""
     require(not others, f"{', '.join(others)}: not emulated")
     require(len(x) == len(weight) == 1 and split_item in (2, 3) and group_type == 0, "one x, one stack, one result")
     rows, stack = x[0], weight[0]
-    require_dtype(FLOATS, x=rows)
     require(
         rows.dtype == stack.dtype and rows.dim() == 2 and stack.dim() == 3, "x: [S, K], weight: [X, K, N], of one dtype"
     )
@@ -148,15 +150,39 @@ def grouped_matmul(
     require(2 <= len(group_list) <= 1024 and len(group_list) == len(stack), f"2 to 1024 groups, not {len(group_list)}")
     counts = group_list.tolist()
     require(min(counts) >= 0 and sum(counts) == len(rows), f"counts sum to {len(rows)} rows, not to {sum(counts)}")
+    if rows.dtype == torch.int8:
+        require(bias is None, "a bias of int8 products is int32, and is not emulated")
+        factors, dtype = _scales(scale, per_token_scale, output_dtype, rows, stack)
+    else:
+        require_dtype(FLOATS, x=rows)
+        require(scale is None and per_token_scale is None and output_dtype is None, "scales are of int8")
+        factors, dtype = None, rows.dtype
     if bias is not None:
         require(len(bias) == 1 and bias[0].shape == (len(stack), stack.shape[2]), "bias: [X, N]")
         require(bias[0].dtype == DTYPES_OF_BIAS[rows.dtype], f"bias of {rows.dtype} is of {DTYPES_OF_BIAS[rows.dtype]}")
-    made = rows.new_empty(len(rows), stack.shape[2])
+    made = []
     for i, part in enumerate(rows.split(counts)):
-        y = part.float() @ stack[i].float()
-        y = y if bias is None else y + bias[0][i].float()
-        made[sum(counts[:i]) : sum(counts[: i + 1])] = y.to(rows.dtype)
-    return [made]
+        exact = torch.float64 if factors else torch.float32
+        y = (part.to(exact) @ stack[i].to(exact)).float()
+        if factors:
+            y = y * factors[0][i] * factors[1].split(counts)[i][:, None]
+        made.append((y if bias is None else y + bias[0][i].float()).to(dtype))
+    return [torch.cat(made)]
+
+
+def _scales(
+    scale: list[Tensor] | None, per_token: list[Tensor] | None, output_dtype: int | None, rows: Tensor, stack: Tensor
+) -> tuple[tuple[Tensor, Tensor], torch.dtype]:
+    """float32[X, N], float32[S], and the dtype of the results. What a scale may be goes with that."""
+    require(scale is not None and per_token is not None and len(scale) == len(per_token) == 1, "int8: both scales")
+    assert scale is not None and per_token is not None
+    dtype = {5: torch.float16, 15: torch.bfloat16}.get(output_dtype or 1)
+    require(dtype is not None, f"output_dtype {output_dtype} is not emulated")
+    assert dtype is not None
+    wanted = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+    require(scale[0].dtype == wanted and scale[0].shape == (len(stack), stack.shape[2]), f"scale: {wanted}[X, N]")
+    require(per_token[0].dtype == torch.float32 and per_token[0].shape == (len(rows),), "per_token_scale: float32[S]")
+    return (scale[0].float(), per_token[0]), dtype
 
 
 @emulated("npu_moe_finalize_routing")

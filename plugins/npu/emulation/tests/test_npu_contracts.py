@@ -116,6 +116,19 @@ def grouped() -> Call:
     return {"x": [randn(6, 32)], "weight": [randn(3, 32, 48)], "group_list": ints(1, 0, 5, dtype=torch.int64), **facts}
 
 
+def grouped_int8() -> Call:
+    generator = torch.Generator().manual_seed(5)
+    codes, weight = (
+        torch.randint(-127, 128, shape, generator=generator).to(torch.int8) for shape in ((6, 32), (3, 32, 48))
+    )
+    scales = {
+        "scale": [randn(3, 48)],
+        "per_token_scale": [randn(6, dtype=torch.float32)],
+        "output_dtype": torch.bfloat16,
+    }
+    return grouped() | {"x": [codes], "weight": [weight]} | scales
+
+
 def finalize() -> Call:
     rows = {"expanded_permuted_rows": randn(6, 32), "skip1": None, "skip2": None, "bias": None, "scales": randn(3, 2)}
     return rows | {"expanded_src_to_dst_row": ints(2, 0, 4, 5, 1, 3), "export_for_source_row": None}
@@ -159,6 +172,7 @@ CALLS: dict[str, tuple[str, Callable[[], Call]]] = {
     "gating_softmax": ("npu_moe_gating_top_k_softmax_v2", gating_softmax),
     "routing": ("npu_moe_init_routing_v2", routing),
     "grouped": ("npu_grouped_matmul", grouped),
+    "grouped_int8": ("npu_grouped_matmul", grouped_int8),
     "finalize": ("npu_moe_finalize_routing", finalize),
     "quant": ("npu_dynamic_quant", quant),
     "product": ("npu_quant_matmul", product),
@@ -229,6 +243,11 @@ BROKEN: list[tuple[str, Call]] = [
     ("grouped", {"weight": [randn(3, 32, 96)[..., ::2]]}),
     ("grouped", {"bias": [randn(3, 48)]}),
     ("grouped", {"x": [randn(32, 6).t()]}),
+    ("grouped_int8", {"scale": [randn(3, 48, dtype=torch.float32)]}),
+    ("grouped_int8", {"output_dtype": torch.float16}),
+    ("grouped_int8", {"per_token_scale": None}),
+    ("grouped_int8", {"per_token_scale": [randn(6)]}),
+    ("grouped_int8", {"bias": [randn(3, 48, dtype=torch.float32)]}),
     ("finalize", {"scales": randn(3, 2, dtype=torch.float32)}),
     ("finalize", {"expanded_src_to_dst_row": ints(2, 0, 4, 5, 1, 6)}),
     ("finalize", {"drop_pad_mode": 2}),
