@@ -170,7 +170,7 @@ KERNELS = [
     _kernel("moe.route", "moe_route:route", routing),
     _kernel("moe.fused", "moe:fused", experts),
     _kernel("gemm.grouped", "moe:grouped", experts),
-    _linear("dense", dense_nz, priority=55),
+    _linear("dense", dense_nz, priority=55, note="weights in FRACTAL_NZ"),
     _kernel("gemm.linear", "linear:dense", dense),
     _linear("int8", int8),
     _kernel("gemm.linear", "int4:linear", int4, pack="sglang_npu.int4:pack", unpack="sglang_npu.int4:unpack"),

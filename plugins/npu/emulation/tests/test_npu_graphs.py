@@ -97,3 +97,11 @@ def test_as_many_updates_as_calls() -> None:
     graph, _ = HostDriver().capture(lambda: attend(None, batch(20, 5)))
     with pytest.raises(CaptureError, match="1 captured calls"):
         graph.update([{"actual_seq_kvlen": [1, 1]}, {"actual_seq_kvlen": [2, 2]}])
+
+
+def test_the_vendors_graphs_update_the_argument_that_is_noted() -> None:
+    from torch_npu.npu._npugraph_handlers.npugraph_handler import _NPU_GRAPH_OP_HANDLERS
+
+    name = torch.ops.npu.npu_fused_infer_attention_score_v2.default.__name__
+    updated = _NPU_GRAPH_OP_HANDLERS[name].UPDATE_SPECS
+    assert any(argument == "actual_seq_kvlen" for specs in updated.values() for *_, argument in specs)
