@@ -8,7 +8,7 @@ MODEL  ?= demo
 DEVICE ?= auto
 ARGS   ?=
 
-.PHONY: install serve test lint types test-core test-slow test-conformance test-xeon test-triton test-triton-slow test-tpu test-isa reports format clean
+.PHONY: install serve test lint types test-core test-slow test-conformance test-xeon test-triton test-triton-slow test-tpu test-npu test-isa reports format clean
 
 install: $(VENV)/.installed
 
@@ -49,6 +49,7 @@ TRITON_CONFORMANCE = TRITON_INTERPRET=1 $(VENV)/bin/sglang-conformance run trito
 test-triton: install
 	$(PY) -m pytest -n 2 plugins/triton/tests plugins/cuda/tests plugins/rocm/tests
 	PYTHONPATH=plugins/tpu $(PY) -m pytest plugins/tpu/tests/test_tpu_probe.py
+	PYTHONPATH=plugins/npu $(PY) -m pytest plugins/npu/tests
 	$(TRITON_CONFORMANCE) -k act. -k norm. -k rope. -k embed. -k kv.w -k logits.
 
 # All of the suite that is for them, and every architecture: an hour and more.
@@ -70,6 +71,25 @@ $(TPU_VENV)/.installed: pyproject.toml plugins/tpu/pyproject.toml conformance/py
 	$(TPU_VENV)/bin/python -m pip install --quiet -e ".[dev]"
 	$(TPU_VENV)/bin/python -m pip install --quiet --no-build-isolation -e plugins/tpu
 	$(TPU_VENV)/bin/python -m pip install --quiet --no-build-isolation --no-deps -e conformance
+	touch $@
+
+# sglang-npu on an emulation of torch_npu's ops, in an environment of their own: with torch_npu installed PyTorch imports it by itself, unless it is told not to.
+NPU_VENV := .venv-npu
+NPU_CONFORMANCE = $(NPU_VENV)/bin/sglang-conformance run npu_emulated --level ops --jobs 2 --num-threads 1
+test-npu: export TORCH_DEVICE_BACKEND_AUTOLOAD = 0
+test-npu: $(NPU_VENV)/.installed
+	$(NPU_VENV)/bin/python -m pytest -n 2 plugins/npu/tests plugins/npu/emulation/tests
+	$(NPU_CONFORMANCE)
+
+$(NPU_VENV)/.installed: export TORCH_DEVICE_BACKEND_AUTOLOAD = 0
+$(NPU_VENV)/.installed: pyproject.toml plugins/npu/pyproject.toml plugins/npu/emulation/pyproject.toml conformance/pyproject.toml
+	$(PYTHON) -m venv $(NPU_VENV)
+	$(NPU_VENV)/bin/python -m pip install --quiet --upgrade pip "setuptools>=77" wheel
+	$(NPU_VENV)/bin/python -m pip install --quiet $(TORCH)
+	$(NPU_VENV)/bin/python -m pip install --quiet -e ".[dev]"
+	$(NPU_VENV)/bin/python -m pip install --quiet --no-build-isolation -e "plugins/npu[npu]"
+	$(NPU_VENV)/bin/python -m pip install --quiet --no-build-isolation --no-deps -e plugins/npu/emulation -e conformance
+	$(NPU_VENV)/bin/python -m sglang_npu_emulation.stubs
 	touch $@
 
 test-conformance: install

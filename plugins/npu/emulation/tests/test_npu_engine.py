@@ -1,0 +1,80 @@
+"""Whole models on the emulated NPU: the demo model's tokens, and transformers' log-probabilities of tiny models of other families."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from sglang_npu_emulation import contract
+
+from sglang_core import Engine
+from tests.models.tiny import reference
+
+PROMPTS = ["The capital of France is", "One, two, three", "x", "Hello! How are you today?"]
+SETTINGS: dict[str, Any] = {
+    "in_process": True,
+    "max_running_requests": 3,
+    "chunked_prefill_size": 16,
+    "max_total_tokens": 1024,
+}
+GREEDY = {"temperature": 0, "max_new_tokens": 10, "ignore_eos": True}
+
+
+def generated(device: str, **settings: Any) -> list[list[int]]:
+    """Twice: the second time prefixes come from the cache, and decodes are replayed."""
+    with Engine(model_path="demo", device=device, context_length=128, **SETTINGS, **settings) as engine:
+        return [a["output_ids"] for _ in range(2) for a in engine.generate(PROMPTS, GREEDY)]
+
+
+def test_the_demo_model_gives_the_references_tokens() -> None:
+    assert generated("npu_emulated", dtype="float32") == generated("cpu", dtype="float32")
+
+
+# What a forward of each family calls, beside norms, rotation and writes.
+ATTENTION = "npu_fused_infer_attention_score_v2"
+EXPERTS = {"npu_moe_gating_top_k", "npu_moe_init_routing_v2", "npu_grouped_matmul", "npu_moe_finalize_routing"}
+COMMON = {"npu_rms_norm", "npu_add_rms_norm", "npu_rotary_mul", "npu_swiglu", "npu_scatter_pa_kv_cache", ATTENTION}
+FAMILIES: dict[str, set[str]] = {
+    "llama31": COMMON,
+    "llama32": COMMON,
+    "qwen3-bias": COMMON,
+    "qwen3-moe-tied": COMMON | EXPERTS,
+    "deepseek-v2-lite": COMMON | EXPERTS,
+    "deepseek-v3-neox": COMMON | EXPERTS,
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("page_size", [128, 16])
+def test_log_probabilities_are_those_of_transformers(
+    name: str, page_size: int, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In bfloat16, as near as the reference backend comes; and each vendor's op that the family stands for was called."""
+    ref = reference(name, tmp_path_factory.getbasetemp())
+    called: set[str] = set()
+    compare = contract._compare
+    monkeypatch.setattr(contract, "_compare", lambda op, *args: (called.add(op), compare(op, *args))[1])
+    errors = {}
+    for device in ("cpu", "npu_emulated"):
+        rows = []
+        with Engine(
+            model_path=str(ref.folder),
+            device=device,
+            dtype="bfloat16",
+            page_size=page_size,
+            skip_tokenizer_init=True,
+            context_length=128,
+            **SETTINGS,
+        ) as engine:
+            asked = {"temperature": 0, "max_new_tokens": 2, "ignore_eos": True}
+            answers = engine.generate(
+                input_ids=[list(t) for t in ref.tokens], sampling_params=asked, return_logprob=True, logprob_start_len=0
+            )
+            for tokens, logits, answer in zip(ref.tokens, ref.logits, answers, strict=True):
+                expected = torch.log_softmax(logits[:-1], -1).gather(1, torch.tensor(tokens[1:])[:, None])[:, 0]
+                made = torch.tensor([p[0] for p in answer["meta_info"]["input_token_logprobs"][1:]])
+                rows.append((made - expected).abs())
+        errors[device] = torch.cat(rows).median()
+    assert errors["npu_emulated"] <= 2 * errors["cpu"] + 0.01, errors
+    assert FAMILIES[name] <= called

@@ -1,0 +1,1 @@
+"""sglang-core on Huawei Ascend NPUs."""
