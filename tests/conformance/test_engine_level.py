@@ -55,6 +55,17 @@ def test_logits_are_worth_comparing(model: TinyModel) -> None:
     torch.testing.assert_close(rows.exp().sum(-1), torch.ones(21))
 
 
+def test_bodies_are_asked_what_a_device_of_larger_pages_is_asked() -> None:
+    model = next(m for m in MODELS if m.name == "llama")
+    own, larger = (bodies(model, F32, 7, unit=unit) for unit in (None, 64))
+    assert [len(prompt) for prompt in own.prompts()] == [3, 17, 35, 48, 61]
+    assert [len(prompt) for prompt in larger.prompts()] == [3, 65, 131, 192, 253]
+    (answer,) = larger.engine().answers(larger.prompts()[-1:], 1)
+    assert len(answer.tokens) == 1
+    for env in (own, larger):
+        env.close()
+
+
 def test_weights_depend_on_their_name_and_the_seed() -> None:
     first = random_weight("a.weight", (4, 8), 0)
     assert torch.equal(first, random_weight("a.weight", (4, 8), 0))

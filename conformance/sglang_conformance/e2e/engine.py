@@ -35,7 +35,7 @@ class Answer:
 
 
 class Engine:
-    """`unit` is a page, or 16 tokens where pages are smaller: what lengths are chosen by."""
+    """`unit` is what lengths are chosen by: a page, or 16 tokens where pages are smaller, if it is not given."""
 
     def __init__(
         self,
@@ -47,6 +47,7 @@ class Engine:
         weights: torch.dtype,
         seed: int,
         num_threads: int | None = None,
+        unit: int | None = None,
     ) -> None:
         """`weights` is the dtype that the checkpoint is rounded to, `dtype` what the engine computes in."""
         self.broken = False
@@ -54,7 +55,7 @@ class Engine:
             given = {"model_path": str(folder), "dtype": dtype_name(dtype), "num_threads": num_threads}
             page_size = resolve(EngineConfig.from_flat(**given), device).config.cache.page_size
             assert page_size is not None, "resolve() settles it"
-            self.unit = max(page_size, SMALLEST_UNIT)
+            self.unit = unit or max(page_size, SMALLEST_UNIT)
             config = EngineConfig.from_flat(**given, **settings(kind, self.unit))
             self.explained = explain(config, device)
             self._core = build_engine(config, world_size=1, directory=None, progress=False, device=device)

@@ -28,11 +28,12 @@ class EngineEnv:
         seed: int,
         num_threads: int | None = None,
         computes_in: torch.dtype | None = None,
+        unit: int | None = None,
     ) -> None:
-        """`computes_in` is the dtype of the engines, where it is not that of the weights."""
+        """`computes_in` is the dtype of the engines, where it is not that of the weights; `unit` as of `Engine`."""
         self.model, self.dtype = model, dtype
         self._device, self._seed, self._num_threads = device, seed, num_threads
-        self._computes_in = computes_in or dtype
+        self._computes_in, self._unit = computes_in or dtype, unit
         self._engines: dict[Kind, Engine] = {}
         self._cold: list[Answer] = []
 
@@ -48,6 +49,7 @@ class EngineEnv:
                 weights=self.dtype,
                 seed=self._seed,
                 num_threads=self._num_threads,
+                unit=self._unit,
             )
         engine.flush()
         return engine
@@ -78,13 +80,17 @@ class EngineEnv:
         self._engines.clear()
 
 
-def bodies(model: TinyModel, dtype: torch.dtype, seed: int, *, oracle: bool = False) -> EngineEnv:
-    """The op bodies on the host; or, as the oracle, in float32 with weights that are rounded to `dtype`."""
+def bodies(
+    model: TinyModel, dtype: torch.dtype, seed: int, *, oracle: bool = False, unit: int | None = None
+) -> EngineEnv:
+    """The op bodies on the host; or, as the oracle, in float32 with weights that are rounded to `dtype`.
+
+    `unit`: the device's that they are compared with, whose pages may be larger, so that both are asked the same.
+    """
     backend = CpuBackend()
     device = ChosenDevice(backend=backend, info=backend.probe()[0], reason="the reference")
-    return EngineEnv(
-        model, device, dtype=dtype, seed=seed, num_threads=1, computes_in=torch.float32 if oracle else None
-    )
+    computes_in = torch.float32 if oracle else None
+    return EngineEnv(model, device, dtype=dtype, seed=seed, num_threads=1, computes_in=computes_in, unit=unit)
 
 
 class EngineEnvs:

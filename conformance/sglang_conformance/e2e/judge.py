@@ -46,7 +46,7 @@ def judge(suite: Suite, case: EngineCase, dtype: torch.dtype) -> Result:
         return replace(result, reason=str(e) or "an assertion fails", **_ran(env))
     except (Exception, SystemExit) as e:  # a kernel may raise anything
         return replace(result, reason=f"{type(e).__name__}: {e}", **_ran(env))
-    errors, wrong = _compare(case, dtype, suite.seed, outputs)
+    errors, wrong = _compare(case, dtype, suite.seed, outputs, env)
     result = replace(result, errors=errors, reason="; ".join(wrong), **_ran(env))
     if wrong:
         return result
@@ -67,12 +67,15 @@ def _ran(env: EngineEnv) -> dict[str, Any]:
     }
 
 
-def _compare(case: EngineCase, dtype: torch.dtype, seed: int, outputs: Outputs) -> tuple[dict[str, Error], list[str]]:
+def _compare(
+    case: EngineCase, dtype: torch.dtype, seed: int, outputs: Outputs, env: EngineEnv
+) -> tuple[dict[str, Error], list[str]]:
     """The error of each output against the op bodies, and what is wrong with those that are."""
     if not outputs:
         return {}, []
-    oracle = _on_bodies(case, dtype, seed, oracle=True)
-    ours = oracle if dtype == torch.float32 else _on_bodies(case, dtype, seed, oracle=False)
+    unit = env.engine().unit
+    oracle = _on_bodies(case, dtype, seed, unit, oracle=True)
+    ours = oracle if dtype == torch.float32 else _on_bodies(case, dtype, seed, unit, oracle=False)
     found = {
         name: compare_rows(name, x, ours[name], oracle[name], dtype, routed=case.model.routed)
         for name, x in outputs.items()
@@ -80,8 +83,8 @@ def _compare(case: EngineCase, dtype: torch.dtype, seed: int, outputs: Outputs) 
     return {name: err for name, (err, _) in found.items()}, [why for _, why in found.values() if why is not None]
 
 
-def _on_bodies(case: EngineCase, dtype: torch.dtype, seed: int, *, oracle: bool) -> Outputs:
-    env = bodies(case.model, dtype, seed, oracle=oracle)
+def _on_bodies(case: EngineCase, dtype: torch.dtype, seed: int, unit: int, *, oracle: bool) -> Outputs:
+    env = bodies(case.model, dtype, seed, oracle=oracle, unit=unit)
     try:
         return case.run(env)
     finally:
