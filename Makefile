@@ -39,7 +39,7 @@ types: install
 	$(VENV)/bin/mypy
 
 test-core: install
-	$(PY) -m pytest tests
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile tests
 
 test-xeon: install
 	$(PY) -m pytest plugins/xeon/tests
