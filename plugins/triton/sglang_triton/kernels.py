@@ -43,6 +43,8 @@ TUNER = "sglang_triton.tuner:TritonTuner"
 PROFILES = (
     *("mla", "moe", "vision", "lora", "ssm"),
     *("window", "soft_cap", "sinks", "tree", "cross", "kv_half", "kv_fp8", "kv_int8", "odd_sizes", "buckets"),
+    *(f"quant:{fmt}" for fmt in ("fp8.tensor", "fp8.token_channel", "fp8.block128", "int8.token_channel", "mxfp4.g32")),
+    *(f"quant:int4.{fmt}" for fmt in ("awq.g128", "awq.g32", "gptq.g64", "pack.g128", "pack.g-1")),
 )
 
 MAX_KEY_DIM = 128  # a few columns of a state of so many rows fit registers, and a chunk of such keys shared memory

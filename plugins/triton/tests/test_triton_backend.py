@@ -8,7 +8,7 @@ import sys
 
 import pytest
 from sglang_triton.backend import TritonBackend
-from sglang_triton.kernels import FORMATS, KERNELS, PROFILES, state_limits
+from sglang_triton.kernels import FORMATS, KERNELS, PROFILES, QUANTISED, state_limits
 
 from sglang_core.api import Claims, DeviceInfo, KernelContext, OpSite, SelectionContext, Support
 from sglang_core.api.ops import GatedDeltaSpec
@@ -68,6 +68,8 @@ def test_states_that_are_too_long_are_refused(dim: int, reason: str | None) -> N
 def test_profiles_are_those_of_kernels_and_of_the_device() -> None:
     stated = TritonBackend().claims(context("triton/interpreter")).profiles
     assert stated == ("base", *PROFILES)
+    quantised = [name.removeprefix("quant:") for name in PROFILES if name.startswith("quant:")]
+    assert quantised and set(quantised) <= set(QUANTISED)
 
 
 def test_listing_devices_imports_neither_torch_nor_triton() -> None:
