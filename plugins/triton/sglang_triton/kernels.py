@@ -55,10 +55,33 @@ def state_limits(ctx: SelectionContext) -> str | None:
     return dtype_limits(ctx) if dim <= MAX_KEY_DIM else f"takes keys of at most {MAX_KEY_DIM} dims, not {dim}"
 
 
+# A provider of its own: no device has run it, so it is taken only where `--kernel attn.ragged=hopper` asks for it.
+HOPPER, UNPROVEN = "hopper", 10
+HOPPER_DIMS = ((64, 128, 192), (64, 128))  # of keys, of values: what shared memory holds two blocks of
+
+
+def hopper_limits(ctx: SelectionContext) -> str | None:
+    spec = ctx.site.spec
+    if not ctx.device.path.endswith("/sm_90"):
+        return f"is for sm_90, whose instructions it consists of, not {ctx.device.path}"
+    if ctx.site.dtype not in ("bfloat16", "float16"):
+        return f"takes bfloat16 and float16, not {ctx.site.dtype}"
+    if spec.head_dim not in HOPPER_DIMS[0] or spec.v_head_dim not in HOPPER_DIMS[1]:
+        return f"takes keys of 64, 128, 192 and values of 64, 128 dims, not {spec.head_dim} and {spec.v_head_dim}"
+    if spec.window is not None or spec.soft_cap is not None:
+        return "takes neither windows nor soft caps"
+    return None if spec.scale > 0 else f"takes a positive scale, not {spec.scale}"
+
+
 def _kernel(op: str, fn: str, **facts: Any) -> Kernel:
-    defaults: dict[str, Any] = {"supports": dtype_limits, "features": INVARIANT, "priority": PRIORITY}
+    defaults: dict[str, Any] = {
+        "device": DEVICES,
+        "supports": dtype_limits,
+        "features": INVARIANT,
+        "priority": PRIORITY,
+    }
     defaults["tune"] = TUNER if op in TUNED else None
-    return Kernel(op, fn=f"sglang_triton.{fn}", device=DEVICES, **(defaults | facts))
+    return Kernel(op, fn=f"sglang_triton.{fn}", **(defaults | facts))
 
 
 KERNELS = (
@@ -106,6 +129,14 @@ KERNELS = (
     _kernel("attn.mla_paged", "attention:mla_paged", priority=PRIORITY - 1),
     _kernel("attn.mla_project", "mla_project:mla_project", features=GRAPHS),
     _kernel("attn.ragged", "attention:ragged"),
+    _kernel(
+        "attn.ragged",
+        "hopper_attention:ragged",
+        provider=HOPPER,
+        device=("cuda",),
+        priority=UNPROVEN,
+        supports=hopper_limits,
+    ),
     _kernel("attn.merge", "attention:merge"),
 )
 

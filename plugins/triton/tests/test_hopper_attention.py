@@ -1,0 +1,108 @@
+"""The Gluon kernel of attn.ragged against the op's body, through a model of what Gluon means; and where it is chosen."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from gluon_model import Deadlock, Kernel, Machine, Unordered, launched
+from sglang_triton import hopper_attention, hopper_kernels
+from sglang_triton.kernels import HOPPER, KERNELS, hopper_limits
+from triton_attention_cases import Reqs, spec_of
+from triton_tolerance import assert_close
+
+from sglang_core.api import DeviceInfo, OpSite, SelectionContext
+from sglang_core.api.ops import OPS, AttnSpec
+
+# (queries, keys): several blocks and stages again, blocks in part, no query, no key, fewer keys than queries.
+LENS: Reqs = [(140, 600), (0, 0), (1, 1), (5, 90), (3, 0), (64, 256), (70, 9)]
+SPEC = spec_of(2, 1, 64, causal=False)
+BARRIERS = ("q_full", "v_clean", "k_full", "k_free", "v_full", "v_free")
+
+
+def check(
+    spec: AttnSpec, dtype: torch.dtype = torch.bfloat16, lens: Reqs = LENS, *, padding: int = 0, **model: object
+) -> None:
+    """Heads are slices of one projection; rows of no req, which may be read, hold NaN."""
+    torch.manual_seed(0)
+    cu_q, cu_k = (torch.tensor([0, *n]).cumsum(0).int() for n in zip(*lens, strict=True))
+    tokens, keys = int(cu_q[-1]) + padding, int(cu_k[-1])
+    q = torch.randn(tokens, 2 * spec.num_heads, spec.head_dim).to(dtype)[:, : spec.num_heads]
+    k, v = (torch.randn(keys + 9, 2 * spec.num_kv_heads, d).to(dtype) for d in (spec.head_dim, spec.v_head_dim))
+    k[keys:], v[keys:] = torch.nan, torch.nan
+    k, v = k[:, spec.num_kv_heads :], v[:, spec.num_kv_heads :]
+    longest = {"max_q": max(n for n, _ in lens), "max_k": max(n for _, n in lens)}
+    want, want_lse = OPS["attn.ragged"].body(q, k[:keys], v[:keys], cu_q, cu_k, spec, **longest, lse=True)
+    kernel = Kernel(hopper_kernels, hopper_kernels._attend_hopper, **model)
+    with launched(hopper_attention, "_attend_hopper", kernel):
+        got, lse = hopper_attention.ragged(q, k, v, cu_q, cu_k, spec, **longest, lse=True)
+    assert_close(got, want, scale=4.0)
+    torch.testing.assert_close(lse, want_lse, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("causal", [True, False])
+def test_it_is_the_body(causal: bool, dtype: torch.dtype) -> None:
+    check(spec_of(4 if causal else 1, 2 if causal else 1, 64, causal=causal), dtype, padding=4)
+
+
+@pytest.mark.parametrize("dims", [(128, 128), (192, 128), (128, 64)])
+def test_dims(dims: tuple[int, int]) -> None:
+    check(spec_of(2, 1, dims[0], v_head_dim=dims[1]), lens=[(130, 300), (20, 20)])
+
+
+@pytest.mark.parametrize("seed", range(1, 6))
+def test_in_whatever_order_partitions_and_copies_come(seed: int) -> None:
+    check(SPEC, lens=[(9, 90), (130, 590)], seed=seed)
+
+
+@pytest.mark.parametrize("deaf", range(1, 1 + len(BARRIERS)), ids=BARRIERS)
+def test_a_barrier_that_nobody_waits_for_shows(deaf: int) -> None:
+    with pytest.raises(AssertionError):
+        for seed in range(8):
+            check(SPEC, lens=[(9, 90), (130, 590)], seed=seed, deaf=deaf)
+
+
+def test_a_missing_fence_shows() -> None:
+    with pytest.raises(Unordered):
+        check(SPEC, lens=[(9, 90)], fences=False)
+
+
+def test_waiting_for_what_never_comes_is_a_deadlock() -> None:
+    machine = Machine(0)
+    with pytest.raises(Deadlock):
+        machine.run([(lambda: machine.turn(lambda: False), ()), (machine.turn, ())])
+
+
+def test_no_keys_at_all() -> None:
+    check(SPEC, lens=[(5, 0)])
+
+
+def test_rows_that_tma_cannot_copy_are_copied_first() -> None:
+    """Of 65 numbers each: no multiple of 16 bytes."""
+    x = torch.randn(7, 2, 65).bfloat16()[:, :, :64]
+    made, head = hopper_attention.descriptor(x, 64, 64)
+    assert head == 64 and made.strides == (128, 1)
+    torch.testing.assert_close(made.base.view(7, 2, 64), x)
+
+
+def refused(path: str = "cuda/sm_90", dtype: str = "bfloat16", **facts: object) -> str | None:
+    spec = spec_of(**{"heads": 4, "kv_heads": 2, "dim": 128} | facts)
+    site = OpSite(op="attn.ragged", layer="LatentAttention", dtype=dtype, spec=spec)
+    device = DeviceInfo(backend="cuda", path=path, name="a device")
+    return hopper_limits(SelectionContext(device=device, site=site))
+
+
+def test_what_it_takes() -> None:
+    assert refused() is None and refused(dim=192, v_head_dim=128) is None
+    assert "not cuda/sm_100" in str(refused(path="cuda/sm_100"))
+    assert "not float32" in str(refused(dtype="float32"))
+    assert "not 256 and 256" in str(refused(dim=256))
+    assert "windows" in str(refused(window=9)) and "soft caps" in str(refused(soft_cap=2.0))
+    assert "not -1.0" in str(refused(scale=-1.0))
+
+
+def test_it_comes_after_every_other_provider() -> None:
+    mine = [kernel for kernel in KERNELS if kernel.provider == HOPPER]
+    assert mine and all(kernel.device == ("cuda",) for kernel in mine)
+    others = [kernel for kernel in KERNELS if kernel.provider != HOPPER]
+    assert max(kernel.priority for kernel in mine) < min(kernel.priority for kernel in others)
