@@ -103,10 +103,11 @@ def over_pool(
 
 
 def prefill(opened: Opened, *, tokens: int) -> Work:
-    """One prompt, packed, causal; torch's own kernels on the same numbers beside it."""
+    """One prompt, packed, causal; torch's own kernels on the same numbers beside it, and that of sglang-triton for Hopper alone."""
     spec, tokens = (SMALL_GQA, 48) if opened.small else (GQA, tokens)
     make = opened.operands()
     bound = opened.bind(make, "attn.ragged", spec=spec)
+    hopper = opened.asked_for("attn.ragged", "hopper", spec=spec)
     q = make.normal(tokens, spec.num_heads, spec.head_dim, dtype=torch.bfloat16)
     k, v = (make.normal(tokens, spec.num_kv_heads, spec.head_dim, dtype=torch.bfloat16) for _ in range(2))
     cu = make.place(torch.tensor([0, tokens], dtype=torch.int32))
@@ -116,12 +117,16 @@ def prefill(opened: Opened, *, tokens: int) -> Work:
         with sdpa_kernel(backend):
             return F.scaled_dot_product_attention(*heads, is_causal=True, enable_gqa=True)
 
+    def call(fn: Callable[..., Any]) -> Callable[[], Tensor]:
+        return partial(fn, q, k, v, cu, cu, spec, max_q=tokens, max_k=tokens)
+
     return Work(
-        call=partial(bound.fn, q, k, v, cu, cu, spec, max_q=tokens, max_k=tokens),
+        call=call(bound.fn),
         provider=bound.provider,
         nbytes=2 * size_of(q, k),
         flops=4 * pairs_of([(0, tokens)]) * spec.num_heads * spec.head_dim,
         others={name: partial(peer, backend) for name, backend in PEERS.items()} if opened.on_gpu else {},
+        compared={"hopper": call(hopper.fn)} if hopper else {},
     )
 
 
