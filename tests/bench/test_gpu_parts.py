@@ -87,6 +87,14 @@ def test_a_device_that_is_not_here_is_said(tmp_path: Path) -> None:
     assert "no installed plugin provides device 'no-such-device'" in done.stderr
 
 
+def test_make_ends_at_the_first_part_where_there_is_no_such_device(tmp_path: Path) -> None:
+    environ = os.environ | {"SITE": str(tmp_path / "site"), "OUT": str(tmp_path)}
+    command = ["make", "-o", "install", "test-gpu", "GPU=no-such-device", f"PY={sys.executable}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environ, timeout=120, cwd=ROOT)
+    assert done.returncode == 2
+    assert done.stderr.count("no installed plugin provides device 'no-such-device'") == 1
+
+
 def test_a_provider_that_nothing_takes_is_judged_as_if_it_were_the_first_choice() -> None:
     kernels = [
         Kernel("attn.ragged", provider="first", fn="a:b", device=("cuda",)),
