@@ -51,13 +51,16 @@ def paged(opened: Opened, *, reqs: Reqs, kv_dtype: str = "auto") -> Work:
         v_head_dim=spec.v_head_dim,
         dtype=KV_DTYPES.get(kv_dtype, torch.bfloat16),
     )
-    call, provider, q = over_pool(opened, "attn", spec, shape, reqs, [(spec.num_heads, spec.head_dim)])
+    widths = [(spec.num_heads, spec.head_dim)]
+    call, provider, q = over_pool(opened, "attn", spec, shape, reqs, widths)
+    hopper = opened.asked_for("attn.paged", "hopper", spec=spec) if max(extend for _, extend in reqs) > 1 else None
     keys = sum(prefix + extend for prefix, extend in reqs)
     return Work(
         call=call,
         provider=provider,
         nbytes=keys * shape.bytes_per_token + 2 * size_of(*q),
         flops=4 * pairs_of(reqs) * spec.num_heads * spec.head_dim,
+        compared={"hopper": partial(hopper.fn, *call.args)} if hopper else {},  # the provider's plans are Triton's
     )
 
 
@@ -87,7 +90,7 @@ def latent(opened: Opened, *, reqs: Reqs, heads: int) -> Work:
 
 def over_pool(
     opened: Opened, family: str, spec: Any, shape: PoolSpec, reqs: Reqs, widths: list[tuple[int, int]]
-) -> tuple[Callable[[], object], str, list[Tensor]]:
+) -> tuple[partial[Any], str, list[Tensor]]:
     """The call, who runs it, and its queries."""
     make = opened.operands()
     names = ("attn.mla_paged", "attn.mla_plan") if family == "attn.mla" else ("attn.paged", "attn.plan")

@@ -157,6 +157,13 @@ class Shared:
     def index(self, i: Any) -> Shared:
         return Shared(self.data[int(i)], self.fenced)
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.data.shape)
+
+    def slice(self, start: int, length: int) -> Shared:
+        return Shared(self.data[start : start + length], self.fenced)
+
     def permute(self, order: tuple[int, ...]) -> Shared:
         return Shared(self.data.permute(order), self.fenced)
 
@@ -236,11 +243,10 @@ class Kernel:
     def _launch(self, programs: int, args: tuple[Any, ...], more: dict[str, Any]) -> None:
         del more["num_warps"]
         given = [
-            Pointer(x.flatten() if x.is_contiguous() else x) if isinstance(x, Tensor)
+            Pointer(_memory(x)) if isinstance(x, Tensor)
             else Box(x.base, tuple(x.block_shape)) if hasattr(x, "block_shape") else x
             for x in args
         ]  # fmt: skip
-        assert all(x.is_contiguous() for x in args if isinstance(x, Tensor)), "results are written to views"
         for program in range(programs):
             machine = Machine(hash((self.seed, program)))
             names = _names(self.module, _Words(machine, program, self.deaf, self.fences))
@@ -267,7 +273,7 @@ class _Words:
         self.allocated, self.memory = 0, list[list[bool]]()
         none = lambda *args: None  # noqa: E731  layouts
         language = SimpleNamespace(
-            bfloat16=torch.bfloat16, float16=torch.float16, float32=torch.float32, int64=BARRIERS, constexpr=gl.constexpr,
+            bfloat16=torch.bfloat16, float16=torch.float16, float32=torch.float32, int32=torch.int32, int64=BARRIERS, constexpr=gl.constexpr,
             program_id=lambda axis: program, static_range=range, cdiv=lambda a, b: -(-a // b),
             arange=lambda low, high, layout: torch.arange(low, high, dtype=torch.int32),
             zeros=lambda shape, dtype, layout: torch.zeros(shape, dtype=dtype),
@@ -341,8 +347,17 @@ class _Words:
         return values[0] if len(values) == 1 else tuple(values)
 
 
-def _load(pointer: Pointer) -> Tensor:
-    return pointer.data[int(pointer.offset)]
+def _memory(x: Tensor) -> Tensor:
+    """From x's first element on, to the end of what it is a view of."""
+    return x.as_strided((x.untyped_storage().nbytes() // x.itemsize - x.storage_offset(),), (1,))
+
+
+def _load(pointer: Pointer, mask: Any = True, other: float = 0) -> Tensor:
+    where = torch.as_tensor(pointer.offset)
+    mask = torch.as_tensor(mask).expand(where.shape)
+    made = torch.full(where.shape, other, dtype=pointer.data.dtype)
+    made[mask] = pointer.data[where[mask].long()]
+    return made
 
 
 def _store(pointer: Pointer, value: Tensor, mask: Tensor) -> None:

@@ -1,13 +1,17 @@
-"""The Gluon kernel of attn.ragged against the op's body, through a model of what Gluon means; and where it is chosen."""
+"""Attention for Hopper, in Gluon, against the ops' bodies, through a model of what Gluon means; and where it may be chosen."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import pytest
 import torch
 from gluon_model import Deadlock, Kernel, Machine, Unordered, launched
 from sglang_triton import hopper_attention, hopper_kernels
-from sglang_triton.kernels import HOPPER, KERNELS, hopper_limits
-from triton_attention_cases import Reqs, spec_of
+from sglang_triton.kernels import HOPPER, KERNELS, hopper_limits, hopper_pool_limits
+from triton_attention_cases import Case, Reqs, spec_of
 from triton_tolerance import assert_close
 
 from sglang_core.api import DeviceInfo, OpSite, SelectionContext
@@ -16,11 +20,21 @@ from sglang_core.api.ops import OPS, AttnSpec
 # (queries, keys): several blocks and stages again, blocks in part, no query, no key, fewer keys than queries.
 LENS: Reqs = [(140, 600), (0, 0), (1, 1), (5, 90), (3, 0), (64, 256), (70, 9)]
 SPEC = spec_of(2, 1, 64, causal=False)
-BARRIERS = ("q_full", "v_clean", "k_full", "k_free", "v_full", "v_free")
+BARRIERS = ("v_clean", "k_full", "k_free", "v_full", "v_free")
+
+
+@contextmanager
+def modelled(**model: Any) -> Iterator[None]:
+    """Inside, both kernels run as the model runs them."""
+    with ExitStack() as stack:
+        for name in ("_attend_packed_hopper", "_attend_items_hopper"):
+            kernel = Kernel(hopper_kernels, getattr(hopper_kernels, name), **model)
+            stack.enter_context(launched(hopper_attention, name, kernel))
+        yield
 
 
 def check(
-    spec: AttnSpec, dtype: torch.dtype = torch.bfloat16, lens: Reqs = LENS, *, padding: int = 0, **model: object
+    spec: AttnSpec, dtype: torch.dtype = torch.bfloat16, lens: Reqs = LENS, *, padding: int = 0, **model: Any
 ) -> None:
     """Heads are slices of one projection; rows of no req, which may be read, hold NaN."""
     torch.manual_seed(0)
@@ -32,8 +46,7 @@ def check(
     k, v = k[:, spec.num_kv_heads :], v[:, spec.num_kv_heads :]
     longest = {"max_q": max(n for n, _ in lens), "max_k": max(n for _, n in lens)}
     want, want_lse = OPS["attn.ragged"].body(q, k[:keys], v[:keys], cu_q, cu_k, spec, **longest, lse=True)
-    kernel = Kernel(hopper_kernels, hopper_kernels._attend_hopper, **model)
-    with launched(hopper_attention, "_attend_hopper", kernel):
+    with modelled(**model):
         got, lse = hopper_attention.ragged(q, k, v, cu_q, cu_k, spec, **longest, lse=True)
     assert_close(got, want, scale=4.0)
     torch.testing.assert_close(lse, want_lse, rtol=1e-5, atol=2e-5)
@@ -58,8 +71,8 @@ def test_in_whatever_order_partitions_and_copies_come(seed: int) -> None:
 @pytest.mark.parametrize("deaf", range(1, 1 + len(BARRIERS)), ids=BARRIERS)
 def test_a_barrier_that_nobody_waits_for_shows(deaf: int) -> None:
     def all_seeds() -> None:
-        for seed in range(8):
-            check(SPEC, lens=[(9, 90), (130, 590)], seed=seed, deaf=deaf)
+        for seed in range(12):
+            check(SPEC, lens=[(130, 590)], seed=seed, deaf=deaf)
 
     with pytest.raises(AssertionError):
         all_seeds()
@@ -76,6 +89,35 @@ def test_waiting_for_what_never_comes_is_a_deadlock() -> None:
         machine.run([(lambda: machine.turn(lambda: False), ()), (machine.turn, ())])
 
 
+@pytest.mark.parametrize("heads, kv_heads", [(6, 2), (7, 1), (3, 3)])
+def test_heads_that_share_keys(heads: int, kv_heads: int) -> None:
+    """Groups that are no power of two: some rows of a tile are nobody's."""
+    check(spec_of(heads, kv_heads, 64), lens=[(50, 150), (1, 9)])
+
+
+def over_pool(spec: AttnSpec, reqs: Reqs, dtype: torch.dtype = torch.bfloat16, **facts: Any) -> None:
+    torch.manual_seed(0)
+    case = Case(spec, reqs, dtype, **facts)
+    case.kernel = hopper_attention.paged
+    with modelled():
+        case.check()
+
+
+@pytest.mark.parametrize("page_size", [16, 64, 256])
+def test_pages(page_size: int) -> None:
+    """Under both plans: splits begin in the middle of a req, and pages that no req has hold NaN."""
+    over_pool(spec_of(2, 1, 64), [(300, 70), (0, 90), (37, 1)], page_size=page_size)
+
+
+@pytest.mark.parametrize("facts", [{"causal": False}, {"heads": 7}, {"dim": 128, "v_head_dim": 64}], ids=str)
+def test_pools(facts: dict[str, Any]) -> None:
+    over_pool(spec_of(**{"heads": 2, "kv_heads": 1, "dim": 64} | facts), [(130, 80)], torch.float16)
+
+
+def test_tokens_of_no_req_in_a_bucket() -> None:
+    over_pool(spec_of(2, 1, 64), [(20, 66)], padding=3)
+
+
 def test_no_keys_at_all() -> None:
     check(SPEC, lens=[(5, 0)])
 
@@ -88,11 +130,17 @@ def test_rows_that_tma_cannot_copy_are_copied_first() -> None:
     torch.testing.assert_close(made.base.view(7, 2, 64), x)
 
 
-def refused(path: str = "cuda/sm_90", dtype: str = "bfloat16", **facts: object) -> str | None:
+def refused(
+    limits: Callable[[SelectionContext], str | None] = hopper_limits,
+    path: str = "cuda/sm_90",
+    dtype: str = "bfloat16",
+    page: int = 64,
+    **facts: Any,
+) -> str | None:
     spec = spec_of(**{"heads": 4, "kv_heads": 2, "dim": 128} | facts)
     site = OpSite(op="attn.ragged", layer="LatentAttention", dtype=dtype, spec=spec)
     device = DeviceInfo(backend="cuda", path=path, name="a device")
-    return hopper_limits(SelectionContext(device=device, site=site))
+    return limits(SelectionContext(device=device, site=site, page_size=page))
 
 
 def test_what_it_takes() -> None:
@@ -101,7 +149,13 @@ def test_what_it_takes() -> None:
     assert "not float32" in str(refused(dtype="float32"))
     assert "not 256 and 256" in str(refused(dim=256))
     assert "windows" in str(refused(window=9)) and "soft caps" in str(refused(soft_cap=2.0))
+    assert "sinks, trees of drafts" in str(refused(has_sinks=True, tree=True))
+    assert "not 256" in str(refused(heads=512, kv_heads=2))
     assert "not -1.0" in str(refused(scale=-1.0))
+    assert refused(hopper_pool_limits, kv_dtype="bfloat16") is None
+    assert "they are fp8_e4m3" in str(refused(hopper_pool_limits, kv_dtype="fp8_e4m3"))
+    assert all(f"not {page}" in str(refused(hopper_pool_limits, page=page)) for page in (1, 8, 48))
+    assert "windows" in str(refused(hopper_pool_limits, window=9))
 
 
 def test_it_comes_after_every_other_provider() -> None:
