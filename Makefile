@@ -8,7 +8,7 @@ MODEL  ?= demo
 DEVICE ?= auto
 ARGS   ?=
 
-.PHONY: install serve test lint types test-core test-slow test-conformance test-xeon test-triton test-triton-slow test-tpu test-npu test-isa reports format clean
+.PHONY: install serve test lint types test-core test-slow test-conformance test-xeon test-triton test-triton-slow test-tpu test-npu test-gpu test-isa reports format clean
 
 install: $(VENV)/.installed
 
@@ -101,6 +101,16 @@ test-isa: install
 	for level in $$($(PY) -m sglang_xeon.isa); do \
 	  echo "SGLANG_XEON_ISA=$$level"; \
 	  SGLANG_XEON_ISA=$$level $(VENV)/bin/sglang-conformance run xeon --strict || exit 1; done
+
+# On a GPU, GPU=rocm for one of AMD's: every part of benchmarks/gpu, again until nothing of it is left, and all of the suite. Some hours; what is
+# finished stays. The first part ends at once where there is no such device, and says why.
+GPU ?= cuda
+test-gpu: install
+	for part in build kernels engine conformance; do \
+	  status=3; \
+	  while [ $$status -eq 3 ]; do PYTHON=$(abspath $(PY)) benchmarks/gpu/run.sh $$part --device $(GPU); status=$$?; done; \
+	  [ $$status -eq 0 ] || exit $$status; done
+	$(VENV)/bin/sglang-conformance run $(GPU) --full --strict --json conformance/reports/$(GPU).json
 
 # After a change of the suite or of a kernel: the committed reports, and the page made of them.
 reports: install

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from torch import Tensor
+
 from benchmarks.gpu import limits, loads_attention, loads_products, loads_rows
 from benchmarks.gpu.load import Load, Work
 from benchmarks.gpu.opened import Opened
@@ -61,9 +63,17 @@ def measured(opened: Opened, session: Session, load: Load) -> Facts:
         "copy": rates["copy"],
         "matmul": rates["matmul"],
     }
-    for name, other in work.others.items():
+    for name, other in {**work.others, **work.compared}.items():
         try:
             facts[f"{name}_us"] = 1e6 * opened.seconds(other)
+            if name in work.compared:
+                facts[f"{name}_differs"] = difference(work.compared[name](), work.call())
         except Exception as error:  # a peer that does not take this shape here
             facts[f"{name}_error"] = f"{type(error).__name__}: {error}"
     return facts
+
+
+def difference(x: Tensor, y: Tensor) -> float:
+    """The largest difference of two results, in units of the second's root mean square; NaN where one of them has a NaN."""
+    wide = x.double(), y.double()
+    return float((wide[0] - wide[1]).abs().max() / wide[1].square().mean().sqrt())

@@ -13,7 +13,7 @@ from benchmarks.gpu.opened import Opened
 @dataclass(frozen=True, kw_only=True)
 class Work:
     """`nbytes`: each operand and each result once. `flops`: a multiply-add is two. `rate`: of operations to bfloat16's, 2 for fp8.
-    `others`: what does the same, by name."""
+    `others`: what does the same, by name. `compared`: so do these, in a tensor of the same shape as the call's, which theirs is compared with."""
 
     call: Callable[[], object]
     nbytes: int
@@ -22,6 +22,7 @@ class Work:
     rate: float = 1.0
     replayed: bool = True
     others: Mapping[str, Callable[[], object]] = field(default_factory=dict)
+    compared: Mapping[str, Callable[[], Tensor]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -51,13 +51,16 @@ def paged(opened: Opened, *, reqs: Reqs, kv_dtype: str = "auto") -> Work:
         v_head_dim=spec.v_head_dim,
         dtype=KV_DTYPES.get(kv_dtype, torch.bfloat16),
     )
-    call, provider, q = over_pool(opened, "attn", spec, shape, reqs, [(spec.num_heads, spec.head_dim)])
+    widths = [(spec.num_heads, spec.head_dim)]
+    call, provider, q = over_pool(opened, "attn", spec, shape, reqs, widths)
+    hopper = opened.asked_for("attn.paged", "hopper", spec=spec) if max(extend for _, extend in reqs) > 1 else None
     keys = sum(prefix + extend for prefix, extend in reqs)
     return Work(
         call=call,
         provider=provider,
         nbytes=keys * shape.bytes_per_token + 2 * size_of(*q),
         flops=4 * pairs_of(reqs) * spec.num_heads * spec.head_dim,
+        compared={"hopper": partial(hopper.fn, *call.args)} if hopper else {},  # the provider's plans are Triton's
     )
 
 
@@ -87,7 +90,7 @@ def latent(opened: Opened, *, reqs: Reqs, heads: int) -> Work:
 
 def over_pool(
     opened: Opened, family: str, spec: Any, shape: PoolSpec, reqs: Reqs, widths: list[tuple[int, int]]
-) -> tuple[Callable[[], object], str, list[Tensor]]:
+) -> tuple[partial[Any], str, list[Tensor]]:
     """The call, who runs it, and its queries."""
     make = opened.operands()
     names = ("attn.mla_paged", "attn.mla_plan") if family == "attn.mla" else ("attn.paged", "attn.plan")
@@ -103,10 +106,11 @@ def over_pool(
 
 
 def prefill(opened: Opened, *, tokens: int) -> Work:
-    """One prompt, packed, causal; torch's own kernels on the same numbers beside it."""
+    """One prompt, packed, causal; torch's own kernels on the same numbers beside it, and that of sglang-triton for Hopper alone."""
     spec, tokens = (SMALL_GQA, 48) if opened.small else (GQA, tokens)
     make = opened.operands()
     bound = opened.bind(make, "attn.ragged", spec=spec)
+    hopper = opened.asked_for("attn.ragged", "hopper", spec=spec)
     q = make.normal(tokens, spec.num_heads, spec.head_dim, dtype=torch.bfloat16)
     k, v = (make.normal(tokens, spec.num_kv_heads, spec.head_dim, dtype=torch.bfloat16) for _ in range(2))
     cu = make.place(torch.tensor([0, tokens], dtype=torch.int32))
@@ -116,12 +120,16 @@ def prefill(opened: Opened, *, tokens: int) -> Work:
         with sdpa_kernel(backend):
             return F.scaled_dot_product_attention(*heads, is_causal=True, enable_gqa=True)
 
+    def call(fn: Callable[..., Any]) -> Callable[[], Tensor]:
+        return partial(fn, q, k, v, cu, cu, spec, max_q=tokens, max_k=tokens)
+
     return Work(
-        call=partial(bound.fn, q, k, v, cu, cu, spec, max_q=tokens, max_k=tokens),
+        call=call(bound.fn),
         provider=bound.provider,
         nbytes=2 * size_of(q, k),
         flops=4 * pairs_of([(0, tokens)]) * spec.num_heads * spec.head_dim,
         others={name: partial(peer, backend) for name, backend in PEERS.items()} if opened.on_gpu else {},
+        compared={"hopper": call(hopper.fn)} if hopper else {},
     )
 
 

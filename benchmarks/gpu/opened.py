@@ -15,6 +15,7 @@ from sglang_core.backend.interface import DeviceRuntime, RuntimeContext
 from sglang_core.backend.kernel import OpSite
 from sglang_core.backend.selection import BoundOp, OpTable
 from sglang_core.bench.op_calls import Operands
+from sglang_core.errors import KernelSelectionError
 from sglang_core.ops import OPS
 
 SEED, REPEATS, PAGE_SIZE = 0, 21, 64
@@ -51,12 +52,13 @@ class Opened:
         if torch.accelerator.is_available():
             torch.accelerator.empty_cache()
 
-    def table(self, page_size: int = PAGE_SIZE) -> OpTable:
+    def table(self, page_size: int = PAGE_SIZE, **more: Any) -> OpTable:
         return OpTable(
             self.chosen.info,
             self.chosen.backend,
             ops=OPS,
             page_size=page_size,
+            **more,
             fallback="allow",
             quant_fallback="reference",
         )
@@ -67,6 +69,14 @@ class Opened:
 
     def bind(self, make: Operands, op: str, **facts: Any) -> BoundOp:
         return make.table.bind(OpSite(op=op, layer="Benchmark", dtype="bfloat16", **facts))
+
+    def asked_for(self, op: str, provider: str, **facts: Any) -> BoundOp | None:
+        """As `bind`, of a provider that nothing takes unless it is asked for; None where it has no kernel for this here."""
+        try:
+            table = self.table(overrides={op: provider})
+            return table.bind(OpSite(op=op, layer="Benchmark", dtype="bfloat16", **facts))
+        except KernelSelectionError:
+            return None
 
     def seconds(self, call: Callable[[], object], *, replayed: bool = True) -> float:
         """The median of a call on the device, caches swept before each; as a graph where it may be one, so that launches do not count."""

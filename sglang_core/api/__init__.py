@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from sglang_core.backend.interface import Bucket as Bucket
     from sglang_core.backend.interface import DefaultsContext as DefaultsContext
     from sglang_core.backend.interface import DeviceInfo as DeviceInfo
+    from sglang_core.backend.interface import DeviceNote as DeviceNote
     from sglang_core.backend.interface import DeviceRuntime as DeviceRuntime
     from sglang_core.backend.interface import KernelContext as KernelContext
     from sglang_core.backend.interface import MemoryInfo as MemoryInfo
@@ -60,6 +61,7 @@ _HOME = {  # module -> the names it defines
         "Bucket",
         "DefaultsContext",
         "DeviceInfo",
+        "DeviceNote",
         "DeviceRuntime",
         "KernelContext",
         "MemoryInfo",

@@ -23,13 +23,22 @@ if TYPE_CHECKING:  # torch is heavy, and a plugin is probed without it
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class DeviceNote:
+    """Something that a device can do without: is it there, and is it used? `fix`: what to do, where that is worth doing."""
+
+    name: str  # "flashinfer"
+    found: str
+    fix: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class DeviceInfo:
     """One device that a backend's probe found.
 
     `path` names the device from family to model, like "cuda/sm_90": a kernel says for which path prefixes it is written.
     `score` ranks devices of all backends for `--device auto`: 0 reference, 10-99 host CPUs, 100 and up accelerators.
     `versions` are of what the device stands on and no Python package has: its driver, its firmware, its vendor's libraries.
-    A conformance report without any is not whole.
+    A conformance report without any is not whole. `notes` are for `doctor`: parts that may be missing, like libraries that are used where installed.
     """
 
     backend: str
@@ -41,6 +50,7 @@ class DeviceInfo:
     facts: Mapping[str, str | int | float | bool] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)  # {"driver": "580.65"}
     problem: str = ""  # why it cannot be opened and what to do, where that is known without opening it
+    notes: tuple[DeviceNote, ...] = ()
 
     @property
     def label(self) -> str:

@@ -170,6 +170,10 @@ def _devices() -> Iterator[Check]:
             status: Literal["ok", "fail"] = "fail" if device.problem else "ok"
             found = f"{device.name} ({device.path})"
             yield Check(name=f"device {device.label}", status=status, found=found, fix=device.problem)
+        # Several devices of a kind say the same of what they can do without.
+        for note in dict.fromkeys(note for device in backend.devices for note in device.notes):
+            name = f"{backend.name}: {note.name}"
+            yield Check(name=name, status="warn" if note.fix else "ok", found=note.found, fix=note.fix)
         if backend.status == "absent":
             yield Check(name=f"device {backend.name}", status="warn", found="no device found", fix=backend.message)
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -10,8 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from benchmarks.gpu.build import compiled
+from benchmarks.gpu.conformance import promoted
+from benchmarks.gpu.kernels import difference
+from sglang_core.api import Kernel
 
 ROOT = Path(__file__).parents[2]
 
@@ -80,3 +85,30 @@ def test_a_device_that_is_not_here_is_said(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environ, timeout=120)
     assert done.returncode == 2
     assert "no installed plugin provides device 'no-such-device'" in done.stderr
+
+
+def test_make_ends_at_the_first_part_where_there_is_no_such_device(tmp_path: Path) -> None:
+    environ = os.environ | {"SITE": str(tmp_path / "site"), "OUT": str(tmp_path)}
+    command = ["make", "-o", "install", "test-gpu", "GPU=no-such-device", f"PY={sys.executable}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environ, timeout=120, cwd=ROOT)
+    assert done.returncode == 2
+    assert done.stderr.count("no installed plugin provides device 'no-such-device'") == 1
+
+
+def test_a_provider_that_nothing_takes_is_judged_as_if_it_were_the_first_choice() -> None:
+    kernels = [
+        Kernel("attn.ragged", provider="first", fn="a:b", device=("cuda",)),
+        Kernel("attn.ragged", provider="last", fn="c:d", device=("cuda",), priority=10),
+        Kernel("norm.rms", provider="first", fn="e:f", device=("cuda",)),
+    ]
+    made, ops = promoted(kernels, "last")
+    assert ops == {"attn.ragged"}
+    assert max(made, key=lambda kernel: kernel.priority).provider == "last"
+    assert made[::2] == kernels[::2]
+
+
+def test_results_are_compared_by_the_size_of_their_numbers() -> None:
+    x = torch.tensor([3.0, 4.0, -3.0, -4.0])
+    assert difference(x, x) == 0
+    assert difference(x + torch.tensor([0.0, 1.0, 0, 0]), x) == pytest.approx(1 / 12.5**0.5)
+    assert math.isnan(difference(x * torch.nan, x))

@@ -11,7 +11,7 @@ import pytest
 
 from sglang_core.backend import devices
 from sglang_core.backend.devices import InstalledBackend
-from sglang_core.backend.interface import DeviceInfo
+from sglang_core.backend.interface import DeviceInfo, DeviceNote
 from sglang_core.backend.selection import ExplainRow
 from sglang_core.bench.op_clock import OpTime
 from sglang_core.cli import doctor, profile
@@ -133,6 +133,16 @@ def test_doctor_fails_on_a_device_that_cannot_be_opened(backends: list[Installed
     found = {check.name: check for check in doctor._devices()}
     assert (found["device acme:2"].status, found["device acme:2"].fix) == ("fail", "do X")
     assert found["device acme:1"].status == "ok"
+
+
+def test_doctor_says_once_what_devices_can_do_without(backends: list[InstalledBackend]) -> None:
+    fast, slow = DeviceNote(name="fast", found="1.0"), DeviceNote(name="slow", found="not built", fix="build it")
+    device = GOOD.devices[0]
+    backends[:] = [
+        replace(GOOD, devices=(replace(device, notes=(fast, slow)), replace(device, index=2, notes=(fast,))))
+    ]
+    found = [(c.name, c.status, c.found, c.fix) for c in doctor._devices() if c.name.startswith("acme: ")]
+    assert found == [("acme: fast", "ok", "1.0", ""), ("acme: slow", "warn", "not built", "build it")]
 
 
 def test_doctor_warns_without_failing(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from sglang_triton.gpu.backend import GpuBackend
 
 from sglang_core.api import DefaultsContext, DeviceInfo, DeviceRuntime, Kernel, KernelContext, RuntimeContext
 from sglang_cuda import deep_gemm, flashinfer, linears, nvml
+from sglang_cuda.notes import notes
 
 OLDEST = (8, 0)  # bfloat16 in the tensor cores
 LARGE = 60 * 2**30  # bytes
@@ -28,7 +30,8 @@ class CudaBackend(GpuBackend):
         if machine is None:
             return []
         versions = {"driver": machine.driver, "cuda": machine.cuda}
-        return [self._info(i, gpu, versions) for i, gpu in enumerate(nvml.visible(machine.gpus))]
+        gpus = nvml.visible(machine.gpus)
+        return [replace(self._info(i, gpu, versions), notes=notes(len(gpus))) for i, gpu in enumerate(gpus)]
 
     def _info(self, index: int, gpu: nvml.Gpu, versions: dict[str, str]) -> DeviceInfo:
         major, minor = gpu.compute_capability

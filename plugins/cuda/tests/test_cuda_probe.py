@@ -5,12 +5,13 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pynvml
 import pytest
-from sglang_cuda import nvml
+from sglang_cuda import notes, nvml, optional
 from sglang_cuda.backend import CudaBackend
 from sglang_cuda.nvml import Gpu, visible
 from sglang_triton.gpu import backend
@@ -161,3 +162,23 @@ def test_here_the_probe_is_clean() -> None:
     assert all(info.path.startswith("cuda/sm_") for info in infos)
     assert infos or CudaBackend().absent_reason()
     assert nvml.read() is not None or not infos
+
+
+def noted(backend: CudaBackend) -> dict[str, tuple[str, str]]:
+    return {note.name: (note.found, note.fix) for note in backend.probe()[0].notes}
+
+
+def test_what_gpus_can_do_without_is_noted(machine: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """An all-reduce is worth building for several GPUs; packages that are not here are nobody's fault."""
+    monkeypatch.setattr(notes, "LIBRARY", tmp_path / "lib.so")
+    one, two = noted(machine(H200)), noted(machine(H200, H200))
+    assert "single GPU" in one["all-reduce"][0] and one["all-reduce"][1] == ""
+    assert two["all-reduce"][1].startswith("python -m sglang_cuda.build_all_reduce")
+    for name, package in (("flashinfer", "flashinfer-python"), ("deep_gemm", "deep-gemm")):
+        assert f"{package} is not installed; pip install" in one[name][0] and one[name][1] == ""
+    (tmp_path / "lib.so").touch()
+    monkeypatch.setattr(optional, "version", lambda name: {"flashinfer-python": "0.7.2", "deep-gemm": "2.5"}[name])
+    found = noted(machine(H200, H200))
+    assert found["all-reduce"][0].startswith("built") and found["all-reduce"][1] == ""
+    assert found["flashinfer"][0].startswith("used")
+    assert "2.5 is installed" in found["deep_gemm"][0]

@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 from sglang_cuda.backend import CudaBackend
 
-from sglang_core.api import DeviceInfo
+from sglang_core.api import DeviceInfo, OpSite
+from sglang_core.api.ops import OPS
 from sglang_core.backend.devices import ChosenDevice
+from sglang_core.backend.selection import OpTable
 from sglang_core.config import EngineConfig
 from sglang_core.engine.explain import explain
 
@@ -29,3 +31,13 @@ def test_dense_layers_are_summed_in_one_order_where_that_is_asked_for() -> None:
     rows = explain(EngineConfig.from_flat(model_path="demo", device="cuda", deterministic=True), device)
     found = {kernel for row in rows if row.op == "gemm.linear" for kernel in row.kernels}
     assert found == {"sglang_triton.gemm:linear_invariant"}
+
+
+@pytest.mark.parametrize("op", ["moe.fused", "gemm.grouped", "lora.experts", "attn.mla_project"])
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_experts_and_heads_are_multiplied_in_tiles_of_one_size_where_that_is_asked_for(
+    op: str, deterministic: bool
+) -> None:
+    table = OpTable(H200, CudaBackend(), ops=OPS, page_size=16, deterministic=deterministic)
+    bound = table.bind(OpSite(op=op, layer="Layer", dtype="bfloat16", fmt="dense"))
+    assert bound.provider == "triton" and bound.kernels[0].fn.endswith("_invariant") == deterministic

@@ -66,13 +66,22 @@ def compile_spec(spec: AotSpec, arch: str) -> tuple[Usage, str]:
     names = spec.kernel.arg_names
     constexprs = {name: value for name, value in {**spec.constexprs, **config}.items() if name in names}
     signature = {name: "constexpr" if name in constexprs else spec.signature[name] for name in names}
-    source = triton.compiler.ASTSource(spec.kernel, signature, constexprs, spec.attrs())
+    source = (gluon_source() if spec.kernel.is_gluon() else triton.compiler.ASTSource)(
+        spec.kernel, signature, constexprs, spec.attrs()
+    )
     made = triton.compile(source, target=target, options=options)
     if amd:
         text = made.asm["amdgcn"]
         return _hip_usage(text, made.metadata.shared), text
     text = made.asm["ptx"]
     return _cuda_usage(text, arch, made.metadata.shared), text
+
+
+def gluon_source() -> Any:
+    """Triton's class for kernels in Gluon. No public name has it."""
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    return GluonASTSource
 
 
 def _hip_usage(assembly: str, shared: int) -> Usage:
@@ -106,7 +115,9 @@ def _cuda_usage(ptx: str, arch: str, shared: int) -> Usage:
 
 
 def missing_instructions(spec: AotSpec, arch: str, assembly: str) -> list[str]:
-    wanted = [text for prefix, text in spec.instructions.items() if arch.startswith(prefix)]
+    """`instructions` of the architecture that are not there, in words."""
+    found = [texts for prefix, texts in spec.instructions.items() if arch.startswith(prefix)]
+    wanted = [text for texts in found for text in ((texts,) if isinstance(texts, str) else texts)]
     return [f"no {text} in its assembly" for text in wanted if text not in assembly]
 
 

@@ -17,7 +17,8 @@ class AotSpec:
 
     `sizes` is what the launcher asks `tuning.choose` about; `signature` has the run-time parameters in Triton's words ("*bf16",
     "i32"), perhaps those of the module's other kernels too, and `constexprs` what no config gives. Pointers are taken as aligned to 16 bytes, and so are integers but for those in
-    `odd`. `instructions`: by prefix of the architecture, what its assembly must have ("sm_90": "wgmma").
+    `odd`. `instructions`: by prefix of the architecture, what its assembly must have ("sm_90": "wgmma"), or several. `fixed`: tiles and
+    launch options of a kernel that no config has.
     """
 
     op: str
@@ -28,7 +29,8 @@ class AotSpec:
     constexprs: Mapping[str, Any] = field(default_factory=dict)
     sizes: Mapping[str, int | str] = field(default_factory=dict)
     odd: tuple[str, ...] = ()
-    instructions: Mapping[str, str] = field(default_factory=dict)
+    instructions: Mapping[str, str | tuple[str, ...]] = field(default_factory=dict)
+    fixed: Config | None = None
     archs: tuple[str, ...] = ()  # the only ones it is for; (): all
 
     @property
@@ -36,7 +38,7 @@ class AotSpec:
         return f"{self.op}[{self.name}]" if self.name else self.op
 
     def config(self, arch: str) -> Config:
-        return choose_for(arch, self.tuned_as or self.op, self.sizes)
+        return choose_for(arch, self.tuned_as or self.op, self.sizes) if self.fixed is None else self.fixed
 
     def attrs(self) -> dict[tuple[int, ...], list[list[object]]]:
         """What Triton finds out about arguments at a launch, as its compiler takes it."""

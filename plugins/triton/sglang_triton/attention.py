@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 import triton
 from torch import Tensor
@@ -21,11 +24,25 @@ from sglang_triton.attention_launch import (
     scale_of,
     tile_sizes,
 )
-from sglang_triton.attention_plan import MERGES, WorkPlan, merge_programs, num_programs
+from sglang_triton.attention_plan import MERGES, ROWS, WorkPlan, merge_programs, num_programs
 from sglang_triton.attention_pool import Leaves, has_ocp_fp8
 from sglang_triton.kv_write import kv_write
 from sglang_triton.rows import as_heads
 from sglang_triton.tuning import choose
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """What tiles read beside queries, and where their results go: those of splits are float32."""
+
+    store: Leaves
+    o: Tensor
+    lse: Tensor | None
+    part_o: Tensor | None
+    part_lse: Tensor | None
+
+
+Wide = Callable[[Tensor, Tile, AttnSpec, WorkPlan, int], None]  # queries, tiles, which tier of the plan
 
 
 def paged(
@@ -39,8 +56,9 @@ def paged(
     *,
     sinks: Tensor | None = None,
     lse: bool = False,
+    wide: Wide | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """q: [T, Hq, D] -> o: [T, Hq, Dv] (, lse: float32[T, Hq]). Writes k and v first."""
+    """q: [T, Hq, D] -> o: [T, Hq, Dv] (, lse: float32[T, Hq]). Writes k and v first. `wide`: in place of ours for tiles of the most rows."""
     if k is not None and v is not None:
         kv_write(k, v, pool, layer, plan.slot_mapping)
     store = Leaves.of(pool, layer, native_fp8=has_ocp_fp8())
@@ -48,7 +66,9 @@ def paged(
     w0, w1 = parts_of(spec.head_dim)
     k0, k1 = store.k, store.k[..., w0:]
     q0, q1 = q, q[..., w0:]
-    return _attend(q0, q1, k0, k1, store.v, (w0, w1, spec.v_head_dim), store, spec, plan, sinks, lse, shared=False)
+    return _attend(
+        q0, q1, k0, k1, store.v, (w0, w1, spec.v_head_dim), store, spec, plan, sinks, lse, shared=False, wide=wide
+    )
 
 
 def mla_paged(
@@ -86,6 +106,7 @@ def _attend(
     lse: bool,
     *,
     shared: bool,
+    wide: Wide | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     tokens, heads, static = q0.shape[0], spec.num_heads, plan.static
     o = q0.new_empty(tokens, heads, widths[2])
@@ -99,6 +120,9 @@ def _attend(
     k_row = k0.stride(1)
     for i, tier in enumerate(static.tiers if tokens else ()):
         if not tier.capacity:
+            continue
+        if wide is not None and tier.rows == ROWS[-1]:
+            wide(q0, Tile(store, o, sums, part_o, part_sums), spec, plan, i)
             continue
         config = choose(
             "attn.mla_paged" if shared else "attn.paged", **tile_sizes(tier.rows, widths, dot, store.k.dtype)
@@ -115,7 +139,7 @@ def _attend(
             TOKENS=tier.tokens, PAGE=static.page_size, NUM_HEADS=heads, NUM_KV_HEADS=spec.num_kv_heads, GROUP=group,
             **dims_of(widths), DOT=DOT_TYPES[dot], **mask_of(spec), SINKS=sinks is not None, TREE=plan.tree_mask is not None,
             SHARED=shared, STATIC=store.scaling == "static", DYNAMIC=store.scaling == "dynamic",
-            PHASES=tier.rows >= LONG and not shared, LSE=lse, **config,
+            PHASES=tier.rows >= LONG and not shared, SPLIT=part_o is not None, LSE=lse, **config,
         )  # fmt: skip
     if tokens and static.num_merges:
         config = choose("attn.merge_splits", D=widths[2])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -115,6 +116,7 @@ def paged_spec(
         "STATIC": static,
         "DYNAMIC": dynamic,
         "PHASES": rows >= LONG and not shared,
+        "SPLIT": True,
         "LSE": False,
     }
     yield AotSpec(
@@ -128,6 +130,14 @@ def paged_spec(
         instructions={} if dot == torch.float32 else WIDE if rows >= LONG else INSTRUCTIONS,
         archs=archs,
     )
+
+
+def unsplit(spec: AotSpec) -> AotSpec:
+    """As it is launched where a plan has cut no keys: there are no partial results."""
+    parts = ("part_o", "part_lse")
+    signature = {name: of for name, of in spec.signature.items() if name not in parts}
+    more = dict.fromkeys(parts) | {"SPLIT": False}
+    return replace(spec, name=f"{spec.name}, no splits", signature=signature, constexprs={**spec.constexprs, **more})
 
 
 def ragged_spec(name: str, spec: AttnSpec, dtype: torch.dtype = BF16) -> AotSpec:
@@ -209,6 +219,8 @@ AOT = (
     *paged_specs("attn.paged", "tree, window", spec_of(32, 8, 128, tree=True, window=1024), 64, page=16),
     *paged_specs("attn.paged", "tree, D=256", spec_of(8, 4, 256, tree=True), 64),
     *paged_specs("attn.paged", "extend", LLAMA, 128),
+    *map(unsplit, paged_specs("attn.paged", "extend", LLAMA, 128)),
+    *map(unsplit, paged_specs("attn.paged", "decode", LLAMA, 16)),
     *paged_specs("attn.paged", "extend, page of 16", LLAMA, 128, page=16),
     *paged_specs("attn.paged", "extend, fp8", LLAMA, 128, stored=FP8),
     *paged_specs("attn.paged", "extend, int8", LLAMA, 128, stored=INT8),

@@ -74,6 +74,7 @@ def _attend_items(
     STATIC: tl.constexpr,
     DYNAMIC: tl.constexpr,
     PHASES: tl.constexpr,
+    SPLIT: tl.constexpr,
     LSE: tl.constexpr,
 ):
     """attn.paged over one tier of a work list: as many programs as fit on the device, which share its items and heads.
@@ -104,7 +105,7 @@ def _attend_items(
             k_scale, v_scale, scale_row, o, lse, part_o, part_lse, scale, soft_cap, sinks,
             table + req.to(tl.int64) * num_pages, 0, tree, tree_words, first_key,
             M, N, PAGE, NUM_HEADS, GROUP, BLOCKS, W0, B0, W1, B1, WV, BV, DOT,
-            CAUSAL, WINDOW, SOFT_CAP, SINKS, TREE, SHARED, STATIC, DYNAMIC, PHASES, True, LSE,
+            CAUSAL, WINDOW, SOFT_CAP, SINKS, TREE, SHARED, STATIC, DYNAMIC, PHASES, SPLIT, LSE,
         )  # fmt: skip
 
 

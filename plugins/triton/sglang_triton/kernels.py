@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from sglang_core.api import Claim, Claims, Kernel, SelectionContext, Support
@@ -43,6 +44,8 @@ TUNER = "sglang_triton.tuner:TritonTuner"
 PROFILES = (
     *("mla", "moe", "vision", "lora", "ssm"),
     *("window", "soft_cap", "sinks", "tree", "cross", "kv_half", "kv_fp8", "kv_int8", "odd_sizes", "buckets"),
+    *(f"quant:{fmt}" for fmt in ("fp8.tensor", "fp8.token_channel", "fp8.block128", "int8.token_channel", "mxfp4.g32")),
+    *(f"quant:int4.{fmt}" for fmt in ("awq.g128", "awq.g32", "gptq.g64", "pack.g128", "pack.g-1")),
 )
 
 MAX_KEY_DIM = 128  # a few columns of a state of so many rows fit registers, and a chunk of such keys shared memory
@@ -53,10 +56,64 @@ def state_limits(ctx: SelectionContext) -> str | None:
     return dtype_limits(ctx) if dim <= MAX_KEY_DIM else f"takes keys of at most {MAX_KEY_DIM} dims, not {dim}"
 
 
+# A provider of its own: no device has run it, so it is taken only where `--kernel attn.paged=hopper` or `attn.ragged=hopper` asks for it.
+HOPPER, UNPROVEN = "hopper", 10
+HOPPER_DIMS = ((64, 128, 192), (64, 128))  # of keys, of values: what shared memory holds two blocks of
+HOPPER_ROWS = 128  # of a tile, which all query heads of a KV head must fit
+
+
+def hopper_limits(ctx: SelectionContext) -> str | None:
+    """What both kernels of attention have in common."""
+    spec = ctx.site.spec
+    if not ctx.device.path.endswith("/sm_90"):
+        return f"is for sm_90, whose instructions it consists of, not {ctx.device.path}"
+    if ctx.site.dtype not in ("bfloat16", "float16"):
+        return f"takes bfloat16 and float16, not {ctx.site.dtype}"
+    if spec.head_dim not in HOPPER_DIMS[0] or spec.v_head_dim not in HOPPER_DIMS[1]:
+        return f"takes keys of 64, 128, 192 and values of 64, 128 dims, not {spec.head_dim} and {spec.v_head_dim}"
+    if (group := spec.num_heads // spec.num_kv_heads) > HOPPER_ROWS:
+        return f"takes at most {HOPPER_ROWS} query heads a KV head, not {group}"
+    unknown = {
+        "windows": spec.window,
+        "soft caps": spec.soft_cap,
+        "sinks": spec.has_sinks,
+        "trees of drafts": spec.tree,
+    }
+    if found := [name for name, there in unknown.items() if there]:
+        return f"takes no {', '.join(found)}"
+    return None if spec.scale > 0 else f"takes a positive scale, not {spec.scale}"
+
+
+def hopper_pool_limits(ctx: SelectionContext) -> str | None:
+    """A page is copied as a box, or as several of 128 rows."""
+    stored, page = ctx.site.spec.kv_dtype, ctx.page_size
+    if stored not in ("auto", ctx.site.dtype):
+        return f"reads keys as they are, and they are {stored}"
+    if page < 16 or page & (page - 1):
+        return f"takes pages of 16, 32, 64 and so on, not {page}; set --page-size"
+    return hopper_limits(ctx)
+
+
 def _kernel(op: str, fn: str, **facts: Any) -> Kernel:
-    defaults: dict[str, Any] = {"supports": dtype_limits, "features": INVARIANT, "priority": PRIORITY}
+    defaults: dict[str, Any] = {
+        "device": DEVICES,
+        "supports": dtype_limits,
+        "features": INVARIANT,
+        "priority": PRIORITY,
+    }
     defaults["tune"] = TUNER if op in TUNED else None
-    return Kernel(op, fn=f"sglang_triton.{fn}", device=DEVICES, **(defaults | facts))
+    return Kernel(op, fn=f"sglang_triton.{fn}", **(defaults | facts))
+
+
+def _hopper(op: str, fn: str, limits: Callable[[SelectionContext], str | None]) -> Kernel:
+    invariant = op in ("attn.ragged", "kv.write")
+    facts = {
+        "provider": HOPPER,
+        "device": ("cuda",),
+        "priority": UNPROVEN,
+        "features": INVARIANT if invariant else GRAPHS,
+    }
+    return _kernel(op, fn, supports=limits, tune=None, **facts)
 
 
 KERNELS = (
@@ -77,6 +134,7 @@ KERNELS = (
     _kernel("lora.apply", "lora:apply"),
     _kernel("lora.embed", "lora:embed"),
     _kernel("lora.experts", "lora_experts:experts", supports=format_limits, features=GRAPHS),
+    _kernel("lora.experts", "lora_experts:experts_invariant", supports=format_limits, priority=PRIORITY - 1),
     _kernel("gemm.linear", "gemm:linear", supports=quantised_limits, features=GRAPHS | {"takes_codes"}),
     _kernel(
         "gemm.linear",
@@ -89,7 +147,9 @@ KERNELS = (
     _kernel("act.gated_quant", "coded:gated_quant"),
     _kernel("moe.route", "moe_route:route"),
     _kernel("moe.fused", "moe:fused", supports=format_limits, features=GRAPHS),
+    _kernel("moe.fused", "moe:fused_invariant", supports=format_limits, priority=PRIORITY - 1),
     _kernel("gemm.grouped", "moe:grouped", supports=format_limits, features=GRAPHS),
+    _kernel("gemm.grouped", "moe:grouped_invariant", supports=format_limits, priority=PRIORITY - 1),
     _kernel("ssm.causal_conv1d", "causal_conv:causal_conv1d"),
     _kernel("ssm.gated_delta_rule", "gated_delta:gated_delta_rule", supports=state_limits),
     _kernel("attn.plan", "attention_plan:plan", features=GRAPHS),
@@ -103,7 +163,12 @@ KERNELS = (
     _kernel("attn.mla_paged", "attention:mla_paged", features=GRAPHS),
     _kernel("attn.mla_paged", "attention:mla_paged", priority=PRIORITY - 1),
     _kernel("attn.mla_project", "mla_project:mla_project", features=GRAPHS),
+    _kernel("attn.mla_project", "mla_project:mla_project_invariant", priority=PRIORITY - 1),
     _kernel("attn.ragged", "attention:ragged"),
+    _hopper("attn.ragged", "hopper_attention:ragged", hopper_limits),
+    _hopper("attn.paged", "hopper_attention:paged", hopper_pool_limits),
+    _hopper("attn.plan", "attention_plan:plan", hopper_pool_limits),
+    _hopper("kv.write", "kv_write:kv_write", dtype_limits),
     _kernel("attn.merge", "attention:merge"),
 )
 

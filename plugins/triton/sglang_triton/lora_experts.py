@@ -6,7 +6,9 @@ expert and once by the pair. Sums and scales between products are PyTorch's own,
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +16,7 @@ from torch import Tensor
 from sglang_core.api.ops import ExpertAdapters, ExpertSpec, PackedWeight
 from sglang_triton.activation import gated_rows
 from sglang_triton.moe import AOT as MOE_AOT
-from sglang_triton.moe import by_expert, by_group, combined, fused
+from sglang_triton.moe import by_expert, by_expert_invariant, by_group, combined, fused
 
 
 def experts(
@@ -30,10 +32,13 @@ def experts(
     bias13: Tensor | None = None,
     bias2: Tensor | None = None,
     expert_map: Tensor | None = None,
+    multiply: Callable[..., Tensor] = by_expert,
 ) -> Tensor:
     """x: [T, M], w13: [X, 2F, M], w2: [X, M, F], weights: float32[T, K], ids, token_adapter: int32 -> [T, M]."""
     if token_adapter is None:
-        return fused(x, w13, w2, weights, ids, act, bias13=bias13, bias2=bias2, expert_map=expert_map)
+        return fused(
+            x, w13, w2, weights, ids, act, bias13=bias13, bias2=bias2, expert_map=expert_map, multiply=multiply
+        )
     (num_adapters, num_experts), top_k = adapters.a13.shape[:2], ids.shape[1]
     local = ids.flatten() if expert_map is None else expert_map[ids.flatten()]
     own = token_adapter.repeat_interleave(top_k)
@@ -46,15 +51,20 @@ def experts(
         x, share = (x.float()[:, None] * weights[..., None]).to(x.dtype).flatten(0, 1), 1
     # Rows of what is remote keep zeros: no group has them, and each is added with a weight.
     h = x.new_zeros(local.shape[0], w13.out_features)
-    by_expert(x, w13, sizes, bias13, h, source=order, share=share, target=order)
+    multiply(x, w13, sizes, bias13, h, source=order, share=share, target=order)
     half = adapters.b13.shape[2] // 2
     halves = (adapters.b13[:, :, :half], adapters.b13[:, :, half:])
-    h = _added(h, x, share, adapters.a13, halves, adapters.scale[..., :2], pair, pairs)
+    h = _added(h, x, share, adapters.a13, halves, adapters.scale[..., :2], pair, pairs, multiply)
     h = gated_rows(h, act)
     y = x.new_zeros(local.shape[0], w2.out_features)
-    by_expert(h, w2, sizes, bias2, y, source=order, target=order)
-    y = _added(y, h, 1, adapters.a2, (adapters.b2,), adapters.scale[..., 2:], pair, pairs)
+    multiply(h, w2, sizes, bias2, y, source=order, target=order)
+    y = _added(y, h, 1, adapters.a2, (adapters.b2,), adapters.scale[..., 2:], pair, pairs, multiply)
     return combined(y, weights, weighted=not act.weight_on_input)
+
+
+def experts_invariant(*args: Any, **more: Any) -> Tensor:
+    """As `experts`, in the same tiles whatever the batch."""
+    return experts(*args, **more, multiply=by_expert_invariant)
 
 
 def _added(
@@ -66,18 +76,19 @@ def _added(
     scale: Tensor,
     pair: Tensor,
     pairs: tuple[Tensor, Tensor],
+    multiply: Callable[..., Tensor],
 ) -> Tensor:
     """y: [S, out], row i of x: i // share, a: [A, X, P * R, in], b: P times [A, X, out / P, R], scale: [A, X, P] -> [S, out]."""
     order, sizes = pairs
     count, num = y.shape[0], a.shape[0] * a.shape[1]
     low = y.new_zeros(count, a.shape[2])
-    by_expert(x, _stack(a), sizes, None, low, source=order, share=share, target=order)
+    multiply(x, _stack(a), sizes, None, low, source=order, share=share, target=order)
     by_pair = scale.flatten(0, 1)[pair.clamp(max=num - 1)]
     low = (low.view(count, len(b), b[0].shape[3]).float() * by_pair[..., None]).to(y.dtype)
     delta = []
     for part, matrices in enumerate(b):
         made = y.new_zeros(count, matrices.shape[2])
-        delta.append(by_expert(low[:, part], _stack(matrices), sizes, None, made, source=order, target=order))
+        delta.append(multiply(low[:, part], _stack(matrices), sizes, None, made, source=order, target=order))
     return torch.where(pair[:, None] < num, (y.float() + torch.cat(delta, dim=-1).float()).to(y.dtype), y)
 
 

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sglang_triton.aot_spec import AotSpec
-from sglang_triton.gemm import DOTS
+from sglang_triton.gemm import DOTS, INVARIANT_TOKENS
 from sglang_triton.numerics import dot, rounded
 from sglang_triton.rows import dense_last
 from sglang_triton.tuning import choose
@@ -16,11 +16,21 @@ from sglang_triton.tuning import choose
 
 def mla_project(x: Tensor, weight: Tensor) -> Tensor:
     """x: [T, Hq, I], weight: [Hq, I, O] -> [T, Hq, O] in x.dtype."""
+    return _launch(x, weight, x.shape[0])
+
+
+def mla_project_invariant(x: Tensor, weight: Tensor) -> Tensor:
+    """As `mla_project`, in the same tiles whatever the batch, so that each row is summed in the same order."""
+    return _launch(x, weight, INVARIANT_TOKENS)
+
+
+def _launch(x: Tensor, weight: Tensor, tiles_for: int) -> Tensor:
+    """`tiles_for`: the number of tokens whose tiles are taken."""
     x = dense_last(x)
     (num_tokens, heads, depth), width = x.shape, weight.shape[2]
     y = torch.empty(num_tokens, heads, width, dtype=x.dtype, device=x.device)
     if y.numel():
-        config = choose("attn.mla_project", T=num_tokens, BITS=8 * x.dtype.itemsize)
+        config = choose("attn.mla_project", T=tiles_for, BITS=8 * x.dtype.itemsize)
         grid = (triton.cdiv(num_tokens, config["BLOCK_T"]), triton.cdiv(width, config["BLOCK_N"]), heads)
         _project[grid](
             x, weight, y, num_tokens, width, heads, x.stride(0), x.stride(1), *weight.stride(), K=depth, **config

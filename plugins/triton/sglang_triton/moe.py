@@ -6,7 +6,10 @@ expert and its rows from the sizes of the groups, and those that are too many en
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import torch
 import triton
@@ -24,10 +27,17 @@ from sglang_triton.quantize import quantise
 from sglang_triton.rows import as_rows
 from sglang_triton.tuning import choose
 
+INVARIANT_ROWS = 1024  # whose tiles serve every batch where a row may not depend on its neighbours: of 16 rows, which prefills are not at their best in
+
 
 def grouped(x: Tensor, w: PackedWeight, group_sizes: Tensor, bias: Tensor | None = None) -> Tensor:
     """x: [S, in], w: [X, out, in], group_sizes: int32[X], bias: [X, out] -> [S, out]; zeros for rows past the sum of the sizes."""
-    return by_expert(x, w, group_sizes, bias, torch.zeros(x.shape[0], w.out_features, dtype=x.dtype, device=x.device))
+    return by_expert(x, w, group_sizes, bias, x.new_zeros(x.shape[0], w.out_features))
+
+
+def grouped_invariant(x: Tensor, w: PackedWeight, group_sizes: Tensor, bias: Tensor | None = None) -> Tensor:
+    """As `grouped`, in the same tiles whatever the batch, so that each row is summed in the same order."""
+    return by_expert_invariant(x, w, group_sizes, bias, x.new_zeros(x.shape[0], w.out_features))
 
 
 def fused(
@@ -41,8 +51,10 @@ def fused(
     bias13: Tensor | None = None,
     bias2: Tensor | None = None,
     expert_map: Tensor | None = None,
+    multiply: Callable[..., Tensor] | None = None,
 ) -> Tensor:
-    """x: [T, M], w13: [X, 2F, M], w2: [X, M, F], weights: float32[T, K], ids: int32[T, K] -> [T, M]."""
+    """x: [T, M], w13: [X, 2F, M], w2: [X, M, F], weights: float32[T, K], ids: int32[T, K] -> [T, M]. `multiply`: as `by_expert`, which it is by default."""
+    multiply = multiply or by_expert
     (num_tokens, top_k), device = ids.shape, x.device
     num_experts = w13.num_experts or 0
     local = ids.flatten() if expert_map is None else expert_map[ids.flatten()]
@@ -54,11 +66,16 @@ def fused(
         share = 1
     # Rows of what is remote are never written, and never read: whatever they hold stays theirs.
     h = torch.empty(count, w13.out_features, dtype=x.dtype, device=device)
-    h = gated_rows(by_expert(x, w13, sizes, bias13, h, source=source, share=share), act)
+    h = gated_rows(multiply(x, w13, sizes, bias13, h, source=source, share=share), act)
     make = torch.empty if expert_map is None else torch.zeros
     y = make(count, w2.out_features, dtype=x.dtype, device=device)
-    by_expert(h, w2, sizes, bias2, y, target=order)
+    multiply(h, w2, sizes, bias2, y, target=order)
     return combined(y, weights, weighted=not act.weight_on_input)
+
+
+def fused_invariant(*args: Any, **more: Any) -> Tensor:
+    """As `fused`, in the same tiles whatever the batch."""
+    return fused(*args, **more, multiply=by_expert_invariant)
 
 
 def by_group(group: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
@@ -78,15 +95,18 @@ def by_expert(
     source: Tensor | None = None,
     share: int = 1,
     target: Tensor | None = None,
+    tiles_for: int | None = None,
 ) -> Tensor:
-    """y: [S, out]. Sorted row i is row source[i] // share of x (or i), and is written to row target[i] of y (or i)."""
+    """y: [S, out]. Sorted row i is row source[i] // share of x (or i), and is written to row target[i] of y (or i). `tiles_for`: not S, where given."""
     if y.numel() == 0:
         return y
     rows, kind, num_experts = as_rows(x), Fmt.parse(w.fmt).activation, w.num_experts or 0
     code, scale, zero = as_codes(w)
     rows, x_scale = (rows, scale) if kind == "as_is" else quantise(rows, kind)
     count = y.shape[0]
-    config = choose("moe.fused", S=count, X=num_experts, **weight_sizes(w.fmt, w.out_features, w.in_features))
+    config = choose(
+        "moe.fused", S=tiles_for or count, X=num_experts, **weight_sizes(w.fmt, w.out_features, w.in_features)
+    )
     tiles = triton.cdiv(count + min(count, num_experts) * (config["BLOCK_T"] - 1), config["BLOCK_T"])
     _grouped[(tiles, triton.cdiv(w.out_features, config["BLOCK_N"]))](
         rows,
@@ -119,6 +139,9 @@ def by_expert(
         **config,
     )
     return y
+
+
+by_expert_invariant = partial(by_expert, tiles_for=INVARIANT_ROWS)
 
 
 def combined(y: Tensor, weights: Tensor, *, weighted: bool) -> Tensor:

@@ -10,11 +10,16 @@ from sglang_triton.tuning import arch_of, source
 
 
 class TritonKernels:
-    """The provider `triton`. It offers nothing to other devices: what cannot run there would only lengthen their `explain`."""
+    """The providers `triton` and `hopper`. They offer nothing to other devices: what cannot run there would only lengthen their `explain`."""
 
     @hookimpl
     def sglang_kernels(self, ctx: KernelContext) -> list[Kernel]:
-        if ctx.device.path.split("/")[0] not in DEVICES:
+        family = ctx.device.path.split("/")[0]
+        if family not in DEVICES:
             return []
         note = f"configs: {source(arch_of(ctx.device.path))}"
-        return [kernel if kernel.tune is None else replace(kernel, note=note) for kernel in KERNELS]
+        return [
+            kernel if kernel.tune is None else replace(kernel, note=note)
+            for kernel in KERNELS
+            if family in kernel.device
+        ]

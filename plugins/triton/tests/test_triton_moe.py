@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import pytest
 import torch
-from sglang_triton.moe import fused, grouped
+from sglang_triton.gemm import INVARIANT_TOKENS
+from sglang_triton.mla_project import mla_project_invariant
+from sglang_triton.moe import INVARIANT_ROWS, fused, fused_invariant, grouped, grouped_invariant
 from sglang_triton.moe_route import route
+from sglang_triton.tuning import asking
 from triton_tolerance import assert_close
 
 from sglang_core.api.ops import OPS, ExpertSpec, PackedWeight, RouteSpec
@@ -97,3 +103,33 @@ def test_fused_in_quantised_formats(fmt: str) -> None:
     x, weights, ids = torch.randn(9, 128), torch.rand(9, 2), torch.randint(0, 3, (9, 2)).int()
     args = x, w13, w2, weights, ids, ExpertSpec()
     assert_close(fused(*args), OPS["moe.fused"].body(*args), scale=200)
+
+
+@pytest.mark.parametrize("fmt", ["dense", "fp8.block128", "int4.gptq.g32"])
+def test_invariant_twins_give_a_row_the_same_bits_in_any_company(fmt: str) -> None:
+    """700 tokens of two experts each are in larger tiles than one token, but here."""
+    torch.manual_seed(0)
+    w13, w2 = experts(fmt, 3, 128, 128), experts(fmt, 3, 128, 64)
+    x, weights, ids = torch.randn(700, 128), torch.rand(700, 2), torch.randint(0, 3, (700, 2)).int()
+    together = fused_invariant(x, w13, w2, weights, ids, ExpertSpec())
+    one = slice(690, 691)
+    assert torch.equal(fused_invariant(x[one], w13, w2, weights[one], ids[one], ExpertSpec()), together[one])
+    assert_close(together[one], OPS["moe.fused"].body(x[one], w13, w2, weights[one], ids[one], ExpertSpec()), scale=200)
+    sizes = torch.tensor([1, 0, 0], dtype=torch.int32)
+    many = grouped_invariant(x, w13, 700 * sizes)
+    assert torch.equal(grouped_invariant(x[:1], w13, sizes), many[:1])
+
+
+def test_invariant_twins_ask_for_the_same_tiles_whatever_the_batch() -> None:
+    """As the tiles of other devices may differ where those of this one do not."""
+    asked: list[tuple[str, int]] = []
+
+    def look(op: str, sizes: Mapping[str, Any]) -> None:
+        asked.extend((op, sizes[name]) for name in ("S", "T") if name in sizes)
+
+    w, x = experts("dense", 3, 8, 8), torch.randn(40, 8)
+    with asking(look):
+        for rows in (1, 40):
+            grouped_invariant(x[:rows], w, torch.tensor([rows, 0, 0], dtype=torch.int32))
+            mla_project_invariant(x[:rows, None], torch.randn(1, 8, 8))
+    assert asked == [("moe.fused", INVARIANT_ROWS), ("attn.mla_project", INVARIANT_TOKENS)] * (len(asked) // 2)

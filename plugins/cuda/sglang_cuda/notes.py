@@ -1,0 +1,35 @@
+"""What a GPU can do without, for `sglang-core doctor`: our all-reduce, and packages that are used where they are installed. Imports none of them."""
+
+from __future__ import annotations
+
+from sglang_core.api import DeviceNote
+from sglang_cuda import deep_gemm, flashinfer
+from sglang_cuda.build_all_reduce import HOW, LIBRARY
+from sglang_cuda.optional import problem
+
+PROVIDERS = {
+    "flashinfer": (flashinfer.PACKAGE, flashinfer.RELEASES),
+    "deep_gemm": (deep_gemm.PACKAGE, deep_gemm.RELEASES),
+}
+
+
+def notes(num_gpus: int) -> tuple[DeviceNote, ...]:
+    """`num_gpus`: that are visible."""
+    return (all_reduce_note(num_gpus), *(provider_note(*facts) for facts in PROVIDERS.items()))
+
+
+def all_reduce_note(num_gpus: int) -> DeviceNote:
+    """Without it ranks sum by NCCL, which is right, and slower for short sums."""
+    if LIBRARY.exists():
+        return DeviceNote(
+            name="all-reduce", found="built: short sums between GPUs go through it where they reach each other's memory"
+        )
+    if num_gpus < 2:
+        return DeviceNote(name="all-reduce", found="not built, and of no use to a single GPU")
+    return DeviceNote(name="all-reduce", found="not built: sums between GPUs go through NCCL", fix=HOW)
+
+
+def provider_note(name: str, package: tuple[str, str]) -> DeviceNote:
+    """Nothing is wrong where it is missing: other kernels run."""
+    missing = problem(*package)
+    return DeviceNote(name=name, found=f"not used: {missing}" if missing else "used: `explain` says where")
