@@ -24,7 +24,19 @@ TRACED = {
 KERNELS = [Kernel(op, fn=f"sglang_tpu.traced:{name}", device=("tpu",), features=GRAPHS) for op, name in TRACED.items()]
 
 
+ATTENTION = {
+    "attn.paged": "attention:paged",
+    "attn.plan": "attention_plan:plan",
+    "kv.write": "attention:kv_write",
+    "attn.mla_paged": "attention:mla_paged",
+    "attn.mla_plan": "attention_plan:plan",
+    "kv.write_mla": "attention:kv_write_mla",
+}
+
+KERNELS += [Kernel(op, fn=f"sglang_tpu.{fn}", device=("tpu",), features=GRAPHS) for op, fn in ATTENTION.items()]
+
+
 def claims(profiles: tuple[str, ...]) -> Claims:
     """Of the other ops only float16 is refused, which their bodies were never checked with."""
-    native = [Claim(op=op, dtypes=DTYPES) for op in TRACED]
+    native = [Claim(op=op, dtypes=DTYPES) for op in (*TRACED, *ATTENTION)]
     return Claims((*native, Claim(op="*", dtypes=("float16",), support=Support.UNSUPPORTED)), profiles=profiles)
