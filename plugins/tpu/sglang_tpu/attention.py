@@ -41,7 +41,8 @@ def paged(
     """q: [T, Hq, D] -> o: [T, Hq, Dv] (, lse: float32[T, Hq]). Writes k and v first."""
     new = None if k is None or v is None else (array(k), array(v))
     given = None if sinks is None else array(sinks)
-    return _run(_facts(spec, plan, lse, latent=False), (array(q),), new, pool, layer, plan, given)
+    facts = facts_of(spec, plan.static.block, plan.static.num_pages, latent=False, lse=lse)
+    return _run(facts, (array(q),), new, pool, layer, plan, given)
 
 
 @on_device
@@ -59,7 +60,7 @@ def mla_paged(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """q_nope: [T, Hq, rank], q_pe: [T, Hq, rope_dim] -> o: [T, Hq, rank] (, lse: float32[T, Hq]). Writes c_kv, k_pe first."""
     new = None if c_kv is None or k_pe is None else (array(c_kv)[:, None], array(k_pe)[:, None])
-    facts = _facts(spec.latent, plan, lse, latent=True)
+    facts = facts_of(spec.latent, plan.static.block, plan.static.num_pages, latent=True, lse=lse)
     return _run(facts, (array(q_nope), array(q_pe)), new, pool, layer, plan, None)
 
 
@@ -75,7 +76,7 @@ def kv_write_mla(c_kv: Tensor, k_pe: Tensor, pool: Pool, layer: int, slot_mappin
     _write((array(c_kv)[:, None], array(k_pe)[:, None]), pool, layer, slot_mapping)
 
 
-def _facts(spec: AttnSpec, plan: ItemPlan, lse: bool, *, latent: bool) -> Facts:
+def facts_of(spec: AttnSpec, block: int, num_pages: int, *, latent: bool, lse: bool) -> Facts:
     return Facts(
         scale=spec.scale,
         causal=spec.causal,
@@ -83,8 +84,9 @@ def _facts(spec: AttnSpec, plan: ItemPlan, lse: bool, *, latent: bool) -> Facts:
         soft_cap=spec.soft_cap,
         has_sinks=spec.has_sinks,
         latent=latent,
-        block=plan.static.block,  # type: ignore[attr-defined]
-        num_pages=plan.static.num_pages,
+        values=spec.v_head_dim,
+        block=block,
+        num_pages=num_pages,
         lse=lse,
     )
 
@@ -115,7 +117,7 @@ def _rebind(held: list[Any], leaves: Arrays) -> None:
         tensor._elem = leaf
 
 
-@partial(jax.jit, static_argnums=0)
+@partial(jax.jit, static_argnums=0, donate_argnums=3)  # within a step's trace, the step's own donation counts
 def step(
     facts: Facts, queries: Arrays, new: Arrays | None, leaves: Arrays, plan: Arrays, sinks: jax.Array | None
 ) -> tuple[Arrays, Arrays]:
@@ -129,17 +131,17 @@ def step(
     heads, page_size = leaves[0].shape[2], leaves[0].shape[1]
     group = num_heads // heads
     if new is not None:
-        new = tuple(x.astype(leaf.dtype) for x, leaf in zip(new, leaves, strict=True))
+        new = _as_stored(new, leaves)
     if not tokens:
-        values = leaves[0 if facts.latent else 1].shape[-1]
-        o = jnp.zeros((0, num_heads, values), queries[0].dtype)
+        o = jnp.zeros((0, num_heads, facts.values), queries[0].dtype)
         return ((o, jnp.zeros((0, num_heads), jnp.float32)) if facts.lse else (o,)), leaves
     shapes = [leaf.shape for leaf in leaves]
     if new is not None and heads == 1:
         leaves, new = scatter(new, leaves, slots), None
     if heads == 1:
         leaves = tuple(leaf[:, :, 0] for leaf in leaves)
-    laid = tuple(_to_blocks(q, heads, facts.block) for q in queries)
+    wide = (_widened(q, leaf.shape[-1]) for q, leaf in zip(queries, leaves, strict=False))
+    laid = tuple(_to_blocks(q, heads, facts.block) for q in wide)
     rows = facts.block * group
     if sinks is not None:
         of_row = jnp.tile(sinks.astype(jnp.float32).reshape(heads, 1, group), (1, facts.block, 1))
@@ -149,7 +151,7 @@ def step(
     o, *rest = made
     lse, changed = (rest[0], rest[1:]) if facts.lse else (None, rest)
     is_live = live[:, None] == 1
-    o = jnp.where(is_live[..., None], _from_blocks(o, tokens, facts.block), 0)
+    o = jnp.where(is_live[..., None], _from_blocks(o, tokens, facts.block)[..., : facts.values], 0)
     outputs = (o,)
     if lse is not None:
         outputs += (jnp.where(is_live, _from_blocks(lse, tokens, facts.block)[..., 0], -jnp.inf),)
@@ -157,12 +159,12 @@ def step(
     return outputs, leaves
 
 
-@jax.jit
+@partial(jax.jit, donate_argnums=1)
 def write_step(new: Arrays, leaves: Arrays, slots: jax.Array) -> Arrays:
     """The leaves, with new: [T, Hk, D] each at these slots."""
     if not slots.shape[0]:
         return leaves
-    rows = tuple(x.astype(leaf.dtype) for x, leaf in zip(new, leaves, strict=True))
+    rows = _as_stored(new, leaves)
     if leaves[0].shape[2] == 1:
         return scatter(rows, leaves, slots)
     return tuple(on_platform(write, written(rows, slots, leaves[0].shape[1]), leaves))
@@ -176,6 +178,15 @@ def on_platform(kernel: Callable[..., Any], *args: Any) -> Any:
     facts, arrays = (args[:1], args[1:]) if isinstance(args[0], Facts) else ((), args)
     run = partial(kernel, *facts)
     return lax.platform_dependent(*arrays, cpu=partial(run, interpret=True), tpu=partial(run, interpret=False))
+
+
+def _as_stored(rows: Arrays, leaves: Arrays) -> Arrays:
+    return tuple(_widened(x, leaf.shape[-1]).astype(leaf.dtype) for x, leaf in zip(rows, leaves, strict=True))
+
+
+def _widened(x: jax.Array, width: int) -> jax.Array:
+    """[..., D] -> [..., width], with zeros: they add nothing to a score."""
+    return jnp.pad(x, ((0, 0),) * (x.ndim - 1) + ((0, width - x.shape[-1]),))
 
 
 def _to_blocks(q: jax.Array, heads: int, block: int) -> jax.Array:

@@ -10,6 +10,7 @@ the same bytes. Nothing of the pool is copied in HBM.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -33,7 +34,9 @@ from sglang_tpu.attention_plan import (
 )
 from sglang_tpu.kv_write import Written, write_rows
 
-KEYS = 256  # of a block: two such of keys and of values are in VMEM
+KEYS = 256  # of a block, two of which are in VMEM
+BUFFER = 2 << 20  # bytes of a block at most, unless a page has more
+VMEM_LIMIT = 32 << 20  # the compiler's own is 16 MiB; every TPU from v5e on has 64 or more
 LANES = 128
 MASKED = -1e30  # a score that is not seen. Finite, so that a row of them has a maximum to subtract
 
@@ -48,6 +51,7 @@ class Facts:
     soft_cap: float | None
     has_sinks: bool
     latent: bool  # scores are of both leaves, values are the first; else keys are the first, and values the second
+    values: int  # Dv: what of a leaf's rows is not filling
     block: int  # tokens
     num_pages: int  # C
     lse: bool
@@ -71,7 +75,8 @@ def attend(
     """
     num_blocks, heads, rows = queries[0].shape[:3]
     page_size = leaves[0].shape[1]
-    pages = max(1, KEYS // page_size)
+    page_bytes = sum(math.prod(leaf.shape[1:]) * leaf.dtype.itemsize for leaf in leaves)
+    pages = max(1, min(KEYS // page_size, BUFFER // page_bytes))
     values = leaves[0 if facts.latent else 1].shape[-1]
     anywhere = pl.BlockSpec(memory_space=pl.ANY)
 
@@ -117,7 +122,7 @@ def attend(
             ],
         ),
         input_output_aliases=aliases,
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",)),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",), vmem_limit_bytes=VMEM_LIMIT),
         interpret=interpret,
         name="mla_paged" if facts.latent else "paged",
     )(*scalars, *inputs)

@@ -21,8 +21,9 @@ Ints = npt.NDArray[np.int32]
 
 # int32 of an item. Positions count from the req's first token; rows from the block's.
 FIELDS = BLOCK, REQ, FIRST_ROW, END_ROW, POSITION, END_KEY, FIRST_PAGE, END_PAGE = range(8)
-MAX_ROWS = 512  # of a matrix of queries: enough that a key, once in the matrix unit, is used more often than it takes to load
-MAX_TOKENS = 128
+MAX_TOKENS = 128  # of a block
+MAX_ROWS = 512  # of one KV head: a key in the matrix unit meets so many queries, which hides that it was loaded
+MAX_HEAD_ROWS = 4096  # of all heads: their accumulators are in VMEM
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,6 +35,7 @@ class ItemStatic(PlanStatic):
 class ItemPlan(Plan):
     """`attn.plan`'s result for the kernels of this package. It has no tiles."""
 
+    static: ItemStatic
     items: Tensor  # int32[I * len(FIELDS)]
     count: Tensor  # int32[1]: items that are there. At least 1, which may have neither rows nor pages
     live: Tensor  # int32[T]: 1 where a token is of a req that has keys
@@ -84,9 +86,10 @@ def plan(
 
 
 def block_tokens(spec: AttnSpec, max_extend: int) -> int:
-    """1 where every req decodes; else a power of two that no req leaves mostly empty, as far as a bucket shows."""
-    most = max(1, min(MAX_TOKENS, MAX_ROWS // (spec.num_heads // spec.num_kv_heads)))
-    return 1 << (max(1, min(most, max_extend)) - 1).bit_length()
+    """A power of two: 1 where every req decodes, else as many as a req may have, or as VMEM has room for."""
+    group = spec.num_heads // spec.num_kv_heads
+    most = max(1, min(MAX_TOKENS, MAX_ROWS // group, MAX_HEAD_ROWS // spec.num_heads))
+    return 1 << (min(1 << (most.bit_length() - 1), max(1, max_extend)) - 1).bit_length()
 
 
 def _items(spec: AttnSpec, batch: AttnBatch, block: int) -> tuple[Ints, Ints]:
