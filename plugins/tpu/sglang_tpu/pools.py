@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import jax.numpy as jnp
 import torch
@@ -18,12 +19,15 @@ def addresses(leaves: list[torch.Tensor]) -> list[tuple[int, int]]:
     return [(array(leaf).unsafe_buffer_pointer(), array(leaf).nbytes) for leaf in leaves]
 
 
+Make = Callable[[Sequence[int], torch.dtype], Any]
+
+
 class TpuPool(Pool):
     """The canonical layout."""
 
-    def __init__(self, spec: PoolSpec, num_pages: int) -> None:
+    def __init__(self, spec: PoolSpec, num_pages: int, make: Make = zeros) -> None:
         super().__init__(spec, num_pages, META)
-        self.leaves = [zeros(leaf.shape, leaf.dtype) for leaf in self.leaves]
+        self.leaves = [make(leaf.shape, leaf.dtype) for leaf in self.leaves]
         self.scales = [lift(torch.ones(scale.shape)) for scale in self.scales]
 
     gather = on_device(Pool.gather)
@@ -42,9 +46,9 @@ class TpuPool(Pool):
 class TpuStatePool(StatePool):
     """The canonical layout."""
 
-    def __init__(self, spec: StatePoolSpec, num_slots: int) -> None:
+    def __init__(self, spec: StatePoolSpec, num_slots: int, make: Make = zeros) -> None:
         super().__init__(spec, num_slots, META)
-        self.leaves = [zeros(leaf.shape, leaf.dtype) for leaf in self.leaves]
+        self.leaves = [make(leaf.shape, leaf.dtype) for leaf in self.leaves]
 
     gather = on_device(StatePool.gather)
     scatter = on_device(StatePool.scatter)
