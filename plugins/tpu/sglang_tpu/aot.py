@@ -14,7 +14,6 @@ import argparse
 import importlib
 import json
 import math
-import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -22,16 +21,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sglang_tpu.chips import CHIPS
+
 SECTION = "kernels"  # of the budget file
-CHIPS = {"v5e": "v5e:2x2", "v6e": "v6e:2x2", "7x": "tpu7x:2x2x1"}  # -> the smallest topology that libtpu knows
 MODULES = ("sglang_tpu.attention_aot",)  # each has a tuple AOT
-# libtpu asks the machine what it is on as it loads, and that no other process has it. Said here, it asks nobody.
-ASSUMED = {
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_ACCELERATOR_TYPE": "v6e-4",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-}
 VMEM = "1"  # a memory space, as XLA numbers them
 
 
@@ -66,13 +59,14 @@ def specs(only: str = "") -> list[AotSpec]:
 def compile_spec(spec: AotSpec, chip: str) -> Any:
     """The compiled program (`jax.stages.Compiled`). Raises what the compiler raises."""
     import jax
-    from jax.experimental import topologies
-    from jax.sharding import Mesh, SingleDeviceSharding
+    from jax.sharding import NamedSharding, PartitionSpec
 
-    topology = topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[chip])
-    placed = SingleDeviceSharding(topology.devices[0])
+    from sglang_tpu.topology import mesh_of
+
+    mesh = mesh_of(CHIPS[chip], 1, "x")
+    placed = NamedSharding(mesh, PartitionSpec())
     args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed), spec.args)
-    with jax.sharding.use_abstract_mesh(Mesh(topology.devices[:1], ("x",)).abstract_mesh):
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         return jax.jit(spec.fn, donate_argnums=spec.donated).lower(*args).compile()
 
 
@@ -98,7 +92,9 @@ def copies(compiled: Any, spec: AotSpec) -> Iterator[str]:
     import jax
 
     donated = {(math.prod(x.shape), x.dtype.itemsize) for x in jax.tree.leaves(spec.args[spec.donated])}
-    for name, dims in re.findall(r"%?([\w.-]+) = \(?\w+\[([\d,]+)\]\S* (?:copy|copy-start|transpose)\(", compiled.as_text()):
+    for name, dims in re.findall(
+        r"%?([\w.-]+) = \(?\w+\[([\d,]+)\]\S* (?:copy|copy-start|transpose)\(", compiled.as_text()
+    ):
         if math.prod(int(d) for d in dims.split(",")) in {count for count, _ in donated}:
             yield f"{name} copies [{dims}]"
 
@@ -116,12 +112,16 @@ def problems(spec: AotSpec, chip: str, budget: Mapping[str, int] | None) -> tupl
             wrong.append("has no budget; run with --write, and look at what it says")
         mine = {"vmem": used.vmem, "temporary": used.temporary}
         wrong += [
-            f"{mine[what]} bytes of {what}, and its budget is {most}" for what, most in budget.items() if mine[what] > most
+            f"{mine[what]} bytes of {what}, and its budget is {most}"
+            for what, most in budget.items()
+            if mine[what] > most
         ]
     return used, wrong
 
 
-def examine(chosen: Iterable[AotSpec], chips: Iterable[str], budgets: Mapping[str, Any] | None) -> tuple[Any, list[str]]:
+def examine(
+    chosen: Iterable[AotSpec], chips: Iterable[str], budgets: Mapping[str, Any] | None
+) -> tuple[Any, list[str]]:
     """-> chip -> title -> bytes, and problems in lines."""
     used: dict[str, dict[str, dict[str, int]]] = {}
     wrong = []
@@ -145,8 +145,6 @@ def main(argv: list[str] | None = None) -> int:
     target.add_argument("--check", type=Path, metavar="FILE")
     target.add_argument("--write", type=Path, metavar="FILE")
     args = parser.parse_args(argv)
-    for name, value in ASSUMED.items():
-        os.environ.setdefault(name, value)
     path = args.check or args.write
     whole = json.loads(path.read_text()) if path.is_file() else {}
     kept = whole.setdefault(SECTION, {})

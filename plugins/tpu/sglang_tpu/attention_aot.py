@@ -58,9 +58,7 @@ def _write(case: str, heads: int, tokens: int) -> AotSpec:
 
 
 def _heads(heads: int, kv_heads: int, dim: int = 128, **more: Any) -> AttnSpec:
-    return AttnSpec(
-        num_heads=heads, num_kv_heads=kv_heads, head_dim=dim, v_head_dim=dim, scale=dim**-0.5, **more
-    )
+    return AttnSpec(num_heads=heads, num_kv_heads=kv_heads, head_dim=dim, v_head_dim=dim, scale=dim**-0.5, **more)
 
 
 LLAMA = _heads(32, 8)  # Llama-3.1-8B

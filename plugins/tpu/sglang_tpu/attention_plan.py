@@ -45,9 +45,7 @@ class ItemPlan(Plan):
         yield from (self.items, self.count, self.live)
 
 
-def plan(
-    spec: AttnSpec | MLASpec, batch: AttnBatch, device: torch.device, out: ItemPlan | None = None
-) -> ItemPlan:
+def plan(spec: AttnSpec | MLASpec, batch: AttnBatch, device: torch.device, out: ItemPlan | None = None) -> ItemPlan:
     """Raises nothing for what a batch may be; `spec` is one that the kernel supports."""
     attn = spec.latent if isinstance(spec, MLASpec) else spec
     block = block_tokens(attn, batch.max_extend)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import jax.numpy as jnp
 import torch
@@ -23,12 +24,15 @@ def addresses(leaves: list[torch.Tensor]) -> list[tuple[int, int]]:
     return [(array(leaf).unsafe_buffer_pointer(), array(leaf).nbytes) for leaf in leaves]
 
 
+Make = Callable[[Sequence[int], torch.dtype], Any]
+
+
 class TpuPool(Pool):
     """The canonical layout."""
 
-    def __init__(self, spec: PoolSpec, num_pages: int) -> None:
+    def __init__(self, spec: PoolSpec, num_pages: int, make: Make = zeros) -> None:
         super().__init__(spec, num_pages, META)
-        self.leaves = [zeros(leaf.shape, leaf.dtype) for leaf in self.leaves]
+        self.leaves = [make(leaf.shape, leaf.dtype) for leaf in self.leaves]
         self.scales = [lift(torch.ones(scale.shape)) for scale in self.scales]
 
     gather = on_device(Pool.gather)
@@ -52,9 +56,10 @@ class LanePool(TpuPool):
 
     layout = LANE_LAYOUT
 
-    def __init__(self, spec: PoolSpec, num_pages: int) -> None:
+    def __init__(self, spec: PoolSpec, num_pages: int, make: Make = zeros) -> None:
         assert spec.scaling == "none", f"a pool of {spec.dtype} is canonical"
-        super().__init__(replace(spec, head_dim=whole_lanes(spec.head_dim), v_head_dim=whole_lanes(spec.v_head_dim)), num_pages)
+        filled = replace(spec, head_dim=whole_lanes(spec.head_dim), v_head_dim=whole_lanes(spec.v_head_dim))
+        super().__init__(filled, num_pages, make)
         self.spec = spec
 
     def _read(
@@ -81,6 +86,11 @@ class LanePool(TpuPool):
         return [F.pad(x, (0, whole_lanes(x.shape[-1]) - x.shape[-1])) for x in rows]
 
 
+def pool_of(spec: PoolSpec, num_pages: int, make: Make = zeros) -> TpuPool:
+    """In the layout that kernel selection chose: one of the two."""
+    return (LanePool if spec.layout == LanePool.layout else TpuPool)(spec, num_pages, make)
+
+
 def whole_lanes(dim: int) -> int:
     return -(-dim // LANES) * LANES
 
@@ -88,9 +98,9 @@ def whole_lanes(dim: int) -> int:
 class TpuStatePool(StatePool):
     """The canonical layout."""
 
-    def __init__(self, spec: StatePoolSpec, num_slots: int) -> None:
+    def __init__(self, spec: StatePoolSpec, num_slots: int, make: Make = zeros) -> None:
         super().__init__(spec, num_slots, META)
-        self.leaves = [zeros(leaf.shape, leaf.dtype) for leaf in self.leaves]
+        self.leaves = [make(leaf.shape, leaf.dtype) for leaf in self.leaves]
 
     gather = on_device(StatePool.gather)
     scatter = on_device(StatePool.scatter)

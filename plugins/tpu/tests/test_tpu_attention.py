@@ -75,7 +75,13 @@ def stored(pool: Pool) -> tuple[Tensor, Tensor]:
 
 
 def compare(
-    op: str, kernel: Any, spec: AttnSpec | MLASpec, pool_spec: PoolSpec, batch: AttnBatch, inputs: tuple[Tensor, ...], **more: Any
+    op: str,
+    kernel: Any,
+    spec: AttnSpec | MLASpec,
+    pool_spec: PoolSpec,
+    batch: AttnBatch,
+    inputs: tuple[Tensor, ...],
+    **more: Any,
 ) -> None:
     expected_pool, pool = pools_of(pool_spec, batch)
     plan_op = "attn.mla_plan" if isinstance(spec, MLASpec) else "attn.plan"
