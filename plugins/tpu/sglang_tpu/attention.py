@@ -41,7 +41,7 @@ def paged(
     """q: [T, Hq, D] -> o: [T, Hq, Dv] (, lse: float32[T, Hq]). Writes k and v first."""
     new = None if k is None or v is None else (array(k), array(v))
     given = None if sinks is None else array(sinks)
-    facts = facts_of(spec, plan.static.block, plan.static.num_pages, latent=False, lse=lse)
+    facts = facts_of(spec, plan.static.block, latent=False, lse=lse)
     return _run(facts, (array(q),), new, pool, layer, plan, given)
 
 
@@ -60,7 +60,7 @@ def mla_paged(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """q_nope: [T, Hq, rank], q_pe: [T, Hq, rope_dim] -> o: [T, Hq, rank] (, lse: float32[T, Hq]). Writes c_kv, k_pe first."""
     new = None if c_kv is None or k_pe is None else (array(c_kv)[:, None], array(k_pe)[:, None])
-    facts = facts_of(spec.latent, plan.static.block, plan.static.num_pages, latent=True, lse=lse)
+    facts = facts_of(spec.latent, plan.static.block, latent=True, lse=lse)
     return _run(facts, (array(q_nope), array(q_pe)), new, pool, layer, plan, None)
 
 
@@ -76,7 +76,7 @@ def kv_write_mla(c_kv: Tensor, k_pe: Tensor, pool: Pool, layer: int, slot_mappin
     _write((array(c_kv)[:, None], array(k_pe)[:, None]), pool, layer, slot_mapping)
 
 
-def facts_of(spec: AttnSpec, block: int, num_pages: int, *, latent: bool, lse: bool) -> Facts:
+def facts_of(spec: AttnSpec, block: int, *, latent: bool, lse: bool) -> Facts:
     return Facts(
         scale=spec.scale,
         causal=spec.causal,
@@ -86,7 +86,6 @@ def facts_of(spec: AttnSpec, block: int, num_pages: int, *, latent: bool, lse: b
         latent=latent,
         values=spec.v_head_dim,
         block=block,
-        num_pages=num_pages,
         lse=lse,
     )
 
@@ -147,7 +146,7 @@ def step(
         of_row = jnp.tile(sinks.astype(jnp.float32).reshape(heads, 1, group), (1, facts.block, 1))
         sinks = jnp.broadcast_to(of_row.reshape(heads, rows, 1), (heads, rows, LANES))
     news = None if new is None else written(new, slots, page_size)
-    made = on_platform(attend, facts, (items, count, table.reshape(-1)), laid, leaves, news, sinks)
+    made = on_platform(attend, facts, (items, count, table), laid, leaves, news, sinks)
     o, *rest = made
     lse, changed = (rest[0], rest[1:]) if facts.lse else (None, rest)
     is_live = live[:, None] == 1

@@ -14,7 +14,7 @@ from sglang_tpu.attention import facts_of, step, write_step
 from sglang_tpu.attention_plan import FIELDS, block_tokens
 from sglang_tpu.pools import whole_lanes
 
-NUM_PAGES, COLUMNS, REQS = 1536, 512, 64  # a pool of some pages, and reqs of up to 32768 tokens at 64 a page
+NUM_PAGES, COLUMNS, REQS = 1536, 2048, 256  # a pool of some pages; reqs of up to 131072 tokens at 64 a page
 
 
 def _array(*shape: int, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
@@ -31,7 +31,7 @@ def _spec(case: str, spec: AttnSpec | MLASpec, tokens: int, max_extend: int, pag
     widths = (spec.rank, spec.rope_dim) if isinstance(spec, MLASpec) else (spec.head_dim, spec.v_head_dim)
     block = block_tokens(attn, max_extend)
     items = tokens if block == 1 else -(-tokens // block) + REQS
-    facts = facts_of(attn, block, COLUMNS, latent=latent, lse=False)
+    facts = facts_of(attn, block, latent=latent, lse=False)
     queries = tuple(_array(tokens, attn.num_heads, width) for width in widths[: 2 if latent else 1])
     new = tuple(_array(tokens, attn.num_kv_heads, width) for width in widths)
     leaves = tuple(_array(NUM_PAGES, page_size, attn.num_kv_heads, whole_lanes(width)) for width in widths)
@@ -74,6 +74,7 @@ def _deepseek(heads: int) -> MLASpec:
 AOT = (
     *(_spec(f"32 of 8 heads, decode of 64, page of {n}", LLAMA, 64, 1, n) for n in (16, 32, 64, 128)),
     _spec("32 of 8 heads, prefill of 2048", LLAMA, 2048, 2048),
+    _spec("32 of 8 heads, prefill of 8192", LLAMA, 8192, 8192),
     _spec("32 of 8 heads, verification of 64 x 8", LLAMA, 512, 8),
     _spec("8 of 2 heads, decode of 64", _heads(8, 2), 64, 1),
     _spec("64 of 64 heads, prefill of 2048", _heads(64, 64), 2048, 2048),

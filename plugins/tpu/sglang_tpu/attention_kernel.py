@@ -53,7 +53,6 @@ class Facts:
     latent: bool  # scores are of both leaves, values are the first; else keys are the first, and values the second
     values: int  # Dv: what of a leaf's rows is not filling
     block: int  # tokens
-    num_pages: int  # C
     lse: bool
 
 
@@ -69,7 +68,7 @@ def attend(
 ) -> tuple[jax.Array, ...]:
     """-> o: [B, Hk, rows, Dv], lse: float32[B, Hk, rows, 1] if asked for, then the leaves if anything is new.
 
-    plan: items int32[I * FIELDS], count int32[1], page table int32[R * C]. queries: [B, Hk, rows, D] each, rows = block * group, of one
+    plan: items int32[I * FIELDS], count int32[1], page table int32[R, C]. queries: [B, Hk, rows, D] each, rows = block * group, of one
     token after the other; with latents one for each leaf. leaves: [N, P, Hk, D], or [N, P, D] of one head. new: this step's keys
     and values, which are written first. sinks: float32[Hk, rows, LANES]. What is of no item is not written to: B's rest is garbage.
     """
@@ -83,9 +82,26 @@ def attend(
     def of_block(width: int) -> pl.BlockSpec:
         return pl.BlockSpec((1, heads, rows, width), lambda i, items, *_: (items[i * len(FIELDS) + BLOCK], 0, 0, 0))
 
-    scalars = [*plan, *(new.scalars if new else ())]
-    inputs = [*queries, *((sinks,) if sinks is not None else ()), *(new.rows if new else ()), *leaves]
-    in_specs = [of_block(q.shape[-1]) for q in queries]
+    def row_of(later: int) -> pl.BlockSpec:
+        """The page table's row of an item, or of the next: the whole table would not fit SMEM."""
+
+        def index(i: Any, items: Any, count: Any, *_: Any) -> tuple[Any, int, int]:
+            return items[jnp.minimum(i + later, count[0] - 1) * len(FIELDS) + REQ], 0, 0
+
+        return pl.BlockSpec((1, 1, table.shape[1]), index, memory_space=pltpu.SMEM)
+
+    items, count, table = plan
+    rows_of_table = table[:, None]
+    scalars = [items, count, *(new.scalars if new else ())]
+    inputs = [
+        rows_of_table,
+        rows_of_table,
+        *queries,
+        *((sinks,) if sinks is not None else ()),
+        *(new.rows if new else ()),
+        *leaves,
+    ]
+    in_specs = [row_of(0), row_of(1), *(of_block(q.shape[-1]) for q in queries)]
     in_specs += [pl.BlockSpec((heads, rows, LANES), lambda *_: (0, 0, 0))] * (sinks is not None)
     in_specs += [anywhere] * (len(inputs) - len(in_specs))
     out_shape = [jax.ShapeDtypeStruct((num_blocks, heads, rows, values), queries[0].dtype)]
@@ -110,7 +126,7 @@ def attend(
         out_shape=out_shape,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(scalars),
-            grid=(plan[1][0],),
+            grid=(count[0],),
             in_specs=in_specs,
             out_specs=out_specs,
             scratch_shapes=[
@@ -134,8 +150,9 @@ def _kernel(facts: Facts, num_queries: int, writes: bool, *refs: Any) -> None:
     def take(count: int) -> tuple[Any, ...]:
         return tuple(next(given) for _ in range(count))
 
-    items, count, table = take(3)
+    items, count = take(2)
     slots = take(2 if writes else 0)
+    table, next_table = take(2)
     queries = take(num_queries)
     sinks = take(1 if facts.has_sinks else 0)
     new = take(2 if writes else 0)
@@ -147,7 +164,7 @@ def _kernel(facts: Facts, num_queries: int, writes: bool, *refs: Any) -> None:
     top, total, acc, *buffers, turn, sems, write_sem = take(8)
 
     i = pl.program_id(0)
-    pages = _Pages(items, table, facts.num_pages, leaves, buffers, sems)
+    pages = _Pages(items, leaves, buffers, sems)
     item = partial(_field, items, i)
     later = i + 1 < count[0]
 
@@ -156,7 +173,7 @@ def _kernel(facts: Facts, num_queries: int, writes: bool, *refs: Any) -> None:
         if writes:
             write_rows(slots, new, leaves, write_sem)
         turn[0] = 0
-        pages.start(0, 0, 0)
+        pages.start(table, 0, 0, 0)
 
     @pl.when((i == 0) | (_field(items, jnp.maximum(i - 1, 0), BLOCK) != item(BLOCK)))
     def _() -> None:
@@ -170,9 +187,13 @@ def _kernel(facts: Facts, num_queries: int, writes: bool, *refs: Any) -> None:
         now = turn[0]
         more = j + 1 < num
 
-        @pl.when(more | later)
+        @pl.when(more)
         def _() -> None:
-            pages.start(jnp.where(more, i, i + 1), jnp.where(more, j + 1, 0), 1 - now)
+            pages.start(table, i, j + 1, 1 - now)
+
+        @pl.when(jnp.logical_not(more) & later)
+        def _() -> None:
+            pages.start(next_table, i + 1, 0, 1 - now)
 
         pages.wait(i, j, now)
         _attend_block(facts, item, pages.first_key(i, j), queries, [b.at[now] for b in buffers], top, total, acc)
@@ -198,31 +219,33 @@ def _field(items: Any, i: Any, field: int) -> jax.Array:
 class _Pages:
     """Blocks of pages, from the pool into one of two buffers."""
 
-    def __init__(self, items: Any, table: Any, columns: int, leaves: Any, buffers: Any, sems: Any) -> None:
-        self.items, self.table, self.columns = items, table, columns
-        self.leaves, self.buffers, self.sems = leaves, buffers, sems
+    def __init__(self, items: Any, leaves: Any, buffers: Any, sems: Any) -> None:
+        self.items, self.leaves, self.buffers, self.sems = items, leaves, buffers, sems
         self.per_block, self.page_size = buffers[0].shape[1:3]
 
-    def first_key(self, i: Any, j: Any) -> jax.Array:
-        return (_field(self.items, i, FIRST_PAGE) + j * self.per_block) * self.page_size
+    def first_page(self, i: Any, j: Any) -> jax.Array:
+        return _field(self.items, i, FIRST_PAGE) + j * self.per_block
 
-    def start(self, i: Any, j: Any, buffer: Any) -> None:
-        self._each(i, j, buffer, lambda copy: copy.start())
+    def first_key(self, i: Any, j: Any) -> jax.Array:
+        return self.first_page(i, j) * self.page_size
+
+    def start(self, table: Any, i: Any, j: Any, buffer: Any) -> None:
+        """table: the row of item i."""
+        first = self.first_page(i, j)
+        self._each(i, j, buffer, lambda p: table[0, 0, first + p], lambda copy: copy.start())
 
     def wait(self, i: Any, j: Any, buffer: Any) -> None:
-        self._each(i, j, buffer, lambda copy: copy.wait())
+        self._each(i, j, buffer, lambda p: 0, lambda copy: copy.wait())  # it counts bytes: from where does not matter
 
-    def _each(self, i: Any, j: Any, buffer: Any, do: Any) -> None:
+    def _each(self, i: Any, j: Any, buffer: Any, page: Any, do: Any) -> None:
         """The pages of block j of item i that are there."""
-        first = _field(self.items, i, FIRST_PAGE) + j * self.per_block
-        row = _field(self.items, i, REQ) * self.columns + first
 
         def one(p: jax.Array, _: None) -> None:
-            page = self.table[row + p]
             for leaf, into in zip(self.leaves, self.buffers, strict=True):
-                do(pltpu.make_async_copy(leaf.at[page], into.at[buffer, p], self.sems.at[buffer]))
+                do(pltpu.make_async_copy(leaf.at[page(p)], into.at[buffer, p], self.sems.at[buffer]))
 
-        lax.fori_loop(0, jnp.minimum(self.per_block, _field(self.items, i, END_PAGE) - first), one, None)
+        rest = _field(self.items, i, END_PAGE) - self.first_page(i, j)
+        lax.fori_loop(0, jnp.minimum(self.per_block, rest), one, None)
 
 
 def _attend_block(

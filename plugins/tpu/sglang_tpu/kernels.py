@@ -39,7 +39,7 @@ def attention_limits(ctx: SelectionContext) -> str | None:
     spec, heads = ctx.site.spec, ctx.site.dims.get("Hk", 1)
     if spec.tree:
         return "takes no tree mask"
-    if spec.kv_dtype != "auto":
+    if spec.kv_dtype not in ("auto", ctx.site.dtype):
         return f"reads pools in the dtype of the activations, not {spec.kv_dtype}"
     if ctx.device.facts.get("emulated"):
         return None

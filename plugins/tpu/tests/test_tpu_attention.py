@@ -11,6 +11,7 @@ from torch import Tensor
 
 pytest.importorskip("jax")
 
+from jax._src.pallas.mosaic.interpret import interpret_pallas_call  # where the simulator notes races
 from jax.experimental.pallas import tpu as pltpu
 from sglang_tpu import attention
 from sglang_tpu.attention_plan import plan
@@ -187,6 +188,4 @@ def test_no_copy_races_with_another(monkeypatch: pytest.MonkeyPatch) -> None:
     attention.step.clear_cache()
     paged(replace(AttnSpec(**HEADS), window=30), [(40, 1), (3, 20), (0, 17)], page_size=8)
     attention.step.clear_cache()
-    from jax._src.pallas.mosaic.interpret import interpret_pallas_call
-
     assert not interpret_pallas_call.races.races_found
