@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from sglang_core.api.ops import AttnBatch, AttnSpec, MLASpec, Plan, PlanStatic
+from sglang_core.api.ops import OPS, AttnBatch, AttnSpec, MLASpec, Plan, PlanStatic
 
 Ints = npt.NDArray[np.int32]
 
@@ -33,7 +33,10 @@ class ItemStatic(PlanStatic):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ItemPlan(Plan):
-    """`attn.plan`'s result for the kernels of this package. It has no tiles."""
+    """`attn.plan`'s result for the kernels of this package, with the reference's tiles in it.
+
+    A watched step moves a plan to the device, and then gives it to a kernel and to the op's body, to compare them.
+    """
 
     static: ItemStatic
     items: Tensor  # int32[I * len(FIELDS)]
@@ -41,7 +44,7 @@ class ItemPlan(Plan):
     live: Tensor  # int32[T]: 1 where a token is of a req that has keys
 
     def buffers(self) -> Iterator[Tensor]:
-        yield from (self.cu_extend, self.prefix_lens, self.seq_lens, self.page_table, self.slot_mapping)
+        yield from Plan.buffers(self)
         yield from (self.items, self.count, self.live)
 
 
@@ -54,6 +57,7 @@ def plan(spec: AttnSpec | MLASpec, batch: AttnBatch, device: torch.device, out: 
     room = batch.num_tokens if block == 1 else -(-batch.num_tokens // block) + batch.num_reqs
     padded = np.zeros((max(room if batch.static else count, 1), len(FIELDS)), np.int32)
     padded[: len(items)] = items
+    tiled = OPS["attn.plan"].body(attn, batch, device)
     made = ItemPlan(
         static=ItemStatic(
             num_tokens=batch.num_tokens,
@@ -61,16 +65,16 @@ def plan(spec: AttnSpec | MLASpec, batch: AttnBatch, device: torch.device, out: 
             max_extend=batch.max_extend,
             num_pages=batch.num_pages,
             page_size=batch.page_size,
-            num_chunks=(),
+            num_chunks=tiled.static.num_chunks,
             block=block,
         ),
-        cu_extend=batch.cu_extend_cpu.to(device),
-        prefix_lens=batch.prefix_lens_cpu.to(device),
-        seq_lens=batch.seq_lens_cpu.to(device),
-        page_table=batch.page_table_cpu.to(device),
-        slot_mapping=batch.slot_mapping_cpu.to(device),
-        tiles=(),
-        tile_row=batch.slot_mapping_cpu[:0].to(device),
+        cu_extend=tiled.cu_extend,
+        prefix_lens=tiled.prefix_lens,
+        seq_lens=tiled.seq_lens,
+        page_table=tiled.page_table,
+        slot_mapping=tiled.slot_mapping,
+        tiles=tiled.tiles,
+        tile_row=tiled.tile_row,
         items=torch.from_numpy(padded.ravel()).to(device),
         count=torch.tensor([count], dtype=torch.int32, device=device),
         live=torch.from_numpy(live).to(device),
