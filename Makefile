@@ -61,15 +61,16 @@ test-triton-slow: install
 TPU_VENV := .venv-tpu
 test-tpu: $(TPU_VENV)/.installed
 	JAX_PLATFORMS=cpu $(TPU_VENV)/bin/python -m pytest plugins/tpu/tests
-	JAX_PLATFORMS=cpu $(TPU_VENV)/bin/sglang-conformance run tpu:cpu --level ops --jobs 2 --num-threads 1 \
-	  -k runtime. -k graph. -k norm. -k act. -k rope. -k embed. -k logits. -k sample. -k moe.route
+	JAX_PLATFORMS=cpu $(TPU_VENV)/bin/python -m sglang_tpu.aot --check benchmarks/tpu/budgets.json
+	JAX_PLATFORMS=cpu JAX_DISABLE_MOST_OPTIMIZATIONS=1 $(TPU_VENV)/bin/sglang-conformance run tpu:cpu --level ops --jobs 2 --num-threads 1 \
+	  -k runtime. -k graph. -k norm. -k act. -k rope. -k embed. -k logits. -k sample. -k moe.route -k attn. -k kv.w
 
 $(TPU_VENV)/.installed: pyproject.toml plugins/tpu/pyproject.toml conformance/pyproject.toml
 	$(PYTHON) -m venv $(TPU_VENV)
 	$(TPU_VENV)/bin/python -m pip install --quiet --upgrade pip "setuptools>=77" wheel
 	$(TPU_VENV)/bin/python -m pip install --quiet $(TORCH)
 	$(TPU_VENV)/bin/python -m pip install --quiet -e ".[dev]"
-	$(TPU_VENV)/bin/python -m pip install --quiet --no-build-isolation -e plugins/tpu
+	$(TPU_VENV)/bin/python -m pip install --quiet --no-build-isolation -e "plugins/tpu[tpu]"
 	$(TPU_VENV)/bin/python -m pip install --quiet --no-build-isolation --no-deps -e conformance
 	touch $@
 

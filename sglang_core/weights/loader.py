@@ -40,7 +40,8 @@ def load_model(
     progress: bool = True,
     packed_cache: PackedCache | None = None,
 ) -> M:
-    """Bind every layer of `model` and give it its weights from `source`: a folder, "demo" or a hub id (unread for "dummy").
+    """Bind every layer of `model` and give it its weights from `source`: a folder, "demo" or a hub id (unread for "dummy", which
+    on the meta device draws nothing).
 
     Layers take their weights as soon as their parts are there, so that the peak is the model plus a layer. What `packed_cache`
     has of them is read from there instead; where it has nothing, it gets what the layers packed.
@@ -144,8 +145,13 @@ def _load_dummy(wants: Wants, ctx: BuildContext, seed: int, advance: Callable[[i
         raise ConfigError(
             "load_format='dummy' draws floats, and config.json is of a quantised checkpoint; take out its quantization_config"
         )
+    shapes_only = ctx.device.type == "meta"
     for name in wants.wanted():
-        advance(wants.give(name, lambda spec: dummy_part(spec, seed), ctx.device))
+        advance(wants.give(name, _shape if shapes_only else lambda spec: dummy_part(spec, seed), ctx.device))
+
+
+def _shape(spec: WeightSpec) -> list[Tensor]:
+    return [torch.empty(spec.part_shape, dtype=spec.dtype, device="meta")]
 
 
 def _load_checkpoint(

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -64,6 +64,18 @@ def loaded(folder: Path, dtype: torch.dtype = torch.float32, **changes: object) 
 
 def logits(model: CausalLM) -> Tensor:
     return Stepper(model).logits(TOKENS)
+
+
+def test_on_the_meta_device_dummy_weights_are_shapes() -> None:
+    """How a step of a model of any size is traced, or compiled for a device that is not here."""
+    ctx = replace(build_context(), device=torch.device("meta"))
+    model = load_model(create_model(CONFIG), "", ctx, load_format="dummy", progress=False)
+    held = {name: x for name, x in model.named_buffers() if x is not None}
+    real = dict(load_model(create_model(CONFIG), "", build_context(), load_format="dummy").named_buffers())
+    assert {x.device.type for x in held.values()} == {"meta"}
+    assert {name: (x.shape, x.dtype) for name, x in held.items()} == {
+        name: (x.shape, x.dtype) for name, x in real.items()
+    }
 
 
 def test_a_saved_dummy_is_the_dummy(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -16,42 +17,58 @@ from sglang_core.api import (
     KernelContext,
     RuntimeContext,
 )
+from sglang_tpu import chips
 from sglang_tpu.kernels import KERNELS, claims
 
-PROFILES = ("base", "odd_sizes", "graph")
+PROFILES = ("base", "odd_sizes", "graph", "mla", "window", "soft_cap", "sinks", "buckets")
+HOST = "tpu/cpu"
+# A copy of a page is one DMA: 16 KiB of a pool with one KV head a rank. A row of the page table is a fourth of what it is at 16.
+TPU_PAGE = 64
 
 
 class TpuBackend(Backend):
-    """`tpu:cpu` is the host through XLA's CPU compiler: every step as on a TPU, for tests."""
+    """A device for each that JAX will list, and last `tpu:cpu`: the host through XLA's CPU compiler, every step as on a TPU, for tests."""
 
     name = "tpu"
 
     def probe(self) -> list[DeviceInfo]:
-        try:
-            versions = {"jax": version("jax"), "torchax": version("torchax")}
-        except PackageNotFoundError:
-            return []
-        return [
-            DeviceInfo(
-                backend=self.name,
-                path="tpu/cpu",
-                name="the host, compiled by XLA",
-                score=-1,
-                total_memory=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-                facts={"emulated": True},
-                versions=versions,
-            )
-        ]
+        found = [self._tpu(i, chip) for i, chip in enumerate(chips.on_this_host())]
+        versions = _versions("jax", "torchax")
+        if versions is None:
+            return found
+        host = DeviceInfo(
+            backend=self.name,
+            index=len(found),
+            path=HOST,
+            name="the host, compiled by XLA",
+            score=-1,
+            total_memory=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+            facts={"emulated": True},
+            versions=versions,
+        )
+        return [*found, host]
+
+    def _tpu(self, index: int, chip: chips.Chip) -> DeviceInfo:
+        return DeviceInfo(
+            backend=self.name,
+            index=index,
+            path=f"tpu/{chip.name}",
+            name=chip.kind,
+            score=chip.score,
+            total_memory=chip.hbm_bytes,
+            facts={"hbm_bandwidth": chip.hbm_bandwidth},
+            versions=_versions("libtpu", "jax", "torchax") or {},
+            problem=problem(os.environ),
+        )
 
     def absent_reason(self) -> str:
-        return "jax or torchax is not installed: pip install sglang-tpu brings both"
+        return "no TPU is on the PCI bus, and jax or torchax is not installed: pip install 'sglang-tpu[tpu]' brings both, and libtpu"
 
     def create_runtime(self, ctx: RuntimeContext) -> DeviceRuntime:
-        import jax
-
+        from sglang_tpu.opened import open_device  # jax: not needed to list devices
         from sglang_tpu.runtime import TpuRuntime
 
-        return TpuRuntime(ctx, jax.devices("cpu")[ctx.devices[0].index])
+        return TpuRuntime(ctx, open_device(ctx.devices[0]))
 
     def claims(self, ctx: KernelContext) -> Claims:
         return claims(PROFILES)
@@ -60,4 +77,24 @@ class TpuBackend(Backend):
         return KERNELS
 
     def config_defaults(self, ctx: DefaultsContext) -> dict[str, Any]:
-        return {"page_size": 16}
+        return {"page_size": 16 if ctx.device.path == HOST else TPU_PAGE}
+
+
+def problem(environ: Mapping[str, str]) -> str:
+    """Why the TPUs here cannot be opened, where that can be seen from outside; "" where it cannot."""
+    if _versions("libtpu", "jax", "torchax") is None:
+        return "libtpu, jax or torchax is not installed: pip install 'sglang-tpu[tpu]'"
+    if not chips.openable():
+        return "no node of it in /dev may be opened: run as root or in the group that owns /dev/vfio, and give a container its devices (docker run --privileged)"
+    platforms = environ.get("JAX_PLATFORMS", "")
+    if platforms and "tpu" not in platforms.split(","):
+        return f"JAX_PLATFORMS={platforms} hides it: unset it, or set tpu,cpu"
+    return ""
+
+
+def _versions(*packages: str) -> dict[str, str] | None:
+    """None where one is not installed."""
+    try:
+        return {name: version(name) for name in packages}
+    except PackageNotFoundError:
+        return None

@@ -99,9 +99,9 @@ def to_torch(x: jax.Array) -> Tensor:
     return torch.from_numpy(values)
 
 
-def wrap(x: jax.Array) -> Any:
-    """The tensor that an array is."""
-    return environment().j2t_iso(x)
+def wrap(x: jax.Array | jax.ShapeDtypeStruct) -> Any:
+    """The tensor that an array is, or the shape of one: that can be traced with, and not computed."""
+    return environment().tensor(x)
 
 
 def array(x: Any) -> jax.Array:
@@ -110,9 +110,17 @@ def array(x: Any) -> jax.Array:
     return found
 
 
+def shape_of(x: Tensor) -> jax.ShapeDtypeStruct:
+    """x, as a program's signature has it."""
+    dtype = EXTENDED[x.dtype][1] if x.dtype in EXTENDED else str(x.dtype).removeprefix("torch.")
+    return jax.ShapeDtypeStruct(tuple(x.shape), dtype)
+
+
 def lift(x: Tensor) -> Any:
-    """A host tensor on the device; a lifted one as it is."""
-    return x if is_lifted(x) else wrap(to_jax(x))
+    """A host tensor on the device; a lifted one as it is. One without values stays one."""
+    if is_lifted(x):
+        return x
+    return wrap(shape_of(x) if x.is_meta else to_jax(x))
 
 
 def zeros(shape: Sequence[int], dtype: torch.dtype) -> Any:

@@ -63,6 +63,9 @@ class Environment(tensor.Environment):
         for op, fn in LOWERINGS.items():
             self.override_op_definition(op, fn)
 
+    def tensor(self, x: jax.Array | jax.ShapeDtypeStruct) -> tensor.Tensor:
+        return tensor.Tensor(x, self)
+
     def _get_op_or_decomp(self, func: Any) -> Any:
         try:
             return super()._get_op_or_decomp(func)

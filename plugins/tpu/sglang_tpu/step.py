@@ -70,11 +70,28 @@ class Program:
         self._run = jax.jit(self._traced, donate_argnums=1)
 
     def __call__(self, batch: Any) -> Any:
-        mutable = list(self._state.mutable_tensors())
-        inputs = [array(lift(x)) for x in _tensors(batch)]
-        outputs, changed = self._run([array(w) for w in self._weights], [array(m) for m in mutable], inputs)
-        for tensor, value in zip(mutable, changed, strict=True):
+        outputs, changed = self._run(*self._arguments(batch))
+        for tensor, value in zip(self._state.mutable_tensors(), changed, strict=True):
             tensor._elem = value
+        return self._results(outputs)
+
+    def lower(self, batch: Any, sharding: jax.sharding.Sharding) -> tuple[jax.stages.Lowered, Any]:
+        """The program, ready to be compiled for devices that need not be there, and the shapes of what a call gives.
+
+        Of weights, state and batch only the shapes count. All are where `sharding` says.
+        """
+        shapes = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), self._arguments(batch)
+        )
+        traced = self._run.trace(*shapes)
+        outputs, _ = traced.out_info
+        return traced.lower(), self._results([jax.ShapeDtypeStruct(x.shape, x.dtype) for x in outputs])
+
+    def _arguments(self, batch: Any) -> tuple[list[jax.Array], list[jax.Array], list[jax.Array]]:
+        mutable = self._state.mutable_tensors()
+        return [array(w) for w in self._weights], [array(m) for m in mutable], [array(lift(x)) for x in _tensors(batch)]
+
+    def _results(self, outputs: Sequence[jax.Array | jax.ShapeDtypeStruct]) -> Any:
         made = iter(outputs)
         return map_tensors(self._result, lambda _path, _x: wrap(next(made)), "")
 

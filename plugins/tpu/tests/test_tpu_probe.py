@@ -5,14 +5,85 @@ from __future__ import annotations
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError
+from pathlib import Path
 
 import pytest
-from sglang_tpu import backend
+from sglang_tpu import backend, chips
 from sglang_tpu.backend import TpuBackend
+
+VERSIONS = {"jax": "0.10.2", "torchax": "0.0.13", "libtpu": "0.0.42.1"}
+
+
+@pytest.fixture(autouse=True)
+def bus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A machine without TPUs, to which tests add."""
+    for name in ("pci", "dev"):
+        (tmp_path / name).mkdir()
+    on_this_host, openable = chips.on_this_host, chips.openable
+    monkeypatch.setattr(chips, "on_this_host", lambda: on_this_host(tmp_path / "pci"))
+    monkeypatch.setattr(chips, "openable", lambda: openable(tmp_path / "dev"))
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    return tmp_path
+
+
+def plug(bus: Path, slot: str, vendor: str, device: str) -> None:
+    folder = bus / "pci" / f"0000:00:{slot}.0"
+    folder.mkdir()
+    (folder / "vendor").write_text(f"{vendor}\n")
+    (folder / "device").write_text(f"{device}\n")
+
+
+def nodes(bus: Path) -> None:
+    (bus / "dev" / "vfio").mkdir()
+    (bus / "dev" / "vfio" / "0").touch()
+
+
+@pytest.fixture
+def four_v6e(bus: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(backend, "version", VERSIONS.__getitem__)
+    plug(bus, "01", "0x8086", "0x006f")  # the same number, another vendor's
+    plug(bus, "02", chips.GOOGLE, "0x0042")  # Google's, and no TPU
+    for slot in ("04", "05", "06", "07"):
+        plug(bus, slot, chips.GOOGLE, "0x006f")
+    return bus
+
+
+def test_tpus_are_found_on_the_pci_bus(four_v6e: Path) -> None:
+    nodes(four_v6e)
+    *tpus, host = TpuBackend().probe()
+    assert [info.label for info in (*tpus, host)] == ["tpu:0", "tpu:1", "tpu:2", "tpu:3", "tpu:4"]
+    assert {(info.path, info.name, info.total_memory, info.problem) for info in tpus} == {
+        ("tpu/v6e", "TPU v6 lite", 32 << 30, "")
+    }
+    assert tpus[0].score > 100 and tpus[0].versions["libtpu"] == "0.0.42.1"
+    assert host.path == "tpu/cpu"
+
+
+def test_a_7x_is_two_devices(bus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "version", VERSIONS.__getitem__)
+    plug(bus, "04", chips.GOOGLE, "0x0076")
+    assert [info.path for info in TpuBackend().probe()] == ["tpu/7x", "tpu/7x", "tpu/cpu"]
+
+
+def test_a_tpu_that_cannot_be_opened_says_why(four_v6e: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "/dev" in TpuBackend().probe()[0].problem
+    nodes(four_v6e)
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    assert "JAX_PLATFORMS=cpu" in TpuBackend().probe()[0].problem
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu,tpu")
+    assert TpuBackend().probe()[0].problem == ""
+
+    def without_libtpu(name: str) -> str:
+        if name == "libtpu":
+            raise PackageNotFoundError(name)
+        return VERSIONS[name]
+
+    monkeypatch.setattr(backend, "version", without_libtpu)
+    assert "pip install 'sglang-tpu[tpu]'" in TpuBackend().probe()[0].problem
 
 
 def test_the_host_is_a_device_that_is_never_taken_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backend, "version", {"jax": "0.10.2", "torchax": "0.0.13"}.__getitem__)
+    monkeypatch.setattr(backend, "version", VERSIONS.__getitem__)
     (info,) = TpuBackend().probe()
     assert (info.label, info.path) == ("tpu:0", "tpu/cpu") and info.score < 0 and info.facts["emulated"]
     assert info.versions == {"jax": "0.10.2", "torchax": "0.0.13"}
