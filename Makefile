@@ -56,19 +56,20 @@ test-triton-slow: install
 	$(PY) -m sglang_triton.aot --check benchmarks/gpu/budgets.json
 	$(TRITON_CONFORMANCE)
 
-# The engine and the kernels of sglang-tpu on JAX's CPU backend, in an environment of their own: JAX is 0.6 GB.
+# The engine and the kernels of sglang-tpu on JAX's CPU backend, in an environment of their own: JAX is 0.6 GB, libtpu 0.7 GB.
 TPU_VENV := .venv-tpu
 test-tpu: $(TPU_VENV)/.installed
 	JAX_PLATFORMS=cpu $(TPU_VENV)/bin/python -m pytest plugins/tpu/tests
 	JAX_PLATFORMS=cpu $(TPU_VENV)/bin/sglang-conformance run tpu:cpu --level ops --jobs 2 --num-threads 1 \
 	  -k runtime. -k graph. -k norm. -k act. -k rope. -k embed. -k logits. -k sample. -k moe.route
+	$(TPU_VENV)/bin/python benchmarks/tpu/steps.py --only num_hidden_layers --chip v6e
 
 $(TPU_VENV)/.installed: pyproject.toml plugins/tpu/pyproject.toml conformance/pyproject.toml
 	$(PYTHON) -m venv $(TPU_VENV)
 	$(TPU_VENV)/bin/python -m pip install --quiet --upgrade pip "setuptools>=77" wheel
 	$(TPU_VENV)/bin/python -m pip install --quiet $(TORCH)
 	$(TPU_VENV)/bin/python -m pip install --quiet -e ".[dev]"
-	$(TPU_VENV)/bin/python -m pip install --quiet --no-build-isolation -e plugins/tpu
+	$(TPU_VENV)/bin/python -m pip install --quiet --no-build-isolation -e "plugins/tpu[tpu]"
 	$(TPU_VENV)/bin/python -m pip install --quiet --no-build-isolation --no-deps -e conformance
 	touch $@
 
