@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from sglang_tpu.aot_steps import AotBackend, CompiledStep
+from sglang_tpu.backend import TPU_PAGE
 from sglang_tpu.chips import CHIPS
 from sglang_tpu.mesh import AXIS
 from sglang_tpu.topology import mesh_of
@@ -102,7 +103,10 @@ def compiled(case: Case, chip: str, title: str) -> tuple[list[CompiledStep], int
             tp_size=case.num_devices,
         )
         bucket = Bucket(
-            num_tokens=num_tokens, num_reqs=num_reqs, max_extend=num_tokens // num_reqs, num_pages=case.length // 16
+            num_tokens=num_tokens,
+            num_reqs=num_reqs,
+            max_extend=num_tokens // num_reqs,
+            num_pages=-(-case.length // TPU_PAGE),
         )
         backend = AotBackend(CHIPS[chip], mesh_of(CHIPS[chip], case.num_devices, AXIS), [bucket])
         (info,) = backend.probe()
@@ -191,7 +195,7 @@ def main(argv: list[str] | None = None) -> int:
     for line in wrong:
         print(f"FAIL {line}", file=sys.stderr)
     if args.write:
-        BUDGETS.write_text(json.dumps(whole, indent=1) + "\n")
+        BUDGETS.write_text(json.dumps(whole, indent=1, sort_keys=True) + "\n")
     return 1 if wrong else 0
 
 

@@ -31,7 +31,7 @@ from sglang_tpu.chips import Chip
 from sglang_tpu.environment import lift
 from sglang_tpu.hlo import Module
 from sglang_tpu.mesh import MeshCommunicator, spread_shape
-from sglang_tpu.pools import TpuPool, TpuStatePool
+from sglang_tpu.pools import TpuStatePool, pool_of
 from sglang_tpu.runtime import TpuRuntime
 from sglang_tpu.step import Program, lift_state, lift_weights
 
@@ -96,8 +96,7 @@ class AotRuntime(TpuRuntime):
         )
 
     def alloc_pool(self, spec: PoolSpec, num_pages: int) -> Pool:
-        self._refuse_layout(spec.layout, Pool.layout)
-        return TpuPool(spec, num_pages, self._make)
+        return pool_of(spec, num_pages, self._make)
 
     def alloc_state_pool(self, spec: StatePoolSpec, num_slots: int) -> StatePool:
         self._refuse_layout(spec.layout, StatePool.layout)

@@ -20,8 +20,10 @@ from sglang_core.api import (
 from sglang_tpu import chips
 from sglang_tpu.kernels import KERNELS, claims
 
-PROFILES = ("base", "odd_sizes", "graph")
+PROFILES = ("base", "odd_sizes", "graph", "mla", "window", "soft_cap", "sinks", "cross", "buckets")
 HOST = "tpu/cpu"
+# A copy of a page is one DMA: 16 KiB of a pool with one KV head a rank. A row of the page table is a fourth of what it is at 16.
+TPU_PAGE = 64
 
 
 class TpuBackend(Backend):
@@ -75,7 +77,7 @@ class TpuBackend(Backend):
         return KERNELS
 
     def config_defaults(self, ctx: DefaultsContext) -> dict[str, Any]:
-        return {"page_size": 16}
+        return {"page_size": 16 if ctx.device.path == HOST else TPU_PAGE}
 
 
 def problem(environ: Mapping[str, str]) -> str:

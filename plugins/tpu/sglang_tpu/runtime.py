@@ -23,7 +23,7 @@ from sglang_core.api import (
     TorchRuntime,
 )
 from sglang_tpu.environment import stay_on_device
-from sglang_tpu.pools import TpuPool, TpuStatePool
+from sglang_tpu.pools import LanePool, TpuStatePool, pool_of
 from sglang_tpu.step import JittedStep, WatchedStep
 
 
@@ -79,8 +79,9 @@ class TpuRuntime(TorchRuntime):
         return LocalCommunicator()
 
     def alloc_pool(self, spec: PoolSpec, num_pages: int) -> Pool:
-        self._refuse_layout(spec.layout, Pool.layout)
-        return TpuPool(spec, num_pages)
+        if spec.layout != LanePool.layout:
+            self._refuse_layout(spec.layout, Pool.layout)
+        return pool_of(spec, num_pages)
 
     def alloc_state_pool(self, spec: StatePoolSpec, num_slots: int) -> StatePool:
         self._refuse_layout(spec.layout, StatePool.layout)

@@ -1,0 +1,162 @@
+"""Compile every Pallas kernel for TPUs with libtpu and no TPU, and hold what comes out to a budget.
+
+    python -m sglang_tpu.aot --check benchmarks/tpu/budgets.json                       # all of it
+    python -m sglang_tpu.aot --chip v6e --only attn.mla_paged --check ...              # some of it
+    python -m sglang_tpu.aot --write benchmarks/tpu/budgets.json                       # what is used now becomes the budget
+
+Mosaic and XLA compile as on the machine itself: what a TPU cannot do, and VMEM that it does not have, is an error here. That a kernel
+compiles says nothing of its results: conformance interprets it for those.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import math
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sglang_tpu.chips import CHIPS
+
+SECTION = "kernels"  # of the budget file
+MODULES = ("sglang_tpu.attention_aot",)  # each has a tuple AOT
+VMEM = "1"  # a memory space, as XLA numbers them
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AotSpec:
+    """A kernel at production sizes: a function of arrays, and what it is called with."""
+
+    op: str
+    case: str
+    fn: Callable[..., Any]
+    args: tuple[Any, ...]  # trees of jax.ShapeDtypeStruct
+    donated: int  # which of them the function changes where it is, and must not copy
+
+    @property
+    def title(self) -> str:
+        return f"{self.op}[{self.case}]"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Usage:
+    """Bytes of VMEM that the kernel with the most takes, and of HBM beside arguments and results."""
+
+    vmem: int
+    temporary: int
+
+
+def specs(only: str = "") -> list[AotSpec]:
+    """Of every module; with `only`, those whose title contains it."""
+    return [spec for name in MODULES for spec in importlib.import_module(name).AOT if only in spec.title]
+
+
+def compile_spec(spec: AotSpec, chip: str) -> Any:
+    """The compiled program (`jax.stages.Compiled`). Raises what the compiler raises."""
+    import jax
+    from jax.sharding import NamedSharding, PartitionSpec
+
+    from sglang_tpu.topology import mesh_of
+
+    mesh = mesh_of(CHIPS[chip], 1, "x")
+    placed = NamedSharding(mesh, PartitionSpec())
+    args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed), spec.args)
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        return jax.jit(spec.fn, donate_argnums=spec.donated).lower(*args).compile()
+
+
+def usage_of(compiled: Any) -> Usage:
+    """Raises LookupError where the program has no kernel: XLA would have taken over all of it."""
+    kernels = [line for line in compiled.as_text().splitlines() if 'custom_call_target="tpu_custom_call"' in line]
+    if not kernels:
+        raise LookupError("no kernel in the program")
+    return Usage(
+        vmem=max(sum(scoped_vmem(line)) for line in kernels),
+        temporary=compiled.memory_analysis().temp_size_in_bytes,
+    )
+
+
+def scoped_vmem(instruction: str) -> Iterator[int]:
+    """Sizes of what an instruction has of VMEM for itself, as XLA notes it beside the instruction."""
+    for found in re.findall(r'"used_scoped_memory_configs":(\[[^\]]*\])', instruction):
+        yield from (int(each["size"]) for each in json.loads(found) if each["memory_space"] == VMEM)
+
+
+def copies(compiled: Any, spec: AotSpec) -> Iterator[str]:
+    """Copies as large as something that is donated, in words: a pool that XLA moves, or turns around, in every step."""
+    import jax
+
+    donated = {(math.prod(x.shape), x.dtype.itemsize) for x in jax.tree.leaves(spec.args[spec.donated])}
+    for name, dims in re.findall(
+        r"%?([\w.-]+) = \(?\w+\[([\d,]+)\]\S* (?:copy|copy-start|transpose)\(", compiled.as_text()
+    ):
+        if math.prod(int(d) for d in dims.split(",")) in {count for count, _ in donated}:
+            yield f"{name} copies [{dims}]"
+
+
+def problems(spec: AotSpec, chip: str, budget: Mapping[str, int] | None) -> tuple[Usage | None, list[str]]:
+    """What it uses, and what is wrong. `budget`: None where nothing is compared."""
+    try:
+        compiled = compile_spec(spec, chip)
+        used = usage_of(compiled)
+    except Exception as e:
+        return None, [f"does not compile: {type(e).__name__}: {str(e)[:400]}"]
+    wrong = list(copies(compiled, spec))
+    if budget is not None:
+        if not budget:
+            wrong.append("has no budget; run with --write, and look at what it says")
+        mine = {"vmem": used.vmem, "temporary": used.temporary}
+        wrong += [
+            f"{mine[what]} bytes of {what}, and its budget is {most}"
+            for what, most in budget.items()
+            if mine[what] > most
+        ]
+    return used, wrong
+
+
+def examine(
+    chosen: Iterable[AotSpec], chips: Iterable[str], budgets: Mapping[str, Any] | None
+) -> tuple[Any, list[str]]:
+    """-> chip -> title -> bytes, and problems in lines."""
+    used: dict[str, dict[str, dict[str, int]]] = {}
+    wrong = []
+    for spec in chosen:
+        for chip in chips:
+            budget = None if budgets is None else budgets.get(chip, {}).get(spec.title, {})
+            found, lines = problems(spec, chip, budget)
+            wrong += [f"{chip} {spec.title}: {line}" for line in lines]
+            if found is not None:
+                used.setdefault(chip, {})[spec.title] = {"vmem": found.vmem, "temporary": found.temporary}
+                print(f"{chip} {spec.title}: {found.vmem} bytes of VMEM, {found.temporary} temporary", flush=True)
+    return used, wrong
+
+
+def main(argv: list[str] | None = None) -> int:
+    """0: all compiles, within its budgets. 1: not so."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--chip", choices=CHIPS, action="append", help="all by default")
+    parser.add_argument("--only", default="", metavar="TEXT", help="kernels whose title contains it")
+    target = parser.add_mutually_exclusive_group(required=True)
+    target.add_argument("--check", type=Path, metavar="FILE")
+    target.add_argument("--write", type=Path, metavar="FILE")
+    args = parser.parse_args(argv)
+    path = args.check or args.write
+    whole = json.loads(path.read_text()) if path.is_file() else {}
+    kept = whole.setdefault(SECTION, {})
+    used, wrong = examine(specs(args.only), args.chip or CHIPS, kept if args.check else None)
+    if args.write:
+        for chip, of_chip in used.items():
+            kept.setdefault(chip, {}).update(of_chip)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(whole, indent=1, sort_keys=True) + "\n")
+    print("\n".join(wrong), file=sys.stderr)
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
