@@ -20,10 +20,11 @@ from jax.sharding import Mesh, NamedSharding
 from sglang_tpu.backend import TpuBackend
 from sglang_tpu.environment import array, environment, lift, shape_of, to_host, to_jax, wrap
 from sglang_tpu.mesh import AXIS, OF_A_RANK, MeshCommunicator
-from sglang_tpu.pools import TpuPool
+from sglang_tpu.pools import pool_of
 from sglang_tpu.step import JittedStep
 
 from sglang_core.backend.selection import OpTable
+from sglang_core.layers.build import BuildContext
 from sglang_core.layers.causal_lm import CausalLM
 from sglang_core.layers.forward_batch import ForwardBatch, StepState
 from sglang_core.models.registry import create_model
@@ -59,13 +60,14 @@ def mesh() -> Mesh:
     return Mesh(np.array(devices[:RANKS]), (AXIS,))
 
 
-def model_of(config: dict[str, Any], rank: int, size: int) -> CausalLM:
-    """This rank's part. Random weights depend on their name only: all sizes give the same model."""
-    backend = TpuBackend()
-    info = next(info for info in backend.probe() if info.path == "tpu/cpu")
-    table = OpTable(info, backend, ops=OPS, page_size=PAGE_SIZE)
-    ctx = replace(build_context(tp=MeshCommunicator(rank, size) if size > 1 else None), table=table)
+def model_of(config: dict[str, Any], ctx: BuildContext) -> CausalLM:
+    """Random weights depend on their name only: all sizes give the same model."""
     return load_model(create_model(config), "", ctx, load_format="dummy", progress=False)
+
+
+def table_of(backend: TpuBackend) -> OpTable:
+    info = next(info for info in backend.probe() if info.path == "tpu/cpu")
+    return OpTable(info, backend, ops=OPS, page_size=PAGE_SIZE)
 
 
 def join(ranks: Sequence[nn.Module], over: Mesh) -> None:
@@ -101,14 +103,19 @@ def forward(model: CausalLM) -> Callable[[StepState, ForwardBatch], Tensor]:
 def test_logits_are_those_of_one_device(case: str) -> None:
     over = mesh()
     config = json.loads((CONFIGS / f"{case}.json").read_text()) | SIZES | CASES[case]
-    whole, ranks = model_of(config, 0, 1), [model_of(config, rank, RANKS) for rank in range(RANKS)]
+    tables = [table_of(TpuBackend()) for _ in range(RANKS)]
+    contexts = [
+        replace(build_context(tp=MeshCommunicator(rank, RANKS)), table=table) for rank, table in enumerate(tables)
+    ]
+    whole, ranks = model_of(config, build_context()), [model_of(config, ctx) for ctx in contexts]
     ((group, spec),) = ranks[0].pool_specs(PAGE_SIZE, torch.float32).items()
+    spec = replace(spec, layout=tables[0].pool_layout(group))
     zeros = torch.zeros(NUM_PAGES, PAGE_SIZE)
 
     def leaf(shape: Sequence[int], dtype: torch.dtype) -> Any:
         return spread([zeros.new_zeros(shape, dtype=dtype)] * RANKS, over)
 
-    state = StepState(pools={group: TpuPool(spec, NUM_PAGES, leaf)}, next_token_ids=torch.zeros(3, dtype=torch.int32))
+    state = StepState(pools={group: pool_of(spec, NUM_PAGES, leaf)}, next_token_ids=torch.zeros(3, dtype=torch.int32))
     layouts = Stepper(ranks[0], num_pages=NUM_PAGES)  # lays batches out, and computes nothing
     join(ranks, over)
     step, reference = JittedStep(forward(ranks[0]), state, 0, mesh=over), Stepper(whole, num_pages=NUM_PAGES)
