@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import jax
@@ -108,9 +108,12 @@ class Program:
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec_of(x))),
             self._arguments(batch),
         )
-        traced = self._run.trace(*shapes)
+        kernels_ask = nullcontext() if self._mesh else jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
+        with kernels_ask:  # Pallas asks it what it compiles for; `shard_map` says it by itself
+            traced = self._run.trace(*shapes)
+            lowered = traced.lower()
         outputs, _ = traced.out_info
-        return traced.lower(), self._results([jax.ShapeDtypeStruct(x.shape, x.dtype) for x in outputs])
+        return lowered, self._results([jax.ShapeDtypeStruct(x.shape, x.dtype) for x in outputs])
 
     def _arguments(self, batch: Any) -> tuple[list[jax.Array], list[jax.Array], list[jax.Array]]:
         mutable = self._state.mutable_tensors()
