@@ -57,11 +57,12 @@ test-triton-slow: install
 	$(PY) -m sglang_triton.aot --check benchmarks/gpu/budgets.json
 	$(TRITON_CONFORMANCE)
 
-# The engine and the kernels of sglang-tpu on JAX's CPU backend, in an environment of their own: JAX is 0.6 GB.
+# The engine and the kernels of sglang-tpu on JAX's CPU backend, in an environment of their own: JAX is 0.6 GB, libtpu 0.7 GB.
 TPU_VENV := .venv-tpu
 test-tpu: $(TPU_VENV)/.installed
 	JAX_PLATFORMS=cpu $(TPU_VENV)/bin/python -m pytest plugins/tpu/tests
 	JAX_PLATFORMS=cpu $(TPU_VENV)/bin/python -m sglang_tpu.aot --check benchmarks/tpu/budgets.json
+	$(TPU_VENV)/bin/python benchmarks/tpu/steps.py --only "llama-3.1-8b num_hidden_layers" --chip v6e
 	JAX_PLATFORMS=cpu JAX_DISABLE_MOST_OPTIMIZATIONS=1 $(TPU_VENV)/bin/sglang-conformance run tpu:cpu --level ops --jobs 2 --num-threads 1 \
 	  -k runtime. -k graph. -k norm. -k act. -k rope. -k embed. -k logits. -k sample. -k moe.route -k attn. -k kv.w
 

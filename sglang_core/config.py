@@ -99,6 +99,9 @@ class DeviceArgs:
     )
     deterministic: bool = setting(False, "only batch-invariant kernels, one variant an op")
     verify_kernels: float = setting(0.0, "share of live steps re-run on the reference bodies", low=0.0, high=1.0)
+    strict_compile: bool = setting(
+        False, "where steps are compiled at start: one that no bucket holds is an error, not compiled while reqs wait"
+    )
     num_threads: int | None = setting(None, "CPU threads an engine rank computes with; all its cores by default", low=1)
 
 

@@ -22,7 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from sglang_tpu.aot_steps import AotBackend, CompiledStep
+from sglang_tpu.backend import TPU_PAGE
 from sglang_tpu.chips import CHIPS
+from sglang_tpu.mesh import AXIS
 from sglang_tpu.topology import mesh_of
 
 from sglang_core.api import Bucket
@@ -48,13 +50,15 @@ class Case:
     config: str
     changes: Mapping[str, Any] = field(default_factory=dict)
     chips: tuple[str, ...]
+    num_devices: int = 1  # as many ranks
     num_reqs: int = 8
     length: int = 1024
     prompt: int = 256
 
     @property
     def name(self) -> str:
-        return " ".join([self.config, *(f"{key}={value}" for key, value in self.changes.items())])
+        over = [f"on {self.num_devices}"] if self.num_devices > 1 else []
+        return " ".join([self.config, *(f"{key}={value}" for key, value in self.changes.items()), *over])
 
     @property
     def steps(self) -> dict[str, tuple[int, int]]:
@@ -74,6 +78,8 @@ CASES = (
         changes={"num_hidden_layers": 2, "first_k_dense_replace": 1},
         chips=("v6e", "7x"),
     ),
+    Case(config="llama-3.1-8b", changes={"num_hidden_layers": 4}, chips=("v5e", "v6e", "7x"), num_devices=4),
+    Case(config="llama-3.1-8b", changes={"num_hidden_layers": 4}, chips=("v5e", "v6e", "7x"), num_devices=8),
 )
 
 
@@ -94,23 +100,28 @@ def compiled(case: Case, chip: str, title: str) -> tuple[list[CompiledStep], int
             max_total_tokens=num_reqs * case.length,
             chunked_prefill_size=max(num_tokens, LEAST_CHUNK),
             mem_fraction_static=1.0,
+            tp_size=case.num_devices,
         )
         bucket = Bucket(
-            num_tokens=num_tokens, num_reqs=num_reqs, max_extend=num_tokens // num_reqs, num_pages=case.length // 16
+            num_tokens=num_tokens,
+            num_reqs=num_reqs,
+            max_extend=num_tokens // num_reqs,
+            num_pages=-(-case.length // TPU_PAGE),
         )
-        backend = AotBackend(CHIPS[chip], mesh_of(CHIPS[chip], 1, "tp"), [bucket])
+        backend = AotBackend(CHIPS[chip], mesh_of(CHIPS[chip], case.num_devices, AXIS), [bucket])
         (info,) = backend.probe()
         device = ChosenDevice(backend=backend, info=info, reason="compiled for")
-        rank = build_rank(config, 0, world_size=1, directory=None, progress=False, device=device)
+        rank = build_rank(config, 0, world_size=case.num_devices, directory=Path(folder), progress=False, device=device)
         rank.runner.warm_up(progress=False)
     assert backend.runtime is not None
     return backend.runtime.compiled, least_traffic(rank) if num_tokens == num_reqs else 0
 
 
 def least_traffic(rank: Rank) -> int:
-    """Bytes that a decode step over full pools must read: weights but an embedding that is only looked up in, and the pools."""
+    """Bytes that a rank must read for a decode step over full pools: weights but an embedding that is only looked up in, and the pools."""
     cfg = rank.resolved.model
-    embedding = 0 if cfg.tie_embeddings else cfg.vocab_size * cfg.hidden_size * 2
+    tp_size = rank.resolved.config.parallel.tp_size
+    embedding = 0 if cfg.tie_embeddings else -(-cfg.vocab_size // tp_size) * cfg.hidden_size * 2
     pools = 0
     for group, pool in rank.state.pools.items():
         pages = rank.num_pages[group]
@@ -173,19 +184,24 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name contains TEXT")
     parser.add_argument("--write", action="store_true", help="make what is used now the budget")
     args = parser.parse_args(argv)
-    whole = json.loads(BUDGETS.read_text()) if BUDGETS.exists() else {}
-    budgets = whole.setdefault(SECTION, {})
+    budgets = json.loads(BUDGETS.read_text()).get(SECTION, {}) if BUDGETS.exists() else {}
     wrong: list[str] = []
     for case in CASES:
         for chip in [c for c in args.chip if c in case.chips and args.only in case.name]:
             made, found = examine(case, chip, None if args.write else budgets.get(chip, {}))
-            budgets.setdefault(chip, {}).update(made)
             wrong += found
+            if args.write:
+                keep(chip, made)
     for line in wrong:
         print(f"FAIL {line}", file=sys.stderr)
-    if args.write:
-        BUDGETS.write_text(json.dumps(whole, indent=1) + "\n")
     return 1 if wrong else 0
+
+
+def keep(chip: str, made: Mapping[str, Any]) -> None:
+    """Put them into the file at once: all of it takes long, and kernels have a section of their own there."""
+    whole = json.loads(BUDGETS.read_text()) if BUDGETS.exists() else {}
+    whole.setdefault(SECTION, {}).setdefault(chip, {}).update(made)
+    BUDGETS.write_text(json.dumps(whole, indent=1, sort_keys=True) + "\n")
 
 
 if __name__ == "__main__":

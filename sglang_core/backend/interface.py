@@ -75,6 +75,9 @@ class RuntimeContext:
     num_threads: int | None = None  # host threads it may compute with; None: as it sees fit
     dist_timeout: float = 600.0  # seconds a collective may take before it raises
     watched: bool = False  # every op of a step is looked at as it runs: steps must call them, where the device can
+    strict_compile: bool = (
+        False  # a step that was compiled for no bucket raises DeviceError, where it would be compiled now
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -153,6 +156,10 @@ class DeviceRuntime(ABC):
 
     def num_allocations(self) -> int | None:
         """How often it has taken device memory so far; None where it does not count. Steps compiled at start take none."""
+        return None
+
+    def num_compiles(self) -> int | None:
+        """How many step programs it has compiled so far; None where it compiles none. Those after start make reqs wait."""
         return None
 
     @abstractmethod

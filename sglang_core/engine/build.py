@@ -84,6 +84,7 @@ def build_engine(
     started = time.monotonic()
     rank = build_rank(engine_config, 0, world_size=world_size, directory=directory, progress=progress, device=device)
     rank.runner.warm_up(progress=progress)
+    late_compiles = _count_late_compiles(rank.runtime)
     resolved, settled = rank.resolved, rank.resolved.config
     page_size = _page_size(settled)
     config = replace(
@@ -124,11 +125,23 @@ def build_engine(
         info=msgspec.to_builtins(info),
         extra_stats=lambda: {
             "fallbacks": float(rank.table.fallbacks),
+            **late_compiles(),
             **(rank.verifier.stats() if rank.verifier is not None else {}),
         },
         on_step=sender.send if sender is not None else lambda plan: None,
         adapters=_adapters(rank, scheduler, sender),
     )
+
+
+def _count_late_compiles(runtime: DeviceRuntime) -> Callable[[], Mapping[str, float]]:
+    """Step programs compiled from now on; nothing where the device compiles none."""
+    at_start = runtime.num_compiles()
+
+    def late() -> Mapping[str, float]:
+        compiled = runtime.num_compiles()
+        return {} if compiled is None or at_start is None else {"late_compiles": float(compiled - at_start)}
+
+    return late
 
 
 def _adapters(rank: Rank, scheduler: Scheduler, sender: PlanSender | None) -> Adapters | None:
@@ -174,6 +187,7 @@ def build_rank(
             num_threads=settled.device.num_threads,
             dist_timeout=settled.parallel.dist_timeout,
             watched=instrument is not None or settled.device.verify_kernels > 0,
+            strict_compile=settled.device.strict_compile,
         )
     )
     tp = _tensor_parallel(runtime, rank, world_size, directory)
@@ -405,8 +419,10 @@ def _main_pages(resolved: Resolved, runtime: DeviceRuntime, sizes: PoolSizes, tp
             f"no room for a KV pool: {memory.free / 2**30:.2f} GiB of {memory.total / 2**30:.2f} GiB are free after loading; "
             "raise --mem-fraction-static, lower --context-length, or free memory"
         )
-    agreed = torch.tensor([-pages], dtype=torch.int64)
-    if tp.size > 1:  # every rank must use the same page ids: take the smallest
+    if (
+        tp.size > 1 and settled.cache.max_total_tokens is None
+    ):  # every rank must use the same page ids: take the smallest
+        agreed = torch.tensor([-pages], dtype=torch.int64)
         gathered = tp.all_gather(agreed.to(runtime.torch_device), dim=0).cpu()
         pages = -int(gathered.max())
     return pages

@@ -28,6 +28,7 @@ GAUGES = {
 COUNTED_HERE = {"prompt_tokens", "cached_tokens", "output_tokens"}  # as counters, once a request has ended
 COUNTERS = {
     "fallbacks": ("fallbacks", "ops bound to another kernel than the one that claims them"),
+    "late_compiles": ("late_compiles", "step programs compiled while serving, for which requests waited"),
     "retractions": ("retractions", "requests put back to waiting as the KV pool ran out"),
 }
 TTFT_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 12.8, 25.6, 51.2, 102.4)

@@ -36,4 +36,6 @@ def test_an_engine_replays_captured_steps(install: Install, backend: str) -> Non
     for device in ("cpu", "capturing"):
         with Engine(device=device, chunked_prefill_size=16, max_total_tokens=96, **SETTINGS) as engine:
             made.append([[a["output_ids"] for a in engine.generate(PROMPTS, sampling)] for sampling in asked * 2])
+            stats = engine.stats()
+    assert stats["late_compiles"] > 0  # what penalties need is captured once a req asks for them
     assert made[0] == made[1]

@@ -43,6 +43,10 @@ class CapturingRuntime(TorchRuntime):
     def __init__(self, ctx: RuntimeContext, device: str) -> None:
         super().__init__(ctx, device)
         self.count = 0
+        self.steps: list[CapturedStep] = []
+
+    def num_compiles(self) -> int:
+        return sum(len(step.recordings) for step in self.steps)
 
     def num_allocations(self) -> int | None:
         return self.count
@@ -52,7 +56,8 @@ class CapturingRuntime(TorchRuntime):
         return [Bucket(num_tokens=t, num_reqs=max_num_reqs, max_extend=q, num_pages=max_num_pages) for t, q in sizes]
 
     def compile_step(self, fn: Callable[..., Any], state: Any, buckets: Sequence[Bucket]) -> Callable[..., Any]:
-        return CapturedStep(self, fn, state)
+        self.steps.append(CapturedStep(self, fn, state))
+        return self.steps[-1]
 
 
 class CapturedStep:

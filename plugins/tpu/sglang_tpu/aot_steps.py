@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from sglang_core.api import (
     Bucket,
+    Communicator,
     DeviceInfo,
     DeviceRuntime,
     MemoryInfo,
@@ -27,8 +28,9 @@ from sglang_core.api import (
 )
 from sglang_tpu.backend import TpuBackend
 from sglang_tpu.chips import Chip
-from sglang_tpu.environment import array, lift
+from sglang_tpu.environment import lift
 from sglang_tpu.hlo import Module
+from sglang_tpu.mesh import MeshCommunicator, spread_shape
 from sglang_tpu.pools import TpuStatePool, pool_of
 from sglang_tpu.runtime import TpuRuntime
 from sglang_tpu.step import Program, lift_state, lift_weights
@@ -54,7 +56,7 @@ class CompiledStep:
 
 
 class AotRuntime(TpuRuntime):
-    """A mesh of one device that is not here. `compiled` has a row for each step that was compiled for it."""
+    """A mesh that is not here, traced as its rank 0. `compiled` has a row for each step that was compiled for it."""
 
     def __init__(self, ctx: RuntimeContext, chip: Chip, mesh: Mesh, buckets: Sequence[Bucket]) -> None:
         TorchRuntime.__init__(self, ctx, "meta")
@@ -68,13 +70,12 @@ class AotRuntime(TpuRuntime):
         return self._buckets
 
     def compile_step(self, fn: Callable[..., Any], state: Any, buckets: Sequence[Bucket]) -> Callable[..., Any]:
-        """A step that is compiled each time it is called, and gives shapes."""
-        weights = lift_weights(fn)
+        """A step that is compiled each time it is called, and gives shapes. Where the mesh is one of several, each has as much as rank 0."""
+        weights = [spread_shape(x, self._mesh) for x in lift_weights(fn)]
         lift_state(state)
-        sharding = NamedSharding(self._mesh, PartitionSpec())
 
         def step(batch: Any) -> Any:
-            lowered, result = Program(fn, state, batch, weights).lower(batch, sharding)
+            lowered, result = Program(fn, state, batch, weights, self._mesh).lower(batch, self._mesh)
             self.compiled.append(self._examine(fn.__name__, lowered.compile(), len(list(state.mutable_tensors()))))
             return result
 
@@ -95,11 +96,18 @@ class AotRuntime(TpuRuntime):
         )
 
     def alloc_pool(self, spec: PoolSpec, num_pages: int) -> Pool:
-        return pool_of(spec, num_pages, without_values)
+        return pool_of(spec, num_pages, self._make)
 
     def alloc_state_pool(self, spec: StatePoolSpec, num_slots: int) -> StatePool:
         self._refuse_layout(spec.layout, StatePool.layout)
-        return TpuStatePool(spec, num_slots, without_values)
+        return TpuStatePool(spec, num_slots, self._make)
+
+    def _make(self, shape: Sequence[int], dtype: torch.dtype) -> Any:
+        """A rank's part of a pool, in shape only."""
+        return spread_shape(lift(torch.empty(tuple(shape), dtype=dtype, device="meta")), self._mesh)
+
+    def communicator(self, ranks: Sequence[int], rank: int, store: Any) -> Communicator:
+        return MeshCommunicator(rank, len(ranks))
 
 
 class AotBackend(TpuBackend):
@@ -116,13 +124,3 @@ class AotBackend(TpuBackend):
     def create_runtime(self, ctx: RuntimeContext) -> DeviceRuntime:
         self.runtime = AotRuntime(ctx, self.chip, self._mesh, self._buckets)
         return self.runtime
-
-
-def without_values(shape: Sequence[int], dtype: torch.dtype) -> Any:
-    """A lifted tensor that has a shape only."""
-    return lift(torch.empty(tuple(shape), dtype=dtype, device="meta"))
-
-
-def num_bytes(tensors: Sequence[Any]) -> int:
-    """Of lifted tensors, without the padding of a device's tiles."""
-    return sum(array(x).size * array(x).dtype.itemsize for x in tensors)

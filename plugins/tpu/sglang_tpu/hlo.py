@@ -139,6 +139,8 @@ class Module:
             return self._moved_by_fusion(where, i)
         read = [a for name in i.operands for a in where.instructions[name].arrays]
         match i.opcode:
+            case "copy-start" if "cross_program_prefetch_index" in i.attributes:
+                return 0  # of the first run only: each brings it for the next, by a copy at its end
             case "copy-start":  # gives its destination, its source, a flag
                 return i.arrays[0].hbm + i.arrays[1].hbm
             case "slice-start":  # gives its source, the slice, a flag

@@ -33,6 +33,7 @@ class TpuRuntime(TorchRuntime):
     def __init__(self, ctx: RuntimeContext, device: jax.Device) -> None:
         super().__init__(ctx, "cpu")
         self._device = device
+        self._steps: list[JittedStep] = []
 
     def memory(self) -> MemoryInfo:
         stats = self._device.memory_stats()
@@ -61,7 +62,14 @@ class TpuRuntime(TorchRuntime):
         return decode + prefill
 
     def compile_step(self, fn: Callable[..., Any], state: Any, buckets: Sequence[Bucket]) -> Callable[..., Any]:
-        return WatchedStep(fn, state) if self.ctx.watched else JittedStep(fn, state, len(buckets))
+        if self.ctx.watched:
+            return WatchedStep(fn, state)
+        step = JittedStep(fn, state, len(buckets), strict=self.ctx.strict_compile)
+        self._steps.append(step)
+        return step
+
+    def num_compiles(self) -> int:
+        return sum(step.num_programs for step in self._steps)
 
     def communicator(self, ranks: Sequence[int], rank: int, store: Any) -> Communicator:
         if len(ranks) > 1:

@@ -66,8 +66,11 @@ def test_serving_compiles_no_forward_step(engines: list[Engine], monkeypatch: py
     monkeypatch.setattr(
         step.Program, "__init__", lambda self, fn, *args: (compiled.append(fn.__name__), make(self, fn, *args))[1]
     )
+    late = engines[1].stats()["late_compiles"]
     engines[1].generate([p * 2 for p in PROMPTS], GREEDY)
     assert "_forward_step" not in compiled
+    assert engines[1].stats()["late_compiles"] - late == len(compiled)
+    assert "late_compiles" not in engines[0].stats()
 
 
 def test_watched_steps_call_every_op(engines: list[Engine], caplog: pytest.LogCaptureFixture) -> None:

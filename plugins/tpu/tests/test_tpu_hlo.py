@@ -47,6 +47,11 @@ def test_each_buffer_counts_once_and_of_a_pool_only_what_is_touched() -> None:
     }
 
 
+def test_what_the_run_before_has_brought_is_not_counted() -> None:
+    text = POOL.replace("copy-start(%w)", "copy-start(%w), cross_program_prefetch_index=0")
+    assert Module(POOL).traffic().keys() - Module(text).traffic().keys() == {"ahead"}
+
+
 def test_a_loop_counts_as_often_as_it_runs() -> None:
     text = """HloModule loop
 
