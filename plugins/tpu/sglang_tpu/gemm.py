@@ -13,7 +13,8 @@ from sglang_tpu.activations import quantized
 from sglang_tpu.environment import array, on_device, wrap
 from sglang_tpu.groups import Grouping, grouping, product
 
-LINEAR_BYTES = 2 << 20  # of a weight that a step of the grid reads: several steps, so that all but the first read comes beside a product
+# Of a weight that a step of the grid reads: several steps, so that all but the first read comes beside a product.
+LINEAR_BYTES = 2 << 20
 
 
 @on_device

@@ -32,6 +32,10 @@ QUANTISED = (
     *("mxfp4.g32", "nvfp4.g16", "nvfp4.g16.static", "nvfp4.g16.a16"),
 )
 MATMULS = ("gemm.linear", "gemm.grouped", "moe.fused")
+PROFILES = (
+    *("moe", "quant:int8.token_channel", "quant:fp8.token_channel", "quant:fp8.block128"),
+    *("quant:int4.awq.g128", "quant:int4.gptq.g64", "quant:int4.pack.g128", "quant:mxfp4.g32", "quant:nvfp4.g16"),
+)
 
 
 def dense_limits(ctx: SelectionContext) -> str | None:
@@ -70,7 +74,9 @@ KERNELS = [
 
 
 def claims(profiles: tuple[str, ...]) -> Claims:
-    """Of the other ops only float16 is refused, which their bodies were never checked with."""
+    """`profiles`: of the device itself. Of the other ops only float16 is refused, which their bodies were never checked with."""
     native = [Claim(op=op, dtypes=DTYPES) for op in TRACED]
     native += [Claim(op=op, dtypes=DTYPES, formats=("dense", *QUANTISED)) for op in MATMULS]
-    return Claims((*native, Claim(op="*", dtypes=("float16",), support=Support.UNSUPPORTED)), profiles=profiles)
+    return Claims(
+        (*native, Claim(op="*", dtypes=("float16",), support=Support.UNSUPPORTED)), profiles=(*profiles, *PROFILES)
+    )

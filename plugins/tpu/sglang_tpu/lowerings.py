@@ -40,7 +40,8 @@ def bitwise(fn: Callable[[jax.Array, Any], jax.Array]) -> Callable[[Any, Any], A
 def divide(x: Any, y: Any) -> Any:
     """True division of tensors and numbers."""
     a, b = (array(lift(each)) if isinstance(each, torch.Tensor) else each for each in (x, y))
-    return wrap(divided(a, b) if isinstance(a, jax.Array) and jnp.issubdtype(a.dtype, jnp.floating) else jnp.divide(a, b))
+    floats = isinstance(a, jax.Array) and jnp.issubdtype(a.dtype, jnp.floating)
+    return wrap(divided(a, b) if floats else jnp.divide(a, b))
 
 
 def to_dtype(x: Any, dtype: torch.dtype | None = None, *_: Any, **__: Any) -> Any:
@@ -57,7 +58,7 @@ LOWERINGS = {
     **{op: bitwise(jnp.bitwise_xor) for op in (aten.__xor__.Tensor, aten.__xor__.Scalar)},
     aten.searchsorted.Tensor: searchsorted,
     aten.div.Tensor: divide,
-    **{op: to_dtype for op in (aten.to.dtype, aten._to_copy.default)},
+    **dict.fromkeys((aten.to.dtype, aten._to_copy.default), to_dtype),
     aten.square: lambda x: wrap(jax.lax.square(array(x))),
 }
 

@@ -85,7 +85,7 @@ def _packed(w: PackedWeight) -> dict[str, Tensor]:
         if name == "x_scale":
             made[name] = tensor
         elif name == "weight":
-            codes = _as_bytes(tensor, lambda codes: _padded(codes, rows, columns // (container.columns or 1)))
+            codes = _as_bytes(tensor, partial(_padded, rows=rows, columns=columns // (container.columns or 1)))
             made[name] = _words(codes, chunk_of(columns)) if container.columns == 2 else codes
         else:
             groups = 1 if container.columns in (None, w.in_features) else -(-columns // container.columns)
@@ -104,17 +104,10 @@ def _canonical(w: PackedWeight, tensors: dict[str, Tensor]) -> dict[str, Tensor]
             made[name] = tensor.clone()
         elif name == "weight":
             codes = _from_words(tensor, chunk_of(tensor.shape[0] * 8)) if container.columns == 2 else tensor
-            made[name] = _as_bytes(codes, lambda x, to=shape: x[: to[0], : to[1]].contiguous())
+            made[name] = _as_bytes(codes, partial(_cut, shape=shape))
         else:
-            step = container.rows or 1
-            made[name] = _as_bytes(
-                tensor, lambda x, to=shape, step=step: x.T[:: step, : _groups(to)][: to[0]].reshape(to).contiguous()
-            )
+            made[name] = _as_bytes(tensor, partial(_from_groups, rows_each=container.rows or 1, shape=shape))
     return made
-
-
-def _groups(shape: tuple[int, ...]) -> int:
-    return shape[1] if len(shape) == 2 else 1
 
 
 def _as_bytes(x: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:
@@ -132,6 +125,15 @@ def _by_group(x: Tensor, *, rows_each: int, groups: int, rows: int) -> Tensor:
     """x: [ceil(out / rows_each), G] or [out] -> [groups, rows]; each element stands for so many rows."""
     x = (x if x.ndim == 2 else x[:, None]).repeat_interleave(rows_each, dim=0)[:rows]
     return _padded(x, rows, groups).T.contiguous()
+
+
+def _from_groups(x: Tensor, *, rows_each: int, shape: tuple[int, ...]) -> Tensor:
+    """The inverse of `_by_group`."""
+    return _cut(x.T[::rows_each], shape=(shape[0], shape[1] if len(shape) == 2 else 1)).reshape(shape)
+
+
+def _cut(x: Tensor, *, shape: tuple[int, ...]) -> Tensor:
+    return x[: shape[0], : shape[1]].contiguous()
 
 
 def _words(packed: Tensor, chunk: int) -> Tensor:
