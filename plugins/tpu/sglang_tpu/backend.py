@@ -20,7 +20,16 @@ from sglang_core.api import (
 from sglang_tpu import chips
 from sglang_tpu.kernels import KERNELS, claims
 
-PROFILES = ("base", "odd_sizes", "graph", "mla", "window", "soft_cap", "sinks", "buckets")
+PROFILES = (
+    *("base", "odd_sizes", "graph", "serving", "mla", "moe", "window", "soft_cap", "sinks", "buckets"),
+    *(
+        "quant:int8.token_channel",
+        "quant:fp8.block128",
+        "quant:int4.awq.g128",
+        "quant:int4.pack.g128",
+        "quant:mxfp4.g32",
+    ),
+)
 HOST = "tpu/cpu"
 # A copy of a page is one DMA: 16 KiB of a pool with one KV head a rank. A row of the page table is a fourth of what it is at 16.
 TPU_PAGE = 64

@@ -11,10 +11,12 @@ import jax.numpy as jnp
 import torch
 from torchax import tensor
 from torchax.config import Configuration
+from torchax.ops.mappings import t2j_dtype
 from torchax.ops.op_base import InplaceOp
 from torchax.ops.ops_registry import Operator
 
-from sglang_tpu.environment import array, environment, lift_tree, wrap
+from sglang_tpu.environment import array, environment, lift, lift_tree, wrap
+from sglang_tpu.rounding import FP8, divided, to_fp8
 
 aten = torch.ops.aten
 
@@ -35,11 +37,28 @@ def bitwise(fn: Callable[[jax.Array, Any], jax.Array]) -> Callable[[Any, Any], A
     return lambda x, y: wrap(fn(array(x), array(y) if isinstance(y, torch.Tensor) else y))
 
 
+def divide(x: Any, y: Any) -> Any:
+    """True division of tensors and numbers."""
+    a, b = (array(lift(each)) if isinstance(each, torch.Tensor) else each for each in (x, y))
+    floats = isinstance(a, jax.Array) and jnp.issubdtype(a.dtype, jnp.floating)
+    return wrap(divided(a, b) if floats else jnp.divide(a, b))
+
+
+def to_dtype(x: Any, dtype: torch.dtype | None = None, *_: Any, **__: Any) -> Any:
+    """A copy in that dtype, or in its own; nothing else of a tensor can be asked for here."""
+    found = array(x)
+    if dtype == torch.float8_e4m3fn and found.dtype != FP8:
+        return wrap(to_fp8(found))
+    return wrap(found if dtype is None else found.astype(t2j_dtype(dtype)))
+
+
 LOWERINGS = {
     **{op: bitwise(jnp.bitwise_and) for op in (aten.__and__.Tensor, aten.__and__.Scalar)},
     **{op: bitwise(jnp.bitwise_or) for op in (aten.__or__.Tensor, aten.__or__.Scalar)},
     **{op: bitwise(jnp.bitwise_xor) for op in (aten.__xor__.Tensor, aten.__xor__.Scalar)},
     aten.searchsorted.Tensor: searchsorted,
+    aten.div.Tensor: divide,
+    **dict.fromkeys((aten.to.dtype, aten._to_copy.default), to_dtype),
     aten.square: lambda x: wrap(jax.lax.square(array(x))),
 }
 

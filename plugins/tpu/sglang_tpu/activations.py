@@ -1,0 +1,88 @@
+"""Activations quantised as weight formats ask for (`sglang_core/ops/quant.py`), by XLA, which fuses it into what made them.
+
+Codes are the definition's (`rounding.py`).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from sglang_core.api.ops import Fmt
+from sglang_tpu.rounding import FP8_MAX, divided, to_fp8
+
+INT8_MAX, E2M1_MAX = 127.0, 6.0
+BLOCK = 128
+
+
+class Rows(NamedTuple):
+    """Rows to multiply, [S, in]: numbers as they are, or codes with what undoes them."""
+
+    x: jax.Array
+    scale: jax.Array | None = None  # float32[S, 1]; of fp8_block [S, ceil(in / 128)]
+    zero: jax.Array | None = None  # int32[S, 1], to be taken from each code
+
+
+def quantized(x: jax.Array, fmt: Fmt, static_scale: jax.Array | None = None) -> Rows:
+    """x: [S, in] -> what a product with a weight in `fmt` sums. `static_scale`: float32[S or 1, 1], of static formats."""
+    if fmt.activation == "as_is":
+        return Rows(x)
+    dtype, x = x.dtype, x.astype(jnp.float32)
+    match fmt.activation:
+        case "int8":
+            scale = _scale(_amax(x), INT8_MAX)
+            return Rows(jnp.clip(jnp.round(divided(x, scale)), -INT8_MAX, INT8_MAX).astype(jnp.int8), scale)
+        case "int8_asym":
+            return _int8_asym(x)
+        case "fp8_block":
+            padded = jnp.pad(x, ((0, 0), (0, -x.shape[1] % BLOCK)))
+            blocks = padded.reshape(x.shape[0], -1, BLOCK)
+            scale = _scale(_amax(blocks), FP8_MAX)
+            return Rows(to_fp8(divided(blocks, scale)).reshape(padded.shape)[:, : x.shape[1]], scale[..., 0])
+        case "nvfp4" | "nvfp4_static":
+            return _nvfp4(x, static_scale)
+    if fmt.static:
+        assert static_scale is not None
+        scale = jnp.broadcast_to(static_scale, (x.shape[0], 1))
+    else:
+        scale = _scale(_amax(x), FP8_MAX)
+    codes = to_fp8(divided(x, scale))
+    return Rows(codes if fmt.element == "fp8" else codes.astype(dtype), scale)
+
+
+def _int8_asym(x: jax.Array) -> Rows:
+    low = jnp.minimum(x.min(-1, keepdims=True), 0)
+    high = jnp.maximum(x.max(-1, keepdims=True), 0)
+    scale = _scale(high - low, 255.0)
+    zero = jnp.clip(-128 - jnp.round(divided(low, scale)), -128, 127)
+    codes = jnp.clip(jnp.round(divided(x, scale)) + zero, -128, 127)
+    return Rows(codes.astype(jnp.int8), scale, zero.astype(jnp.int32))
+
+
+def _nvfp4(x: jax.Array, static_scale: jax.Array | None) -> Rows:
+    """Codes with the scales of their groups: six bits at most, and so exact in bfloat16. The scale of a row remains."""
+    total = _scale(_amax(x), E2M1_MAX * FP8_MAX) if static_scale is None else static_scale
+    total = jnp.broadcast_to(total, (x.shape[0], 1))
+    groups = jnp.pad(x, ((0, 0), (0, -x.shape[1] % 16))).reshape(x.shape[0], -1, 16)
+    scale = to_fp8(divided(divided(_amax(groups), E2M1_MAX), total[..., None])).astype(jnp.float32)
+    whole = scale * total[..., None]
+    value = jnp.where(whole == 0, 0.0, _to_e2m1(divided(groups, jnp.where(whole == 0, 1.0, whole)))) * scale
+    return Rows(value.reshape(x.shape[0], -1)[:, : x.shape[1]].astype(jnp.bfloat16), total)
+
+
+def _to_e2m1(x: jax.Array) -> jax.Array:
+    """x: float32 -> the nearest of 0, 0.5, 1, 1.5, 2, 3, 4, 6 with its sign, saturated; ties to the even code."""
+    size = jnp.minimum(jnp.abs(x), E2M1_MAX)
+    step = jnp.where(size < 2, 0.5, jnp.where(size < 4, 1.0, 2.0))
+    return jnp.sign(x) * jnp.round(size / step) * step
+
+
+def _amax(x: jax.Array) -> jax.Array:
+    return jnp.abs(x).max(-1, keepdims=True)
+
+
+def _scale(amax: jax.Array, top: float) -> jax.Array:
+    scale = divided(amax, top)
+    return jnp.where(scale == 0, 1.0, scale)
