@@ -75,9 +75,7 @@ class RuntimeContext:
     num_threads: int | None = None  # host threads it may compute with; None: as it sees fit
     dist_timeout: float = 600.0  # seconds a collective may take before it raises
     watched: bool = False  # every op of a step is looked at as it runs: steps must call them, where the device can
-    strict_compile: bool = (
-        False  # a step that was compiled for no bucket raises DeviceError, where it would be compiled now
-    )
+    strict_compile: bool = False  # a step of no bucket raises DeviceError, where it would be compiled now
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

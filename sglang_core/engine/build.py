@@ -419,9 +419,8 @@ def _main_pages(resolved: Resolved, runtime: DeviceRuntime, sizes: PoolSizes, tp
             f"no room for a KV pool: {memory.free / 2**30:.2f} GiB of {memory.total / 2**30:.2f} GiB are free after loading; "
             "raise --mem-fraction-static, lower --context-length, or free memory"
         )
-    if (
-        tp.size > 1 and settled.cache.max_total_tokens is None
-    ):  # every rank must use the same page ids: take the smallest
+    if tp.size > 1 and settled.cache.max_total_tokens is None:
+        # Every rank must use the same page ids: take the smallest.
         agreed = torch.tensor([-pages], dtype=torch.int64)
         gathered = tp.all_gather(agreed.to(runtime.torch_device), dim=0).cpu()
         pages = -int(gathered.max())
