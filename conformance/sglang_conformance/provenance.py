@@ -33,7 +33,8 @@ def _hash(package: str) -> str:
 
 def device(info: DeviceInfo) -> dict[str, Any]:
     """The device as its backend describes it."""
-    return dataclasses.asdict(info) | {"facts": dict(info.facts), "versions": dict(info.versions)}
+    notes = [dataclasses.asdict(note) for note in info.notes]
+    return dataclasses.asdict(info) | {"facts": dict(info.facts), "versions": dict(info.versions), "notes": notes}
 
 
 def versions() -> dict[str, str]:

@@ -97,6 +97,7 @@ FIELDS: dict[str, Check] = {
         total_memory=is_count,
         facts=is_dict(FACT),
         versions=lambda x: bool(x) and is_dict(is_text)(x),
+        notes=is_list(is_record(name=is_text, found=is_text, fix=is_str)),
         problem=lambda x: x == "",  # it was opened
     ),
     "profiles": TEXTS,

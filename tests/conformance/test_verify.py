@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
 from datetime import date
 from typing import Any
 
 import pytest
+from sglang_conformance import provenance
 from sglang_conformance.consistency import of_claims
 from sglang_conformance.report import Report
 from sglang_conformance.result import Verdict
@@ -14,6 +17,7 @@ from sglang_conformance.tolerance import Error
 from sglang_conformance.verify import verify
 
 from sglang_core.backend.claims import Claim, Claims, Waiver
+from sglang_core.backend.interface import DeviceInfo, DeviceNote
 from tests.conformance.whole_report import changed, whole
 
 TODAY = date.today()
@@ -201,3 +205,11 @@ def test_claims_are_held_against_verdicts() -> None:
     assert any("is NOT_CLAIMED, and it is claimed" in problem for problem in of_claims(missing, TODAY))
     waiver = Waiver(cases="norm.layer[*", reason="r", url="https://example.com", expires="2099-01-01")
     assert problems(whole(Claims(waivers=(waiver,)), verdict=Verdict.WAIVED)) == ""
+
+
+def test_what_a_device_can_do_without_is_in_its_report() -> None:
+    note = DeviceNote(name="flashinfer", found="not installed", fix="pip install it")
+    info = DeviceInfo(backend="made", path="made/up", name="made up", score=1, versions={"driver": "1"}, notes=(note,))
+    made = json.loads(json.dumps(provenance.device(info)))
+    assert FIELDS["device"](made) and made["notes"] == [asdict(note)]
+    assert not FIELDS["device"](made | {"notes": [{"name": "flashinfer"}]})
