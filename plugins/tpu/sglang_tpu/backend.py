@@ -21,7 +21,7 @@ from sglang_tpu import chips
 from sglang_tpu.kernels import KERNELS, claims
 
 PROFILES = (
-    *("base", "odd_sizes", "graph", "serving", "mla", "moe", "window", "soft_cap", "sinks", "buckets"),
+    *("base", "graph", "mla", "moe"),
     *(
         "quant:int8.token_channel",
         "quant:fp8.block128",
