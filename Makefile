@@ -64,7 +64,8 @@ test-tpu: $(TPU_VENV)/.installed
 	JAX_PLATFORMS=cpu $(TPU_VENV)/bin/python -m sglang_tpu.aot --check benchmarks/tpu/budgets.json
 	$(TPU_VENV)/bin/python benchmarks/tpu/steps.py --only "llama-3.1-8b num_hidden_layers" --chip v6e
 	JAX_PLATFORMS=cpu JAX_DISABLE_MOST_OPTIMIZATIONS=1 $(TPU_VENV)/bin/sglang-conformance run tpu:cpu --level ops --jobs 2 --num-threads 1 \
-	  -k runtime. -k graph. -k norm. -k act. -k rope. -k embed. -k logits. -k sample. -k moe.route -k attn. -k kv.w
+	  -k runtime. -k graph. -k norm. -k act. -k rope. -k embed. -k logits. -k sample. -k moe.route \
+	  -k "attn.mla_paged[decode" -k "attn.mla_paged[mixed" -k "attn.mla_paged[prefill" -k "attn.mla_paged[pa"
 
 $(TPU_VENV)/.installed: pyproject.toml plugins/tpu/pyproject.toml conformance/pyproject.toml
 	$(PYTHON) -m venv $(TPU_VENV)
