@@ -88,14 +88,16 @@ static void linear_task(const void* opaque, int64_t index) {
   float* c = static_cast<float*>(scratch(kSlotTile, size_t(rows * c_stride) * sizeof(float)));
   for (; panel < end; panel += step) {
     int64_t count = min1(step, end - panel), column = panel * kPanel, width = count * kPanel;
-    multiply(args.w, t.x, row, rows, panel, count, c, c_stride, args.tiles);
+    int64_t then = t.row_blocks == 1 && panel + count < t.panels ? panel + count : -1;
     if (!gated) {
+      multiply(args.w, t.x, row, rows, panel, count, c, c_stride, args.tiles, then);
       write_sums<T>(args, c, c_stride, row, rows, column, width);
       continue;
     }
     // What the gates open lies `half` columns further on, which may be within a panel.
     int64_t up = half + column, shift = up % kPanel, panels = ceil_div(shift + min1(width, half - column), kPanel);
-    multiply(args.w, t.x, row, rows, up / kPanel, panels, c + width, c_stride, args.tiles);
+    multiply(args.w, t.x, row, rows, panel, count, c, c_stride, args.tiles, up / kPanel);
+    multiply(args.w, t.x, row, rows, up / kPanel, panels, c + width, c_stride, args.tiles, then);
     write_gated<T>(args, c, c + width + shift, c_stride, row, rows, column, width);
   }
 }
@@ -140,5 +142,6 @@ static void linear(const LinearArgs& args) {
   int64_t step = panels_per_step(args.w, min1(args.m, row_block(args.w, args.tiles)));
   t.panels_per_task = ceil_div(per_task, step) * step;
   Task task = args.out.dtype == DType::bf16 ? linear_task<uint16_t> : args.out.dtype == DType::f32 ? linear_task<float> : linear_task<_Float16>;
-  run_tasks(t.row_blocks * ceil_div(t.panels, t.panels_per_task), task, &t);
+  int64_t count = t.row_blocks * ceil_div(t.panels, t.panels_per_task);
+  t.row_blocks == 1 ? run_stream(count, task, &t) : run_tasks(count, task, &t);
 }

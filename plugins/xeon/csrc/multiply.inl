@@ -138,11 +138,12 @@ static void multiply_widened(const CodedTile& t, int64_t length, int64_t rows, i
   if (t.scales) add_scaled(t, sums, c_stride, rows, count);
 }
 
-// Sums over panels [panel, panel + count) of one step, not yet scaled by row and column. `more`: the panels after these come next.
+// Sums over panels [panel, panel + count) of one step, not yet scaled by row and column. `next`: the panel that is read after these,
+// -1 if none is.
 template <Element E>
 static void multiply_coded(
     const Weight& w, const Activations& x, int64_t row, int64_t rows, int64_t panel, int64_t count, float* c, int64_t c_stride,
-    const TileKernels* amx, bool more) {
+    const TileKernels* amx, int64_t next) {
   constexpr int64_t unit = unit_of(E);
   // Of panels that fill no step, tiles take one row at a time: worth it for a few.
   bool whole_step = count == panels_per_step(w, rows);
@@ -166,13 +167,13 @@ static void multiply_coded(
     t.scales = w.scales ? static_cast<const char*>(w.scales) + at * one_scale : nullptr;
     t.row_scales = x.group_scale ? x.group_scale + row * w.groups + block.group : nullptr;
     bool last = b + 1 == blocks;
-    t.ahead = !last ? t.units * unit_bytes(E) : more ? codes + count * bytes - t.w : 0;
+    t.ahead = !last ? t.units * unit_bytes(E) : next >= 0 ? codes + (next - panel) * bytes - t.w : 0;
     if (t.units == 0) continue;
     if (!tiles_widen) {
       multiply_widened<E>(t, block.k1 - block.k0, rows, count, amx);
       continue;
     }
-    if (!last || more) prefetch_groups(t, last ? count * w.groups - block.group : groups, groups, count);
+    if (!last || next >= 0) prefetch_groups(t, last ? (next - panel) * w.groups - block.group : groups, groups, count);
     multiply_codes<E>(t, rows, count);
   }
 }
@@ -212,15 +213,16 @@ static void multiply_plain(
 
 // c[r, j] = sum over k of x[row + r, k] * w[panel * 16 + j, k], all scales applied, for `rows` <= row_block(w, tiles) prepared rows
 // and panels [panel, panel + count). Rows of c are c_stride >= count * 16 floats apart. Fastest with count a multiple of
-// panels_per_step(w, rows). With `tiles` AMX may do it, and then sums in another order where there are rows enough.
+// panels_per_step(w, rows). With `tiles` AMX may do it, and then sums in another order where there are rows enough. `then`: the panel
+// that the caller's thread will read after these, -1 if it is not known.
 static void multiply(
     const Weight& w, const Activations& x, int64_t row, int64_t rows, int64_t panel, int64_t count, float* c, int64_t c_stride,
-    const TileKernels* tiles = nullptr) {
+    const TileKernels* tiles = nullptr, int64_t then = -1) {
   int64_t step = panels_per_step(w, rows);
   const TileKernels* amx = tiles && fits_tiles(w, rows) ? tiles : nullptr;
   for (int64_t p = 0; p < count; p += step, c += step * kPanel) {
     int64_t at = panel + p, some = min1(step, count - p), width = some * kPanel;
-    bool more = p + step < count;
+    int64_t next = p + step < count ? at + step : then;
     switch (w.element) {
 #ifdef HAS_DOT_BF16
       case Element::f32:
@@ -241,20 +243,20 @@ static void multiply(
         multiply_plain<Act>(table, w, x, row, rows, at, some, c, c_stride, nullptr);
         break;
       }
-      case Element::f16: multiply_coded<Element::f16>(w, x, row, rows, at, some, c, c_stride, amx, more); break;
+      case Element::f16: multiply_coded<Element::f16>(w, x, row, rows, at, some, c, c_stride, amx, next); break;
 #endif
       case Element::bf16_coded: multiply_exponents(w, x, row, rows, at, some, c, c_stride, amx); break;
-      case Element::int4: multiply_coded<Element::int4>(w, x, row, rows, at, some, c, c_stride, amx, more); break;
-      case Element::int4_zero: multiply_coded<Element::int4_zero>(w, x, row, rows, at, some, c, c_stride, amx, more); break;
-      case Element::e2m1: multiply_coded<Element::e2m1>(w, x, row, rows, at, some, c, c_stride, amx, more); break;
+      case Element::int4: multiply_coded<Element::int4>(w, x, row, rows, at, some, c, c_stride, amx, next); break;
+      case Element::int4_zero: multiply_coded<Element::int4_zero>(w, x, row, rows, at, some, c, c_stride, amx, next); break;
+      case Element::e2m1: multiply_coded<Element::e2m1>(w, x, row, rows, at, some, c, c_stride, amx, next); break;
       case Element::fp8:
 #ifdef HAS_DOT_BF16
         if (has_vbmi()) {
-          multiply_coded<kFp8Bytes>(w, x, row, rows, at, some, c, c_stride, amx, more);
+          multiply_coded<kFp8Bytes>(w, x, row, rows, at, some, c, c_stride, amx, next);
           break;
         }
 #endif
-        multiply_coded<Element::fp8>(w, x, row, rows, at, some, c, c_stride, amx, more);
+        multiply_coded<Element::fp8>(w, x, row, rows, at, some, c, c_stride, amx, next);
         break;
       case Element::int8: {
         static constexpr Int8Tiles table;

@@ -30,11 +30,26 @@ struct Job {
   const void* args;
   int64_t count;
   int64_t workers;  // those with a lower index take part
+  bool stream;
+  uint32_t generation;
+};
+
+// How many indexes of one thread's share of a stream were taken. A count is of the generation that it names, so that nobody has to
+// clear those of all threads before a job.
+struct alignas(64) Share {
+  std::atomic<uint64_t> taken{0};
+
+  int64_t take(uint32_t generation) {
+    uint64_t none = uint64_t(generation) << 32, now = taken.load(std::memory_order_relaxed), mine;
+    do mine = now >> 32 == generation ? now : none;
+    while (!taken.compare_exchange_weak(now, mine + 1, std::memory_order_relaxed));
+    return int64_t(mine - none);
+  }
 };
 
 class Team {
  public:
-  void run(int64_t threads, int64_t count, Task task, const void* args) {
+  void run(int64_t threads, int64_t count, Task task, const void* args, bool stream) {
     // A second caller at the same time (a thread that packs weights, say) works alone.
     std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
     if (!lock.owns_lock() || threads <= 1) {
@@ -42,12 +57,12 @@ class Team {
       return;
     }
     grow(threads - 1);
-    job_ = {task, args, count, threads - 1};
+    job_ = {task, args, count, threads - 1, stream, generation_.load(std::memory_order_relaxed) + 1};
     next_.store(0, std::memory_order_relaxed);
     open_.store(true);
     generation_.fetch_add(1);
     if (asleep_.load() > 0) syscall(SYS_futex, &generation_, FUTEX_WAKE_PRIVATE, INT_MAX, nullptr, nullptr, 0);
-    take_all();
+    take_all(threads - 1);
     open_.store(false);
     for (int spins = 1; inside_.load() != 0; ++spins) pause(spins);
   }
@@ -69,8 +84,16 @@ class Team {
       _mm_pause();
   }
 
-  void take_all() {
-    for (int64_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < job_.count;) job_.task(job_.args, i);
+  // `rank`: of the threads that take part, the caller is the last.
+  void take_all(int64_t rank) {
+    if (!job_.stream) {
+      for (int64_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < job_.count;) job_.task(job_.args, i);
+      return;
+    }
+    for (int64_t i = 0, threads = job_.workers + 1; i < threads; ++i) {
+      int64_t share = (rank + i) % threads, begin = job_.count * share / threads, end = job_.count * (share + 1) / threads;
+      for (int64_t at; (at = begin + shares_[share].take(job_.generation)) < end;) job_.task(job_.args, at);
+    }
   }
 
   void grow(int64_t workers) {
@@ -89,7 +112,7 @@ class Team {
         sched_setaffinity(0, sizeof(mask), &mask);
       }
       inside_.fetch_add(1);
-      if (open_.load() && index < job_.workers) take_all();
+      if (open_.load() && index < job_.workers) take_all(index);
       inside_.fetch_sub(1);
     }
   }
@@ -121,6 +144,7 @@ class Team {
   std::atomic<bool> open_{false};
   std::atomic<int> asleep_{0};
   std::atomic<int> cpu_plus_one_[kMaxWorkers] = {};  // 0: not tied
+  Share shares_[kMaxWorkers + 1];
 };
 
 Team& team() {
@@ -145,15 +169,19 @@ void pin_team(const int64_t* cpus, int64_t count) {
   team().pin(cpus, count);
 }
 
-void run_tasks(int64_t count, Task task, const void* args) {
+static void run(int64_t count, Task task, const void* args, bool stream) {
   int64_t threads = num_threads();
   if (count < threads) threads = count;
   if (threads <= 1) {
     for (int64_t i = 0; i < count; ++i) task(args, i);
     return;
   }
-  team().run(threads, count, task, args);
+  team().run(threads, count, task, args, stream);
 }
+
+void run_tasks(int64_t count, Task task, const void* args) { run(count, task, args, false); }
+
+void run_stream(int64_t count, Task task, const void* args) { run(count, task, args, true); }
 
 void* scratch(Slot slot, size_t bytes) {
   static thread_local Buffer buffers[kNumSlots];

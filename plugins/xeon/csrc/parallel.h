@@ -13,6 +13,10 @@ using Task = void (*)(const void* args, int64_t index);
 // core holds the others up by one task at most. Tasks must not throw and not run tasks themselves.
 void run_tasks(int64_t count, Task task, const void* args);
 
+// The same where what an index reads lies behind what the one before it does: a thread takes one after the other, and first those of
+// a share of its own.
+void run_stream(int64_t count, Task task, const void* args);
+
 // Threads that run_tasks uses when called from this thread: those of pin_team, else as many as torch would use.
 int64_t num_threads();
 int64_t default_num_threads();
