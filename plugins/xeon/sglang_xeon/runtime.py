@@ -23,6 +23,7 @@ from sglang_core.api import (
 from sglang_xeon.collectives import meet
 from sglang_xeon.huge_pages import advise, empty
 from sglang_xeon.step_graph import StepGraphs
+from sglang_xeon.stream import KernelStream
 from sglang_xeon.team import Team
 from sglang_xeon.topology import compact, home_node, place, read_topology
 
@@ -42,6 +43,7 @@ class XeonRuntime(TorchRuntime):
         super().__init__(ctx, "cpu")
         torch.set_num_threads(self.num_threads)
         self.team = Team(self.cpus, self.num_threads)
+        self._stream: KernelStream | None = None
         if (node := home_node(topology, self.cpus)) is not None:
             os.sched_setaffinity(
                 0, node
@@ -49,19 +51,27 @@ class XeonRuntime(TorchRuntime):
         logger.info("computing with %d threads on CPUs %s", self.num_threads, compact(self.cpus))
 
     def stream(self) -> HostStream:
-        return HostStream(self.team.start)
+        self._stream = KernelStream(self.team.start)
+        return self._stream
 
     def compile_step(self, fn: Callable[..., Any], state: Any, buckets: Sequence[Bucket]) -> Callable[..., Any]:
         """Replayed where shapes come again (`StepGraphs`): on one rank, as no tape knows of a meeting with others."""
         step = super().compile_step(fn, state, buckets)
-        if self.ctx.world_size == 1 and not self.ctx.watched:
-            step = StepGraphs(step)
+        is_replayed = self.ctx.world_size == 1 and not self.ctx.watched
+        if is_replayed:
+            step = StepGraphs(step, self._wake)
 
         def followed(forward_batch: Any) -> Any:
             self.team.follow()
+            if not is_replayed:
+                self._wake()
             return step(forward_batch)
 
         return followed
+
+    def _wake(self) -> None:
+        if self._stream is not None:
+            self._stream.wake()
 
     def alloc_pool(self, spec: PoolSpec, num_pages: int) -> Pool:
         pool = super().alloc_pool(spec, num_pages)

@@ -11,6 +11,7 @@ import logging
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -55,29 +56,37 @@ class StepGraphs:
 
     A shape is recorded at its second step, and again after a weight has been rewritten. At the third the replay is compared with the step itself, and only if they are equal
     bit for bit does it stand for later ones. Steps may be run twice: that is a rule of the core.
+
+    `before_kernels` is called when what is left of a step is kernels, or nearly: of one that is not replayed at its beginning.
     """
 
-    def __init__(self, step: Callable[[Any], Any]) -> None:
-        self._step = step
+    def __init__(self, step: Callable[[Any], Any], before_kernels: Callable[[], None] = lambda: None) -> None:
+        self._step, self._before_kernels = step, before_kernels
         self._shapes: OrderedDict[Hashable, _Shape] = OrderedDict()
-        self._arena = Arena()
+        self._arena, self._given = Arena(), Given()
         self._worth_it = True
         self._num_rewritten = weights.num_rewritten
 
     def __call__(self, batch: Any) -> Any:
         if not self._worth_it:
-            return self._step(batch)
+            return self._as_it_is(batch)
         if self._num_rewritten != weights.num_rewritten:  # tapes point at what weights were
             self._shapes.clear()
             self._num_rewritten = weights.num_rewritten
         facts = list(leaves(batch, ""))
         inputs = [leaf for _, leaf in facts if isinstance(leaf, Tensor)]
         if any(x.dim() and x.shape[0] > MAX_ROWS + 1 for x in inputs):  # cu_extend has one more than there are reqs
-            return self._step(batch)
+            return self._as_it_is(batch)
         shape = self._shape_of(facts)
-        result = shape.run(self._step, batch, inputs, self._arena)
+        if shape.graph is not None and shape.trusted:
+            return shape.graph.replay(inputs, self._before_kernels)
+        result = shape.run(self._as_it_is, batch, inputs, self._arena, self._given)
         self._worth_it = shape.num_kernels is None or shape.num_kernels >= LEAST_KERNELS
         return result
+
+    def _as_it_is(self, batch: Any) -> Any:
+        self._before_kernels()
+        return self._step(batch)
 
     def _shape_of(self, facts: Sequence[tuple[str, Any]]) -> _Shape:
         key = tuple((path, (x.shape, x.dtype) if isinstance(x, Tensor) else x) for path, x in facts)
@@ -97,15 +106,12 @@ class _Shape:
         self.graph: StepGraph | None = None
         self.trusted = self.refused = False
 
-    def run(self, step: Callable[[Any], Any], batch: Any, inputs: list[Tensor], arena: Arena) -> Any:
-        if self.trusted:
-            assert self.graph is not None
-            return self.graph.replay(inputs)
+    def run(self, step: Callable[[Any], Any], batch: Any, inputs: list[Tensor], arena: Arena, given: Given) -> Any:
         self.num_steps += 1
         if self.refused or self.num_steps < RECORD_AT:
             return step(batch)
         if self.graph is None:
-            self.graph, result = StepGraph.record(step, batch, arena)
+            self.graph, result = StepGraph.record(step, batch, arena, given)
             self.num_kernels = self.graph.num_kernels
             if self.graph.refusal:
                 self._refuse(self.graph.refusal)
@@ -125,15 +131,17 @@ class _Shape:
 class StepGraph:
     """One recorded step: tapes of kernels, and between them calls of ops that no tape notes."""
 
-    def __init__(self, inputs: list[Tensor], nodes: list[Tape | Call], outputs: Any, refusal: str) -> None:
-        self._inputs, self._nodes, self._outputs, self.refusal = inputs, nodes, outputs, refusal
+    def __init__(
+        self, inputs: list[Tensor], nodes: list[Tape | Call], outputs: Any, given: Given, refusal: str
+    ) -> None:
+        self._inputs, self._nodes, self._outputs, self._given, self.refusal = inputs, nodes, outputs, given, refusal
 
     @property
     def num_kernels(self) -> int:
         return sum(len(node) for node in self._nodes if isinstance(node, Tape))
 
     @classmethod
-    def record(cls, step: Callable[[Any], Any], batch: Any, arena: Arena) -> tuple[StepGraph, Any]:
+    def record(cls, step: Callable[[Any], Any], batch: Any, arena: Arena, given: Given) -> tuple[StepGraph, Any]:
         """Runs the step on copies of the batch's tensors, which are the graph's inputs. -> the graph, and what the step gave."""
         inputs: list[Tensor] = []
 
@@ -144,20 +152,40 @@ class StepGraph:
         own = map_tensors(batch, copied, "")
         with Recorder(arena) as recorder:
             outputs = step(own)
-        graph = cls(inputs, recorder.nodes, outputs, recorder.refusal())
+        graph = cls(inputs, recorder.nodes, outputs, given, recorder.refusal())
         return graph, graph._handed_out({})
 
-    def replay(self, inputs: list[Tensor]) -> Any:
-        """What the step would give for a batch of these tensors; new memory each time."""
+    def replay(self, inputs: list[Tensor], before_kernels: Callable[[], None] = lambda: None) -> Any:
+        """What the step would give for a batch of these tensors. It stands until the second replay after it."""
         with torch.inference_mode():
             torch._foreach_copy_(self._inputs, inputs)
+            before_kernels()
             for node in self._nodes[:-1]:
                 node.replay()
             return self._handed_out(self._nodes[-1].replay(keep=False))
 
     def _handed_out(self, fresh: dict[int, Tensor]) -> Any:
         """`fresh` replaces outputs, by id, that the last call has just made; the others are copied out of the graph's memory."""
-        return map_tensors(self._outputs, lambda _, x: fresh[id(x)] if id(x) in fresh else x.clone(), "")
+        copy = self._given.next()
+        return map_tensors(self._outputs, lambda path, x: fresh[id(x)] if id(x) in fresh else copy(path, x), "")
+
+
+class Given:
+    """Memory for what replays hand out, two sets in turn: new memory for a row of logits is cleared page by page, a percent of a step."""
+
+    def __init__(self) -> None:
+        self._sets: tuple[dict[str, Tensor], ...] = ({}, {})
+
+    def next(self) -> Callable[[str, Tensor], Tensor]:
+        """Makes copies, by the place of a tensor among the outputs, that stand until the second call after this one."""
+        self._sets = self._sets[1], self._sets[0]
+        return partial(_copied, self._sets[0])
+
+
+def _copied(memory: dict[str, Tensor], path: str, x: Tensor) -> Tensor:
+    if path not in memory or memory[path].numel() < x.nbytes:
+        memory[path] = torch.empty(x.nbytes, dtype=torch.uint8)
+    return memory[path][: x.nbytes].view(x.dtype).view(x.shape).copy_(x)
 
 
 class Recorder(TorchDispatchMode):

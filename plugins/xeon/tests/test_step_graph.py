@@ -64,14 +64,13 @@ def torch_ops(x: Tensor) -> Tensor:
 def test_replays_give_what_steps_give(extra: Callable[[Tensor], Tensor]) -> None:
     network, plain = Network(extra), Network(extra)
     graphs = StepGraphs(network)
-    results, expected = [], []
+    standing: list[tuple[Tensor, Tensor]] = []  # of this call and the one before it: those must not be overwritten
     for seed in range(RECORD_AT + 6):
         for num_tokens in (1, 5):
-            results.append(graphs(batch_of(num_tokens, seed)))
-            expected.append(plain(batch_of(num_tokens, seed)))
+            result, expected = graphs(batch_of(num_tokens, seed)), plain(batch_of(num_tokens, seed))
             assert torch.equal(network.written, plain.written)
-    for result, wanted in zip(results, expected, strict=True):  # those of steps long past, too: nothing is overwritten
-        assert all(torch.equal(a, b) for a, b in zip(result, wanted, strict=True))
+            standing = [*standing[-len(result) :], *zip(result, expected, strict=True)]
+            assert all(torch.equal(a, b) for a, b in standing)
     assert network.calls == 2 * (RECORD_AT + 1)  # and then replays only
 
 
@@ -112,6 +111,17 @@ def test_a_rewritten_weight_is_recorded_anew() -> None:
             torch.equal(a, b) for a, b in zip(graphs(batch_of(3, seed)), network(batch_of(3, seed)), strict=True)
         )
     assert network.calls == calls + RECORD_AT + 1 + RECORD_AT + 2
+
+
+@pytest.mark.parametrize("num_tokens", [3, 200], ids=["replayed", "long"])
+def test_who_waits_is_told_before_the_kernels_of_every_step(num_tokens: int) -> None:
+    told: list[int] = []
+    network = Network()
+    graphs = StepGraphs(network, lambda: told.append(network.calls))
+    for seed in range(RECORD_AT + 4):
+        graphs(batch_of(num_tokens, seed))
+    own_steps = min(RECORD_AT + 4, RECORD_AT + 1) if num_tokens == 3 else RECORD_AT + 4
+    assert told == [min(i, own_steps) for i in range(RECORD_AT + 4)]  # once a step, and before it
 
 
 def test_a_batch_is_not_changed() -> None:
