@@ -149,7 +149,6 @@ STEP = EVERY - QUANT
 WRITES = frozenset({"kv.write", "kv.write_mla"})
 HEADS = frozenset({"attn.paged", "attn.ragged"})
 DIMS = {64, 80, 96, 128, 192, 256}
-FULL_PRECISION = frozenset({"sample.sample"})  # a head gives it float32
 VAST = (
     frozenset({"attn.paged", "attn.mla_paged", "kv.write", "kv.write_mla", "embed.lookup", "lora.apply", "moe.fused"})
     | RECURRENT
@@ -175,7 +174,7 @@ AXES = (
         of=STEP - {"embed.lookup"},
         why_not="takes nothing that may be a slice",
     ),
-    Axis(name="every dtype", met=lambda s: s.dtypes >= set(FLOATS), of=EVERY - FULL_PRECISION, why_not="takes float32"),
+    Axis(name="every dtype", met=lambda s: s.dtypes >= set(FLOATS), of=EVERY),
     Axis(name="ragged", met=lambda s: s.ragged, of=PAGED | RECURRENT, why_not="knows no reqs, or has a case of its own"),
     Axis(name="padding", met=lambda s: s.padded or related("padded")(s), of=STEP - WRITES - {"embed.lookup"}, why_not="writes padding to scratch, or reads ids alone"),
     Axis(name="batch invariance", met=related("alone and together"), of=STEP - WRITES, why_not="copies, bit for bit, or is no part of a step"),

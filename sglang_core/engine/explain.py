@@ -42,7 +42,7 @@ def bound_model(resolved: Resolved) -> tuple[OpTable, CausalLM]:
     model = resolved.model_class(resolved.model)
     tp = FirstOf(resolved.config.parallel.tp_size)
     bind_model(model, build_context(resolved, table, torch.device("meta"), tp))
-    Sampler(table, resolved.model.vocab_size)
+    Sampler(table, resolved.model.vocab_size, model.logits_dtype)
     return table, model
 
 

@@ -60,9 +60,13 @@ class CausalLM(Module):
         return h
 
     def head(self, rows: Tensor, row_adapter: Tensor | None = None) -> Tensor:
-        """Selected rows of the hidden states: [S, M], and of `token_adapter` -> logits: float32[S, V], on every rank."""
+        """Selected rows of the hidden states: [S, M], and of `token_adapter` -> logits: [S, V], on every rank."""
         logits: Tensor = self.lm_head(rows, row_adapter)
         return logits
+
+    @property
+    def logits_dtype(self) -> torch.dtype:
+        return self.lm_head.logits_dtype
 
     @property
     def attn_specs(self) -> tuple[AnySpec, ...]:

@@ -108,6 +108,11 @@ class LMHead(Layer):
             )
             self._soft_cap = ctx.table.bind(cap).fn
 
+    @property
+    def logits_dtype(self) -> torch.dtype:
+        """The layer's own: sampling widens what it reads. What is capped is not rounded again."""
+        return self.dtype if self.cfg.soft_cap is None else torch.float32
+
     def weights(self, prefix: str) -> list[WeightSpec]:
         name = f"{self.cfg.tied_to or prefix}.weight"
         spec = _vocab_rows(name, self.cfg.vocab_size, self.cfg.hidden_size, self.dtype, self.rows)
@@ -132,13 +137,13 @@ class LMHead(Layer):
         return num_bytes(self.stored.fmt, self.padded, size, self.dtype, of_columns=size)
 
     def forward(self, rows: Tensor, row_adapter: Tensor | None = None) -> Tensor:
-        """rows: [S, M], row_adapter: int32[S], as `ForwardBatch.token_adapter` -> float32[S, V]."""
+        """rows: [S, M], row_adapter: int32[S], as `ForwardBatch.token_adapter` -> [S, V], of `logits_dtype`."""
         part = self._linear(rows, self.weight, None)
         if self.lora is not None and row_adapter is not None:
             part = self.lora(part, rows, row_adapter)
         logits = self._tp.all_gather(part, dim=-1)[:, : self.cfg.vocab_size]
         if self.cfg.soft_cap is None:
-            return logits.float()
+            return logits
         capped: Tensor = self._soft_cap(logits, self.cfg.soft_cap)
         return capped
 

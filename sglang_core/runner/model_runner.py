@@ -38,6 +38,8 @@ class Model(Protocol):
     def attn_plans(self) -> Mapping[AnySpec, Callable[..., AnyPlan]]: ...
     @property
     def pool_groups(self) -> Mapping[AnySpec, PoolGroup]: ...
+    @property
+    def logits_dtype(self) -> torch.dtype: ...
 
     def __call__(self, fb: ForwardBatch) -> Tensor: ...
     def head(self, rows: Tensor, row_adapter: Tensor | None = None) -> Tensor: ...
@@ -119,7 +121,7 @@ class ModelRunner:
         self._page_size, self._buckets, self._verifier = page_size, buckets, verifier
         self._adapters = adapters
         self._attn_plans, self._pool_groups = model.attn_plans, model.pool_groups
-        self._sampler = Sampler(table, vocab_size)
+        self._sampler = Sampler(table, vocab_size, model.logits_dtype)
         self._adjustments = Adjustments(vocab_size)
         self._stream = runtime.stream()
         self._forward = _Compiled(runtime, self._forward_step, state, buckets)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from sglang_core.backend.kernel import OpSite
 from sglang_core.backend.selection import OpTable
+from sglang_core.layers.build import dtype_name
 from sglang_core.layers.forward_batch import StepState
 from sglang_core.ops.sampling import SampleParams, token_logprobs, top_logprobs
 
@@ -26,7 +28,7 @@ class AdjustmentTensors:
 class SampleInput:
     """What sampling needs beside the logits. Row r belongs to slots[r]."""
 
-    logits: Tensor | None  # [R, V], known once the forward has run
+    logits: Tensor | None  # [R, V] of the head's dtype, known once the forward has run
     params: SampleParams
     slots: Tensor  # int32[R]
     adjustment: AdjustmentTensors | None
@@ -44,14 +46,14 @@ class SampleOutput:
 class Sampler:
     """Bound once, like the model's layers; `step` is what the runtime compiles."""
 
-    def __init__(self, table: OpTable, vocab_size: int) -> None:
-        site = OpSite(op="sample.sample", layer="Sampler", dtype="float32", dims={"V": vocab_size})
+    def __init__(self, table: OpTable, vocab_size: int, dtype: torch.dtype) -> None:
+        site = OpSite(op="sample.sample", layer="Sampler", dtype=dtype_name(dtype), dims={"V": vocab_size})
         self._sample = table.bind(site).fn
         self._adjust = table.bind(replace(site, op="logits.adjust")).fn
 
     def step(self, state: StepState, sample: SampleInput) -> SampleOutput:
         assert sample.logits is not None
-        logits = sample.logits.float()
+        logits = sample.logits
         if (a := sample.adjustment) is not None:
             logits = self._adjust(logits, a.rows, a.ids, a.repetition, a.add)
         ids, logprobs = self._sample(logits, sample.params, logprobs=sample.num_top >= 0)

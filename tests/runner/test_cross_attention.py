@@ -43,6 +43,10 @@ class Listener:
         self.outputs.append(o)
         return o.flatten(1)
 
+    @property
+    def logits_dtype(self) -> torch.dtype:
+        return torch.float32
+
     def head(self, hidden: Tensor, row_adapter: Tensor | None = None) -> Tensor:
         return hidden[:, :VOCAB].float()
 
