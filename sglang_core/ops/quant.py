@@ -2,7 +2,8 @@
 
 Everything here is float32, whatever the input, so that codes are the same in an oracle: a code is round-to-nearest-even of
 x / scale (a true division), saturated. A scale is amax / the largest code; a row of zeros has scale 1. Scales of weights are
-rounded to 16 significant bits, so that code * scale is exact in float32 and quantising a dequantised weight changes nothing.
+rounded to 16 significant bits, so that code * scale is exact in float32 and quantising a dequantised weight changes nothing; those of
+int4 without zeros to bfloat16, as checkpoints have them: there are many.
 """
 
 from __future__ import annotations
@@ -231,7 +232,7 @@ def _quantize_int4(w: Tensor, f: Fmt, group: int) -> dict[str, Tensor]:
         zero = (-low / scale).round().clamp(0, 15)
         tensors = {"scale": scale, "zero": zero.to(torch.uint8)}
     else:
-        scale = _short_scale(grouped.abs().amax(-1), 7.0)
+        scale = _short_scale(grouped.abs().amax(-1), 7.0, bits=8)
         zero, tensors = torch.full_like(scale, INT4_ZERO), {"scale": scale}
     code = ((grouped / scale[..., None]).round() + zero[..., None]).clamp(0, 15).flatten(-2)[..., :columns]
     if f.act_order:
@@ -262,7 +263,8 @@ def _scale(amax: Tensor, top: float) -> Tensor:
     return torch.where(scale == 0, 1.0, scale)
 
 
-def _short_scale(amax: Tensor, top: float) -> Tensor:
-    """`_scale` with 16 significant bits."""
-    bits = _scale(amax, top).contiguous().view(torch.int32)
-    return ((bits + 0x80) & ~0xFF).view(torch.float32)
+def _short_scale(amax: Tensor, top: float, *, bits: int = 16) -> Tensor:
+    """`_scale` with so many significant bits."""
+    dropped = 24 - bits
+    scale = _scale(amax, top).contiguous().view(torch.int32)
+    return ((scale + (1 << (dropped - 1))) & -(1 << dropped)).view(torch.float32)

@@ -242,7 +242,7 @@ def _four(
             offset = tl.minimum(nearest_integer(tl.div_rn(-low, step)), 15.0)
             tl.store(zero + at, offset.to(tl.uint8), row < N)
         else:
-            step = short_scale(most, 7.0)
+            step = short_scale(most, 7.0, BITS=8)
         tl.store(scale + at, step, row < N)
     elif TWO_SCALES:
         total = short_scale(tl.zeros([BLOCK_R], tl.float32) + tl.load(largest + expert), 2688.0)  # of e2m1 times e4m3
@@ -274,11 +274,11 @@ def four_bit_code(value, step, offset, ELEMENT: tl.constexpr):
 
 
 @triton.jit
-def short_scale(most, top):
-    """most: float32 -> most / top with 16 significant bits, 1 where that is 0."""
+def short_scale(most, top, BITS: tl.constexpr = 16):
+    """most: float32 -> most / top with BITS significant bits, 1 where that is 0."""
     step = tl.div_rn(most, most * 0.0 + top)
     bits = tl.where(step == 0.0, 1.0, step).to(tl.uint32, bitcast=True)
-    return ((bits + 0x80) & 0xFFFFFF00).to(tl.float32, bitcast=True)
+    return ((bits + (1 << (23 - BITS))) >> (24 - BITS) << (24 - BITS)).to(tl.float32, bitcast=True)
 
 
 @triton.jit

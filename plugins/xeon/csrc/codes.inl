@@ -53,6 +53,8 @@ INLINE vf from_fp8(vu code) {
 INLINE vf load_scales(const void* p, ScaleType type, int64_t i) {
   switch (type) {
     case ScaleType::f32: return load(static_cast<const float*>(p) + i);
+    case ScaleType::bf16: return load(static_cast<const uint16_t*>(p) + i);
+    case ScaleType::f16: return load_f16(static_cast<const uint16_t*>(p) + i);
     case ScaleType::e4m3: return from_fp8(load_bytes(static_cast<const uint8_t*>(p) + i));
     case ScaleType::e8m0: break;
   }
@@ -64,7 +66,9 @@ INLINE vf load_scales(const void* p, ScaleType type, int64_t i) {
 // Into L2: there it waits without driving what a block reads again out of L1.
 INLINE void prefetch_l2(const void* p) { __builtin_prefetch(p, 0, 2); }
 
-constexpr int64_t scale_bytes(ScaleType type) { return type == ScaleType::f32 ? 4 : 1; }
+constexpr int64_t scale_bytes(ScaleType type) {
+  return type == ScaleType::f32 ? 4 : type == ScaleType::bf16 || type == ScaleType::f16 ? 2 : 1;
+}
 
 #ifdef HAS_DOT_BF16
 // What each 4-bit code stands for, as bf16; a table lookup takes the low five bits of a lane.

@@ -32,7 +32,7 @@ namespace sglang_xeon {
 // What a weight is made of. sglang_core/ops/formats.py says what each code stands for.
 enum class Element : int32_t { f32 = 0, bf16 = 1, f16 = 2, int4 = 3, int4_zero = 4, e2m1 = 5, fp8 = 6, int8 = 7, bf16_coded = 8 };
 inline constexpr int64_t kNumElements = 9;
-enum class ScaleType : int32_t { f32 = 0, e8m0 = 1, e4m3 = 2 };
+enum class ScaleType : int32_t { f32 = 0, e8m0 = 1, e4m3 = 2, bf16 = 3, f16 = 4 };
 
 // k that lie side by side in a panel, and the bytes of all its 16 columns over so many k.
 inline constexpr int64_t unit_of(Element e) {

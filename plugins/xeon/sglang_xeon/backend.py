@@ -26,7 +26,7 @@ LINEAR_DTYPES = (*DTYPES, "float16")  # and weights in every format
 # For --device auto: above the reference backend (0), below every accelerator (100 and up).
 SCORES = {"avx2": 30, "avx512": 40, "avx512_bf16": 50, "amx": 60}
 # The bytes that weights.pack makes. A change of them is a new number: packed caches go by it.
-PACKED_LAYOUT = "xeon.panels/2"
+PACKED_LAYOUT = "xeon.panels/3"
 EXPERT_OPS = ("moe.fused", "gemm.grouped")
 ACT_ORDER = tuple(f"int4.gptq.g{group}.act_order" for group in (32, 64, 128, -1))
 PROFILES = (

@@ -28,7 +28,7 @@ PLAIN = frozenset(_DENSE.values())
 _INT4, _INT4_ZERO, _E2M1, _FP8, _INT8, _CODED = 3, 4, 5, 6, 7, 8
 _UNITS = {0: 2, 1: 2, 2: 2, _CODED: 8, _INT4: 8, _INT4_ZERO: 8, _E2M1: 8, _FP8: 4, _INT8: 4}
 _UNIT_BYTES = {0: 128, _CODED: 192}  # others: 64
-_SCALES = {torch.float32: 0, torch.uint8: 1, torch.float8_e4m3fn: 2}
+_SCALES = {torch.float32: 0, torch.uint8: 1, torch.float8_e4m3fn: 2, torch.bfloat16: 3, torch.float16: 4}
 _QUANTIZE = ("as_is", "fp8", "fp8_static", "fp8_block", "int8", "int8_asym", "nvfp4", "nvfp4_static")
 _TENSORS = (
     *("packed", "scales", "zeros", "column_scale", "column_sum"),
@@ -106,7 +106,7 @@ num_rewritten = 0  # weights of this process that `pack` has changed since: thei
 
 def pack(w: PackedWeight, out: PackedWeight | None = None) -> PackedWeight:
     """Canonical -> panels. With `out`, an earlier result, its bytes are rewritten; its tensors are replaced only where exponents were
-    coded and too many numbers have no code now.
+    coded and too many numbers have no code now, or where scales were kept in 16 bits and need more now.
 
     Raises ValueError where `out` was packed for another order of columns (act_order) that does not fit it.
     """
@@ -124,6 +124,7 @@ def pack(w: PackedWeight, out: PackedWeight | None = None) -> PackedWeight:
     if "escapes" in out._buffers:
         _rewrite_coded(out, _coded(w) or _plain(w, None))
     else:
+        _make_room(out, w)
         _plain(w, _tensors(out))
     return out
 
@@ -146,7 +147,31 @@ def unpack(w: PackedWeight, out: PackedWeight | None = None) -> PackedWeight:
 
 
 def _plain(w: PackedWeight, into: dict[str, Tensor] | None) -> dict[str, Tensor]:
-    return _packed(w, into) if w.num_experts is None else _packed_stack(w, into)
+    scales = _scale_dtype(w) if into is None else into["scales"].dtype if "scales" in into else None
+    return _packed(w, scales, into) if w.num_experts is None else _packed_stack(w, scales, into)
+
+
+def _scale_dtype(w: PackedWeight) -> torch.dtype | None:
+    """The smallest dtype that holds all scales of its groups as they are: most checkpoints have them in 16 bits. None: it has no groups."""
+    if not Shape.of(w).group:
+        return None
+    scale = w["scale"]
+    if scale.dtype is not torch.float32:
+        return scale.dtype
+    fits = (dtype for dtype in (torch.bfloat16, torch.float16) if torch.equal(scale.to(dtype).float(), scale))
+    return next(fits, torch.float32)
+
+
+def _make_room(out: PackedWeight, w: PackedWeight) -> None:
+    """Scales of 32 bits where those of `out` have 16 and the ones of `w` do not fit them."""
+    if (
+        "scales" not in out._buffers
+        or out["scales"].dtype in (torch.float32, _scale_dtype(w))
+        or w["scale"].dtype is not torch.float32
+    ):
+        return
+    out.register_buffer("scales", out["scales"].float())
+    out.__dict__.pop("_xeon_facts", None)
 
 
 def _rewrite_coded(out: PackedWeight, made: dict[str, Tensor]) -> None:
@@ -197,15 +222,15 @@ def _tensors(w: PackedWeight) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in w._buffers.items() if tensor is not None}
 
 
-def _packed_stack(w: PackedWeight, into: dict[str, Tensor] | None) -> dict[str, Tensor]:
+def _packed_stack(w: PackedWeight, scales: torch.dtype | None, into: dict[str, Tensor] | None) -> dict[str, Tensor]:
     """Expert by expert into stacks that the first one's sizes tell."""
     assert w.num_experts is not None
     stacks = into or {}
     for i in range(w.num_experts):
         if stacks:
-            _packed(w.expert(i), {name: stack[i] for name, stack in stacks.items()})
+            _packed(w.expert(i), scales, {name: stack[i] for name, stack in stacks.items()})
             continue
-        first = _packed(w.expert(i), None)
+        first = _packed(w.expert(i), scales, None)
         stacks = {name: _stack(t, w.num_experts) for name, t in first.items()}
         for name, t in first.items():
             stacks[name][i] = t
@@ -217,8 +242,8 @@ def _stack(one: Tensor, count: int) -> Tensor:
     return huge_pages.empty(count * one.nbytes).view(one.dtype).view(count, *one.shape)
 
 
-def _packed(w: PackedWeight, into: dict[str, Tensor] | None) -> dict[str, Tensor]:
-    """One matrix -> its packed tensors, by name."""
+def _packed(w: PackedWeight, scales: torch.dtype | None, into: dict[str, Tensor] | None) -> dict[str, Tensor]:
+    """One matrix -> its packed tensors, by name; with scales of this dtype, which holds them."""
     shape, fmt = Shape.of(w), Fmt.parse(w.fmt)
     made: dict[str, Tensor] = {}
     if fmt.act_order:
@@ -230,7 +255,7 @@ def _packed(w: PackedWeight, into: dict[str, Tensor] | None) -> dict[str, Tensor
         scale = w["scale"]
         if fmt.element == "fp8":  # a block of rows shares one
             scale = scale.repeat_interleave(BLOCK_ROWS, dim=0)[: shape.n]
-        made["scales"] = _by_panel(scale)
+        made["scales"] = _by_panel(scale.to(scales))
     else:
         made["column_scale"] = _by_column(w["scale"])
     if fmt.has_zero:
@@ -270,6 +295,7 @@ def _canonical(w: PackedWeight, tensors: dict[str, Tensor]) -> dict[str, Tensor]
     made = {"weight": weight}
     if shape.group:
         scale = _from_panel(tensors["scales"], shape.n)
+        scale = scale.float() if scale.dtype in (torch.bfloat16, torch.float16) else scale
         made["scale"] = scale[::BLOCK_ROWS].contiguous() if fmt.element == "fp8" else scale
     elif not fmt.is_dense:
         made["scale"] = tensors["column_scale"][: shape.n].clone()

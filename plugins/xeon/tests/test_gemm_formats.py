@@ -108,6 +108,45 @@ def test_a_nan_stays_in_its_row(level: str, fmt: str) -> None:
         assert rows.sum() == 32
 
 
+def with_scales_of(dtype: torch.dtype, fmt: str, n: int = 40, k: int = 272) -> PackedWeight:
+    """A checkpoint's: its scales are float32 numbers, of which these have no more bits than the dtype."""
+    w = quantized(fmt, n, k)
+    w["scale"].copy_((torch.rand(w["scale"].shape) + 0.5).to(dtype))
+    return w
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("fmt", ["int4.awq.g128", "int4.gptq.g32.act_order", "int4.pack.g32", "fp8.block128"])
+def test_scales_are_kept_in_as_few_bits_as_they_have(level: str, fmt: str, dtype: torch.dtype) -> None:
+    w = with_scales_of(dtype, fmt)
+    packed = gemm.pack(w)
+    assert packed["scales"].dtype == dtype
+    assert torch.equal(gemm.unpack(packed)["scale"], w["scale"])
+    for m in (1, 7, 13, 100):
+        x = torch.randn(m, 272)
+        assert_close(gemm.linear(x, packed), LINEAR(x.double(), w).float(), scale=272**0.5)
+
+
+def test_scales_that_need_more_bits_are_written_over_shorter_ones() -> None:
+    short, exact = (with_scales_of(dtype, "int4.awq.g128") for dtype in (torch.bfloat16, torch.float32))
+    packed, x = gemm.pack(short), torch.randn(3, 272).bfloat16()
+    gemm.linear(x, packed)
+    gemm.pack(exact, packed)
+    assert torch.equal(gemm.linear(x, packed), gemm.linear(x, gemm.pack(exact)))
+    gemm.pack(short, packed)
+    assert torch.equal(gemm.unpack(packed)["scale"], short["scale"])
+
+
+def test_a_stack_has_scales_of_one_dtype() -> None:
+    """As many bits as any of its experts needs."""
+    stack = QUANTIZE(torch.randn(3, 40, 256), "int4.awq.g128")
+    stack["scale"].copy_((torch.rand(stack["scale"].shape) + 0.5).bfloat16())
+    stack["scale"][2].fill_(1 / 3)
+    packed = gemm.pack(stack)
+    assert packed["scales"].dtype == torch.float32
+    assert torch.equal(gemm.unpack(packed)["scale"], stack["scale"])
+
+
 def test_another_order_of_columns_that_does_not_fit_is_refused() -> None:
     w = quantized("int4.gptq.g32.act_order", 16, 64)
     packed = gemm.pack(w)
