@@ -23,7 +23,8 @@ from sglang_triton.hopper_kernels import GROUPS, ROWS, async_load, product_layou
 STEP = gl.constexpr(128)  # columns of K at a time: 128 bytes, the widest swizzle, and what shares a scale in blocks
 HALF = gl.constexpr(128)  # columns of a result that are multiplied at once; they share a scale in blocks
 HALVES = gl.constexpr(2)
-BAND = gl.constexpr(16)  # tiles below each other that are done before those to the right: programs at work at once share most of what they read
+# Tiles below each other that are done before those to the right: programs at work at once share most of what they read.
+BAND = gl.constexpr(16)
 
 # Triton 3.9 renamed it.
 async_store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
@@ -113,7 +114,8 @@ def multiply_rows(
             x = x_smem.index(stage * GROUPS + group)
             part = product(x, w_smem.index(stage * HALVES), layout)
             left += part * (row_scale * left_scale)[:, None] if BLOCKS else part
-            mbarrier.wait(right_full.index(stage), phase)  # and no instruction of the right half moves up to where the left one has the registers
+            # Waiting also keeps ptxas from moving the right product up to where the left one still has the registers: it spilled 300 bytes.
+            mbarrier.wait(right_full.index(stage), phase)
             part = product(x, w_smem.index(stage * HALVES + 1), layout)
             mbarrier.arrive(free.index(stage), count=1)
             right += part * (row_scale * right_scale)[:, None] if BLOCKS else part

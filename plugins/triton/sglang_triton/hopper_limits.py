@@ -8,6 +8,7 @@ ARCH = "sm_90"
 HALVES = ("bfloat16", "float16")
 DIMS = ((64, 128, 192), (64, 128))  # of keys, of values: what shared memory holds two blocks of
 ROWS = 128  # of a tile, which all query heads of a KV head must fit
+LATENT = (512, 64)  # dims of a latent and of a rotated key
 FP8 = ("fp8.tensor", "fp8.token_channel", "fp8.block128")
 
 
@@ -60,3 +61,15 @@ def hopper_linear_limits(ctx: SelectionContext) -> str | None:
     if wrong := [f"{name}={ctx.site.dims[name]}" for name, unit in units.items() if ctx.site.dims.get(name, 0) % unit]:
         return f"takes an in of a multiple of 16 and an out of 8, not {', '.join(wrong)}"
     return device_limits(ctx)
+
+
+def hopper_latent_limits(ctx: SelectionContext) -> str | None:
+    """The sizes of DeepSeek-V2 and V3 and of models like them."""
+    spec = ctx.site.spec
+    if (spec.rank, spec.rope_dim) != LATENT:
+        return f"takes latents of {LATENT[0]} dims and rotated keys of {LATENT[1]}, not {spec.rank} and {spec.rope_dim}"
+    if spec.tree:
+        return "takes no trees of drafts"
+    if spec.scale <= 0:
+        return f"takes a positive scale, not {spec.scale}"
+    return pool_limits(ctx) or device_limits(ctx)

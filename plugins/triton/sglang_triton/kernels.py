@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from sglang_core.api import Claim, Claims, Kernel, SelectionContext, Support
-from sglang_triton.hopper_limits import hopper_limits, hopper_linear_limits, hopper_pool_limits
+from sglang_triton.hopper_limits import hopper_latent_limits, hopper_limits, hopper_linear_limits, hopper_pool_limits
 
 DEVICES = ("cuda", "rocm", "triton")
 # Below the 50 of a backend's own kernels, which know more about their device.
@@ -64,6 +64,7 @@ HOPPER, UNPROVEN = "hopper", 10
 # their weights from about 200 rows on, and a library's tiles have 64 or 128.
 FEW = 64
 
+
 def _kernel(op: str, fn: str, **facts: Any) -> Kernel:
     defaults: dict[str, Any] = {
         "device": DEVICES,
@@ -76,7 +77,7 @@ def _kernel(op: str, fn: str, **facts: Any) -> Kernel:
 
 
 def _hopper(op: str, fn: str, limits: Callable[[SelectionContext], str | None], **facts: Any) -> Kernel:
-    invariant = op in ("attn.ragged", "kv.write")
+    invariant = op in ("attn.ragged", "kv.write", "kv.write_mla")
     defaults = {
         "provider": HOPPER,
         "device": ("cuda",),
@@ -140,6 +141,9 @@ KERNELS = (
     _hopper("attn.paged", "hopper_attention:paged", hopper_pool_limits),
     _hopper("attn.plan", "attention_plan:plan", hopper_pool_limits),
     _hopper("kv.write", "kv_write:kv_write", dtype_limits),
+    _hopper("attn.mla_paged", "hopper_latents:mla_paged", hopper_latent_limits),
+    _hopper("attn.mla_plan", "attention_plan:plan", hopper_latent_limits),
+    _hopper("kv.write_mla", "kv_write:kv_write_mla", dtype_limits),
     *(
         _hopper("gemm.linear", fn, hopper_linear_limits, tokens=tokens, features=GRAPHS | {"takes_codes"})
         for fn, tokens in (("gemm:linear", (1, FEW)), ("hopper_gemm:linear", (FEW + 1, None)))
