@@ -164,7 +164,12 @@ def test_here_the_probe_is_clean() -> None:
     assert nvml.read() is not None or not infos
 
 
-PACKAGES = {"flashinfer": "flashinfer-python", "sgl_kernel": "sgl-kernel", "deep_gemm": "deep-gemm"}
+PACKAGES = {
+    "flashinfer": "flashinfer-python",
+    "sgl_kernel": "sgl-kernel",
+    "flash_attn": "flash-attn",
+    "deep_gemm": "deep-gemm",
+}
 
 
 def noted(backend: CudaBackend) -> dict[str, tuple[str, str]]:
