@@ -6,12 +6,14 @@ import inspect
 from typing import Any
 
 import torch
+from sglang_conformance.runner import Suite, Verdict
 from sglang_cuda.backend import CudaBackend
 from torch import Tensor
 
-from sglang_core.api import DeviceInfo, OpSite, Pool, PoolSpec
+from sglang_core.api import DeviceInfo, DeviceRuntime, KernelContext, OpSite, Pool, PoolSpec, RuntimeContext
 from sglang_core.api.ops import OPS, AttnBatch, AttnSpec
 from sglang_core.backend.selection import BoundOp, OpTable
+from sglang_core.backend.torch_runtime import TorchRuntime
 
 CPU = torch.device("cpu")
 OPS_OF_ATTENTION = ("attn.paged", "attn.plan", "kv.write")
@@ -87,3 +89,21 @@ def step(
     )
     heads = (spec.num_heads, spec.num_kv_heads, spec.num_kv_heads)
     return pool, batch, [torch.randn(tokens, n, spec.head_dim).bfloat16() for n in heads]
+
+
+class HostCuda(CudaBackend):
+    """The kernels of NVIDIA GPUs on host tensors."""
+
+    def create_runtime(self, ctx: RuntimeContext) -> DeviceRuntime:
+        return TorchRuntime(ctx, "cpu")
+
+
+def conformance(provider: str, op: str, *, arch: int) -> tuple[int, list[str]]:
+    """The suite's cases of an op in bfloat16, with this provider's kernels alone: how many pass, and why those fail that it did not refuse."""
+    backend, info = HostCuda(), DeviceInfo(backend="cuda", path=f"cuda/sm_{arch}", name="test", total_memory=1 << 36)
+    kernels = [k for k in backend.kernels(KernelContext(device=info)) if k.provider == provider]
+    suite = Suite(backend, info, kernels=kernels, full=False)
+    results = [suite.judge(case, dtype) for case, dtype in suite.select([f"{op}["]) if dtype == torch.bfloat16]
+    passed = sum(r.verdict is Verdict.PASS and r.provider == provider for r in results)
+    failed = [f"{r.title}: {r.reason}" for r in results if r.verdict is Verdict.FAIL]
+    return passed, [text for text in failed if "every kernel refuses" not in text]

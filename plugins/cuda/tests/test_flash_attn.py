@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from flash_step import signature, spec_of
+from flash_step import conformance, signature, spec_of
 from sglang_cuda import optional
 from sglang_cuda.backend import CudaBackend
 
@@ -93,6 +93,14 @@ def test_it_is_the_op(facts: dict[str, Any], lens: list[tuple[int, int]]) -> Non
     torch.testing.assert_close(got, want, rtol=2**-7, atol=1e-2)
     torch.testing.assert_close(lse, want_lse, rtol=1e-4, atol=1e-4)
     assert torch.equal(op.fn(q, k, v, cu_q, cu_k, spec, **longest), got)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.usefixtures("installed")
+def test_the_suite_finds_nothing_wrong_in_what_it_takes() -> None:
+    passed, failed = conformance("flash_attn", "attn.ragged", arch=80)
+    assert passed >= 20 and not failed, failed
 
 
 @pytest.mark.usefixtures("installed")

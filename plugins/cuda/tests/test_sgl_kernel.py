@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from flash_step import CPU, attend, bound, signature, spec_of, step
+from flash_step import CPU, attend, bound, conformance, signature, spec_of, step
 from sglang_cuda import optional
 from torch import Tensor
 
@@ -90,6 +90,14 @@ def test_a_bucket_has_zeros_where_there_is_no_req_and_keeps_its_buffers() -> Non
     assert ops["attn.plan"].fn(spec, batch, CPU, plan) is plan
     assert [buffer.data_ptr() for buffer in plan.buffers()] == places
     close(ops["attn.paged"].fn(*new, pool, 1, spec, plan, lse=True), want)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.usefixtures("installed")
+def test_the_suite_finds_nothing_wrong_in_what_it_takes() -> None:
+    passed, failed = conformance(PROVIDER, "attn.paged", arch=90)
+    assert passed >= 28 and not failed, failed
 
 
 @pytest.mark.usefixtures("installed")
