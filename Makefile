@@ -55,6 +55,7 @@ test-triton: install
 # All of the suite that is for them, and every architecture: an hour and more.
 test-triton-slow: install
 	$(PY) -m sglang_triton.aot --check benchmarks/gpu/budgets.json
+	$(PY) -m pytest plugins/cuda/tests -m slow
 	$(TRITON_CONFORMANCE)
 
 # The engine and the kernels of sglang-tpu on JAX's CPU backend, in an environment of their own: JAX is 0.6 GB, libtpu 0.7 GB.

@@ -25,6 +25,7 @@ GQA = AttnSpec(num_heads=32, num_kv_heads=8, head_dim=128, v_head_dim=128, scale
 SMALL_GQA = replace(GQA, num_heads=4, num_kv_heads=2, head_dim=16, v_head_dim=16)
 MLA = MLASpec(num_heads=128, rank=512, nope_dim=128, rope_dim=64, v_head_dim=128, scale=192**-0.5)
 SMALL_MLA = replace(MLA, num_heads=4, rank=32, nope_dim=16, rope_dim=16)
+FEW_HEADS = 16  # up to which every provider's decode over latents is Triton's
 RAGGED = [(500, 1)] * 63 + [(100_000, 1)]  # one long context among short ones
 PEERS = {"sdpa_flash": SDPBackend.FLASH_ATTENTION, "sdpa_cudnn": SDPBackend.CUDNN_ATTENTION}
 
@@ -79,12 +80,14 @@ def latent(opened: Opened, *, reqs: Reqs, heads: int) -> Work:
     )
     widths = [(spec.num_heads, spec.rank), (spec.num_heads, spec.rope_dim)]
     call, provider, q = over_pool(opened, "attn.mla", spec, shape, reqs, widths)
+    hopper = opened.asked_for("attn.mla_paged", "hopper", spec=spec) if heads > FEW_HEADS else None
     keys = sum(prefix + extend for prefix, extend in reqs)
     return Work(
         call=call,
         provider=provider,
         nbytes=keys * shape.bytes_per_token + size_of(*q) + size_of(q[0]),
         flops=2 * pairs_of(reqs) * spec.num_heads * (2 * spec.rank + spec.rope_dim),
+        compared={"hopper": partial(hopper.fn, *call.args)} if hopper else {},  # the provider's plans are Triton's
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 from benchmarks.gpu.load import Load, Work, size_of
 from benchmarks.gpu.opened import Opened
@@ -16,6 +17,7 @@ EXPERTS = {
     "Qwen3-30B-A3B": {"X": 128, "K": 8, "M": 2048, "F": 768},
 }
 SMALL = {"X": 8, "K": 2, "M": 128, "F": 128}
+FEW = 64  # rows up to which every provider's kernel is Triton's
 FP8, INT4 = "fp8.block128", "int4.awq.g128"
 
 
@@ -46,7 +48,9 @@ def fused(opened: Opened, *, model: str, tokens: int, fmt: str) -> Work:
 def linear(opened: Opened, *, tokens: int, width: int, out: int, fmt: str) -> Work:
     tokens, width, out = (min(tokens, 16), 256, 256) if opened.small else (tokens, width, out)
     make = opened.operands()
-    bound = opened.bind(make, "gemm.linear", fmt=fmt, dims={"in": width, "out": out})
+    facts: dict[str, Any] = {"fmt": fmt, "dims": {"in": width, "out": out}}
+    bound = opened.bind(make, "gemm.linear", **facts)
+    hopper = opened.asked_for("gemm.linear", "hopper", **facts) if tokens > FEW else None
     (call,) = linear_calls(make, bound, tokens)
     x, stored = call.body[0].args
     return Work(
@@ -55,6 +59,7 @@ def linear(opened: Opened, *, tokens: int, width: int, out: int, fmt: str) -> Wo
         nbytes=bytes_of(stored) + size_of(x) + tokens * out * x.element_size(),
         flops=2 * tokens * width * out,
         rate=2.0 if fmt == FP8 else 1.0,
+        compared={"hopper": partial(hopper.fn, x, stored)} if hopper else {},
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from sglang_triton.gpu.backend import GpuBackend
 
 from sglang_core.api import DefaultsContext, DeviceInfo, DeviceRuntime, Kernel, KernelContext, RuntimeContext
-from sglang_cuda import deep_gemm, flashinfer, linears, nvml
+from sglang_cuda import deep_gemm, flash_attn, flashinfer, linears, nvml, sgl_kernel
 from sglang_cuda.notes import notes
 
 OLDEST = (8, 0)  # bfloat16 in the tensor cores
@@ -68,7 +68,8 @@ class CudaBackend(GpuBackend):
         return CudaRuntime(ctx, TorchDriver(ctx.devices[0].index))
 
     def kernels(self, ctx: KernelContext) -> list[Kernel]:
-        return [*super().kernels(ctx), *linears.kernels(), *flashinfer.kernels(), *deep_gemm.kernels()]
+        optional = [k for module in (flashinfer, sgl_kernel, flash_attn, deep_gemm) for k in module.kernels()]
+        return [*super().kernels(ctx), *linears.kernels(), *optional]
 
     def config_defaults(self, ctx: DefaultsContext) -> dict[str, Any]:
         """Long chunks keep the GPU busy in a prefill; on a large GPU their activations are no matter."""

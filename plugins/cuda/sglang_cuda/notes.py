@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from sglang_core.api import DeviceNote
-from sglang_cuda import deep_gemm, flashinfer
+from sglang_cuda import deep_gemm, flash_attn, flashinfer, sgl_kernel
 from sglang_cuda.build_all_reduce import HOW, LIBRARY
 from sglang_cuda.optional import problem
 
 PROVIDERS = {
     "flashinfer": (flashinfer.PACKAGE, flashinfer.RELEASES),
+    "sgl_kernel": (sgl_kernel.PACKAGE, sgl_kernel.RELEASES),
+    "flash_attn": (flash_attn.PACKAGE, flash_attn.RELEASES),
     "deep_gemm": (deep_gemm.PACKAGE, deep_gemm.RELEASES),
 }
 

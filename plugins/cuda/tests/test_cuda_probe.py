@@ -164,6 +164,14 @@ def test_here_the_probe_is_clean() -> None:
     assert nvml.read() is not None or not infos
 
 
+PACKAGES = {
+    "flashinfer": "flashinfer-python",
+    "sgl_kernel": "sgl-kernel",
+    "flash_attn": "flash-attn",
+    "deep_gemm": "deep-gemm",
+}
+
+
 def noted(backend: CudaBackend) -> dict[str, tuple[str, str]]:
     return {note.name: (note.found, note.fix) for note in backend.probe()[0].notes}
 
@@ -174,11 +182,11 @@ def test_what_gpus_can_do_without_is_noted(machine: Any, monkeypatch: pytest.Mon
     one, two = noted(machine(H200)), noted(machine(H200, H200))
     assert "single GPU" in one["all-reduce"][0] and one["all-reduce"][1] == ""
     assert two["all-reduce"][1].startswith("python -m sglang_cuda.build_all_reduce")
-    for name, package in (("flashinfer", "flashinfer-python"), ("deep_gemm", "deep-gemm")):
+    for name, package in PACKAGES.items():
         assert f"{package} is not installed; pip install" in one[name][0] and one[name][1] == ""
     (tmp_path / "lib.so").touch()
-    monkeypatch.setattr(optional, "version", lambda name: {"flashinfer-python": "0.7.2", "deep-gemm": "2.5"}[name])
+    monkeypatch.setattr(optional, "version", lambda name: "0.7.2" if name == "flashinfer-python" else "2.5")
     found = noted(machine(H200, H200))
     assert found["all-reduce"][0].startswith("built") and found["all-reduce"][1] == ""
     assert found["flashinfer"][0].startswith("used")
-    assert "2.5 is installed" in found["deep_gemm"][0]
+    assert all("2.5 is installed" in found[name][0] for name in PACKAGES if name != "flashinfer")

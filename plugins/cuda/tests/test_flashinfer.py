@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 import sys
 from collections.abc import Iterator
@@ -11,28 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from flash_step import CPU, attend, bound, signature, spec_of, step
 from sglang_cuda import optional
-from sglang_cuda.backend import CudaBackend
-from torch import Tensor
 
-from sglang_core.api import DeviceInfo, OpSite, Pool, PoolSpec
-from sglang_core.api.ops import OPS, AttnBatch, AttnSpec
-from sglang_core.backend.selection import BoundOp, OpTable
-
-CPU = torch.device("cpu")
-OPS_OF_ATTENTION = ("attn.paged", "attn.plan", "kv.write")
-REQUIRED = inspect.Parameter.empty
-
-
-def signature(positional: str, **keywords: Any) -> inspect.Signature:
-    """Names in order; `=` marks those that have a default. `keywords` may only be given by name."""
-    kind = inspect.Parameter
-    made = [
-        kind(name.rstrip("="), kind.POSITIONAL_OR_KEYWORD, default=None if name.endswith("=") else REQUIRED)
-        for name in positional.split()
-    ]
-    return inspect.Signature([*made, *(kind(name, kind.KEYWORD_ONLY, default=d) for name, d in keywords.items())])
-
+from sglang_core.api.ops import OPS
 
 # Of BatchPrefillWithPagedKVCacheWrapper, as flashinfer/prefill.py of flashinfer-python 0.7.2.post1 has them.
 INIT = signature(
@@ -88,22 +69,11 @@ class Wrapper:
             length = (len(pages) - 1) * p["page_size"] + last
             k, v = (cache[pages].flatten(0, 1)[:length].float() for cache in (k_cache, v_cache))
             rows = slice(q_at[r], q_at[r + 1])
-            o, s = self.attend(q[rows].float(), k, v)
+            o, s = attend(q[rows].float(), k, v, p["sm_scale"], p["logits_soft_cap"], causal=p["causal"])
             out[rows] = o.to(out.dtype)
             if given["return_lse"]:
                 lse[rows] = s if given["lse_base"] == "ln" else s / math.log(2)
         return (out, lse) if given["return_lse"] else out
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        p, group = self.planned, q.shape[1] // k.shape[1]
-        k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
-        scores = torch.einsum("thd,shd->hts", q, k) * p["sm_scale"]
-        if cap := p["logits_soft_cap"]:
-            scores = cap * torch.tanh(scores / cap)
-        if p["causal"]:
-            seen = torch.ones(len(q), len(k)).tril(len(k) - len(q)).bool()
-            scores = scores.masked_fill(~seen, float("-inf"))
-        return torch.einsum("hts,shd->thd", scores.softmax(-1), v), scores.logsumexp(-1).T
 
 
 @pytest.fixture
@@ -116,48 +86,6 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(optional, "version", lambda name: "0.7.2.post1")
     yield
     sys.modules.pop("sglang_cuda.flashinfer_kernels", None)
-
-
-def spec_of(**facts: Any) -> AttnSpec:
-    return AttnSpec(**({"num_heads": 4, "num_kv_heads": 2, "head_dim": 64, "v_head_dim": 64, "scale": 0.125} | facts))
-
-
-def bound(spec: AttnSpec, **more: Any) -> dict[str, BoundOp]:
-    info = DeviceInfo(backend="cuda", path="cuda/sm_90", name="test")
-    table = OpTable(info, CudaBackend(), ops=OPS, page_size=4, **more)
-    return table.bind_group([OpSite(op=op, layer="Attention", dtype="bfloat16", spec=spec) for op in OPS_OF_ATTENTION])
-
-
-def step(spec: AttnSpec, reqs: list[tuple[int, int]], *, static: bool = False) -> tuple[Pool, AttnBatch, list[Tensor]]:
-    """reqs: (prefix, extend) each. Pages in random order; slots that nobody wrote hold NaN."""
-    torch.manual_seed(0)
-    lens, size = [prefix + extend for prefix, extend in reqs], 4
-    pages = [-(-n // size) for n in lens]
-    shape = {"num_kv_heads": spec.num_kv_heads, "head_dim": spec.head_dim, "v_head_dim": spec.v_head_dim}
-    pool = Pool(PoolSpec(num_layers=2, page_size=size, dtype=torch.bfloat16, **shape), sum(pages) + 1, CPU)
-    pool.poison(range(pool.num_pages))
-    table, new = torch.zeros(len(reqs), max(pages) + 1, dtype=torch.int32), []
-    for r, own in enumerate((torch.randperm(sum(pages)) + 1).int().split(pages)):
-        slots = (own[:, None] * size + torch.arange(size, dtype=torch.int32)).flatten()[: lens[r]]
-        table[r, : pages[r]] = own
-        new.append(slots[reqs[r][0] :])
-        pool.scatter(1, slots[: reqs[r][0]], *torch.randn(2, reqs[r][0], spec.num_kv_heads, spec.head_dim).bfloat16())
-    cu = torch.tensor([0, *(extend for _, extend in reqs)]).cumsum(0).int()
-    batch = AttnBatch(
-        cu_extend_cpu=cu,
-        prefix_lens_cpu=torch.tensor([prefix for prefix, _ in reqs]).int(),
-        seq_lens_cpu=torch.tensor(lens).int(),
-        page_table_cpu=table,
-        slot_mapping_cpu=torch.cat(new),
-        num_tokens=int(cu[-1]),
-        num_reqs=len(reqs),
-        max_extend=max(extend for _, extend in reqs),
-        num_pages=table.shape[1],
-        page_size=size,
-        static=static,
-    )
-    heads = (spec.num_heads, spec.num_kv_heads, spec.num_kv_heads)
-    return pool, batch, [torch.randn(int(cu[-1]), n, spec.head_dim).bfloat16() for n in heads]
 
 
 @pytest.mark.usefixtures("installed")

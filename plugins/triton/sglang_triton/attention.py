@@ -24,7 +24,7 @@ from sglang_triton.attention_launch import (
     scale_of,
     tile_sizes,
 )
-from sglang_triton.attention_plan import MERGES, ROWS, WorkPlan, merge_programs, num_programs
+from sglang_triton.attention_plan import LATENT_ROWS, MERGES, ROWS, WorkPlan, merge_programs, num_programs
 from sglang_triton.attention_pool import Leaves, has_ocp_fp8
 from sglang_triton.kv_write import kv_write
 from sglang_triton.rows import as_heads
@@ -82,14 +82,17 @@ def mla_paged(
     plan: WorkPlan,
     *,
     lse: bool = False,
+    wide: Wide | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """q_nope: [T, Hq, rank], q_pe: [T, Hq, rope_dim] -> o: [T, Hq, rank] (, lse: float32[T, Hq]). Writes c_kv, k_pe first."""
+    """q_nope: [T, Hq, rank], q_pe: [T, Hq, rope_dim] -> o: [T, Hq, rank] (, lse: float32[T, Hq]). Writes c_kv, k_pe first. `wide`: as `paged`."""
     if c_kv is not None and k_pe is not None:
         kv_write(c_kv[:, None], k_pe[:, None], pool, layer, plan.slot_mapping)
     store = Leaves.of(pool, layer, native_fp8=has_ocp_fp8())
     widths = (spec.rank, spec.rope_dim, spec.rank)
     q0, q1 = as_heads(q_nope), as_heads(q_pe)
-    return _attend(q0, q1, store.k, store.v, store.k, widths, store, spec.latent, plan, None, lse, shared=True)
+    return _attend(
+        q0, q1, store.k, store.v, store.k, widths, store, spec.latent, plan, None, lse, shared=True, wide=wide
+    )
 
 
 def _attend(
@@ -121,7 +124,7 @@ def _attend(
     for i, tier in enumerate(static.tiers if tokens else ()):
         if not tier.capacity:
             continue
-        if wide is not None and tier.rows == ROWS[-1]:
+        if wide is not None and tier.rows == (LATENT_ROWS if shared else ROWS)[-1]:
             wide(q0, Tile(store, o, sums, part_o, part_sums), spec, plan, i)
             continue
         config = choose(
@@ -151,6 +154,27 @@ def _attend(
     return o if sums is None else (o, sums)
 
 
+def attend_packed(
+    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, o: Tensor, sums: Tensor | None, spec: AttnSpec, max_q: int
+) -> None:  # fmt: skip
+    """Rows of reqs, to o and sums. q: [T, Hq, D], and there is some req of some token."""
+    q, k, v = as_heads(q), as_heads(k), as_heads(v)
+    num_reqs, group = cu_q.shape[0] - 1, spec.num_heads // spec.num_kv_heads
+    w0, w1 = parts_of(spec.head_dim)
+    widths = (w0, w1, spec.v_head_dim)
+    dot = dot_dtype(q.dtype, k.dtype)
+    config = choose("attn.ragged", **tile_sizes(RAGGED_ROWS, widths, dot, k.dtype))
+    length = max(1, config["M"] // group)
+    num_tiles = triton.cdiv(max_q, length)
+    grid = (num_tiles * num_reqs * spec.num_kv_heads * triton.cdiv(length * group, config["M"]),)
+    _attend_packed[grid](
+        q, q[..., w0:], q.stride(0), q.stride(1), k, k[..., w0:], v, k.stride(0), v.stride(0), k.stride(1), v.stride(1),
+        cu_q, cu_k, o, sums, scale_of(spec), spec.soft_cap or 0.0, num_reqs, num_tiles,
+        NUM_HEADS=spec.num_heads, NUM_KV_HEADS=spec.num_kv_heads, GROUP=group,
+        **dims_of(widths), DOT=DOT_TYPES[dot], **mask_of(spec), LSE=sums is not None, **config,
+    )  # fmt: skip
+
+
 def ragged(
     q: Tensor,
     k: Tensor,
@@ -162,31 +186,17 @@ def ragged(
     max_q: int,
     max_k: int,
     lse: bool = False,
+    launch: Callable[..., None] = attend_packed,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """q: [T, Hq, D], k: [Tk, Hk, D], v: [Tk, Hk, Dv], cu_q, cu_k: int32[R + 1] -> o: [T, Hq, Dv] (, lse: float32[T, Hq]).
 
-    max_k is not needed: programs look at the lengths themselves.
+    max_k is not needed: programs look at the lengths themselves. `launch`: in place of ours.
     """
-    tokens, heads, num_reqs = q.shape[0], spec.num_heads, cu_q.shape[0] - 1
     # Rows of no req: how many there are is known on the device only.
-    o = q.new_zeros(tokens, heads, spec.v_head_dim)
-    sums = torch.full((tokens, heads), float("-inf"), dtype=torch.float32, device=q.device) if lse else None
-    group = heads // spec.num_kv_heads
-    if o.numel() and max_q and num_reqs:
-        q, k, v = as_heads(q), as_heads(k), as_heads(v)
-        w0, w1 = parts_of(spec.head_dim)
-        widths = (w0, w1, spec.v_head_dim)
-        dot = dot_dtype(q.dtype, k.dtype)
-        config = choose("attn.ragged", **tile_sizes(RAGGED_ROWS, widths, dot, k.dtype))
-        length = max(1, config["M"] // group)
-        num_tiles = triton.cdiv(max_q, length)
-        grid = (num_tiles * num_reqs * spec.num_kv_heads * triton.cdiv(length * group, config["M"]),)
-        _attend_packed[grid](
-            q, q[..., w0:], q.stride(0), q.stride(1), k, k[..., w0:], v, k.stride(0), v.stride(0), k.stride(1), v.stride(1),
-            cu_q, cu_k, o, sums, scale_of(spec), spec.soft_cap or 0.0, num_reqs, num_tiles,
-            NUM_HEADS=heads, NUM_KV_HEADS=spec.num_kv_heads, GROUP=group,
-            **dims_of(widths), DOT=DOT_TYPES[dot], **mask_of(spec), LSE=lse, **config,
-        )  # fmt: skip
+    o = q.new_zeros(q.shape[0], spec.num_heads, spec.v_head_dim)
+    sums = torch.full(o.shape[:2], float("-inf"), dtype=torch.float32, device=q.device) if lse else None
+    if o.numel() and max_q and cu_q.shape[0] > 1:
+        launch(q, k, v, cu_q, cu_k, o, sums, spec, max_q)
     return o if sums is None else (o, sums)
 
 

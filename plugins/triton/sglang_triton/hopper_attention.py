@@ -71,23 +71,23 @@ def ragged(
     max_k: int,
     lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """q: [T, Hq, D], k: [Tk, Hk, D], v: [Tk, Hk, Dv], cu_q, cu_k: int32[R + 1] -> o: [T, Hq, Dv] (, lse: float32[T, Hq]).
+    """q: [T, Hq, D], k: [Tk, Hk, D], v: [Tk, Hk, Dv], cu_q, cu_k: int32[R + 1] -> o: [T, Hq, Dv] (, lse: float32[T, Hq])."""
+    return attention.ragged(q, k, v, cu_q, cu_k, spec, max_q=max_q, max_k=max_k, lse=lse, launch=attend_packed)
 
-    max_k is not needed: programs look at the lengths themselves.
-    """
-    tokens, heads, num_reqs = q.shape[0], spec.num_heads, cu_q.shape[0] - 1
-    # Rows of no req: how many there are is known on the device only.
-    o = q.new_zeros(tokens, heads, spec.v_head_dim)
-    sums = torch.full((tokens, heads), float("-inf"), dtype=torch.float32, device=q.device) if lse else None
-    if o.numel() and k.shape[0] and max_q and num_reqs:
-        q, group = as_heads(q), heads // spec.num_kv_heads
-        num_tiles = triton.cdiv(max_q, M // group)
-        (k_desc, k_head), (v_desc, v_head) = descriptor(k, KEYS, CHUNK.value), descriptor(v, KEYS, spec.v_head_dim)
-        _attend_packed_hopper[(num_tiles * num_reqs * spec.num_kv_heads,)](
-            q, q.stride(0), q.stride(1), k_desc, v_desc, k_head, v_head, cu_q, cu_k, o, sums, scale_of(spec), num_reqs, num_tiles,
-            GROUP=group, **constexprs(spec, lse=lse), num_warps=WARPS,
-        )  # fmt: skip
-    return o if sums is None else (o, sums)
+
+def attend_packed(
+    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, o: Tensor, sums: Tensor | None, spec: AttnSpec, max_q: int
+) -> None:  # fmt: skip
+    """As `attention.attend_packed`."""
+    if not k.shape[0]:  # nothing that TMA could describe, and nothing to attend to
+        return
+    q, num_reqs, group = as_heads(q), cu_q.shape[0] - 1, spec.num_heads // spec.num_kv_heads
+    num_tiles = triton.cdiv(max_q, M // group)
+    (k_desc, k_head), (v_desc, v_head) = descriptor(k, KEYS, CHUNK.value), descriptor(v, KEYS, spec.v_head_dim)
+    _attend_packed_hopper[(num_tiles * num_reqs * spec.num_kv_heads,)](
+        q, q.stride(0), q.stride(1), k_desc, v_desc, k_head, v_head, cu_q, cu_k, o, sums, scale_of(spec), num_reqs, num_tiles,
+        GROUP=group, **constexprs(spec, lse=sums is not None), num_warps=WARPS,
+    )  # fmt: skip
 
 
 def constexprs(spec: AttnSpec, *, lse: bool) -> dict[str, Any]:

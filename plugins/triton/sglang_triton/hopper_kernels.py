@@ -31,9 +31,9 @@ async_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_gl
 
 
 @gluon.constexpr_function
-def product_layout(columns: int) -> gl.NVMMADistributedLayout:
-    """ROWS by `columns` of float32, as wgmma leaves them with a group of four warps."""
-    return gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, columns, 16])
+def product_layout(columns: int, bits: int = 16) -> gl.NVMMADistributedLayout:
+    """ROWS by `columns` of float32, as wgmma leaves them with a group of four warps; `bits`: of what it multiplies."""
+    return gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, columns, 256 // bits])
 
 
 @gluon.constexpr_function

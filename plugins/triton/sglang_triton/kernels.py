@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from sglang_core.api import Claim, Claims, Kernel, SelectionContext, Support
+from sglang_triton.hopper_limits import hopper_latent_limits, hopper_limits, hopper_linear_limits, hopper_pool_limits
 
 DEVICES = ("cuda", "rocm", "triton")
 # Below the 50 of a backend's own kernels, which know more about their device.
@@ -56,42 +57,12 @@ def state_limits(ctx: SelectionContext) -> str | None:
     return dtype_limits(ctx) if dim <= MAX_KEY_DIM else f"takes keys of at most {MAX_KEY_DIM} dims, not {dim}"
 
 
-# A provider of its own: no device has run it, so it is taken only where `--kernel attn.paged=hopper` or `attn.ragged=hopper` asks for it.
+# A provider of its own: no device has run it, so it is taken only where `--kernel attn.paged=hopper` and the like ask for it.
 HOPPER, UNPROVEN = "hopper", 10
-HOPPER_DIMS = ((64, 128, 192), (64, 128))  # of keys, of values: what shared memory holds two blocks of
-HOPPER_ROWS = 128  # of a tile, which all query heads of a KV head must fit
 
-
-def hopper_limits(ctx: SelectionContext) -> str | None:
-    """What both kernels of attention have in common."""
-    spec = ctx.site.spec
-    if not ctx.device.path.endswith("/sm_90"):
-        return f"is for sm_90, whose instructions it consists of, not {ctx.device.path}"
-    if ctx.site.dtype not in ("bfloat16", "float16"):
-        return f"takes bfloat16 and float16, not {ctx.site.dtype}"
-    if spec.head_dim not in HOPPER_DIMS[0] or spec.v_head_dim not in HOPPER_DIMS[1]:
-        return f"takes keys of 64, 128, 192 and values of 64, 128 dims, not {spec.head_dim} and {spec.v_head_dim}"
-    if (group := spec.num_heads // spec.num_kv_heads) > HOPPER_ROWS:
-        return f"takes at most {HOPPER_ROWS} query heads a KV head, not {group}"
-    unknown = {
-        "windows": spec.window,
-        "soft caps": spec.soft_cap,
-        "sinks": spec.has_sinks,
-        "trees of drafts": spec.tree,
-    }
-    if found := [name for name, there in unknown.items() if there]:
-        return f"takes no {', '.join(found)}"
-    return None if spec.scale > 0 else f"takes a positive scale, not {spec.scale}"
-
-
-def hopper_pool_limits(ctx: SelectionContext) -> str | None:
-    """A page is copied as a box, or as several of 128 rows."""
-    stored, page = ctx.site.spec.kv_dtype, ctx.page_size
-    if stored not in ("auto", ctx.site.dtype):
-        return f"reads keys as they are, and they are {stored}"
-    if page < 16 or page & (page - 1):
-        return f"takes pages of 16, 32, 64 and so on, not {page}; set --page-size"
-    return hopper_limits(ctx)
+# Tokens up to which a step is taken for one that streams weights. An estimate: by the figures of an H200, fp8 products take as long as
+# their weights from about 200 rows on, and a library's tiles have 64 or 128.
+FEW = 64
 
 
 def _kernel(op: str, fn: str, **facts: Any) -> Kernel:
@@ -105,15 +76,16 @@ def _kernel(op: str, fn: str, **facts: Any) -> Kernel:
     return Kernel(op, fn=f"sglang_triton.{fn}", **(defaults | facts))
 
 
-def _hopper(op: str, fn: str, limits: Callable[[SelectionContext], str | None]) -> Kernel:
-    invariant = op in ("attn.ragged", "kv.write")
-    facts = {
+def _hopper(op: str, fn: str, limits: Callable[[SelectionContext], str | None], **facts: Any) -> Kernel:
+    invariant = op in ("attn.ragged", "kv.write", "kv.write_mla")
+    defaults = {
         "provider": HOPPER,
         "device": ("cuda",),
         "priority": UNPROVEN,
         "features": INVARIANT if invariant else GRAPHS,
+        "tune": None,
     }
-    return _kernel(op, fn, supports=limits, tune=None, **facts)
+    return _kernel(op, fn, supports=limits, **(defaults | facts))
 
 
 KERNELS = (
@@ -169,6 +141,13 @@ KERNELS = (
     _hopper("attn.paged", "hopper_attention:paged", hopper_pool_limits),
     _hopper("attn.plan", "attention_plan:plan", hopper_pool_limits),
     _hopper("kv.write", "kv_write:kv_write", dtype_limits),
+    _hopper("attn.mla_paged", "hopper_latents:mla_paged", hopper_latent_limits),
+    _hopper("attn.mla_plan", "attention_plan:plan", hopper_latent_limits),
+    _hopper("kv.write_mla", "kv_write:kv_write_mla", dtype_limits),
+    *(
+        _hopper("gemm.linear", fn, hopper_linear_limits, tokens=tokens, features=GRAPHS | {"takes_codes"})
+        for fn, tokens in (("gemm:linear", (1, FEW)), ("hopper_gemm:linear", (FEW + 1, None)))
+    ),
     _kernel("attn.merge", "attention:merge"),
 )
 

@@ -1,8 +1,8 @@
-"""What Gluon's words for Hopper mean, on a host: kernels of `sglang_triton.hopper_kernels` run as they are written, program by program.
+"""What Gluon's words for Hopper mean, on a host: kernels of `sglang_triton.hopper_*kernels` run as they are written, program by program.
 
 Triton's interpreter knows no Gluon. Here the partitions of a program are threads of which one runs at a time, chosen at random at each operation that
 another can see, some more often than others. Copies by TMA arrive late and in any order, and what they will overwrite is NaN from the start; products read shared memory when they end,
-which is somewhere between their issue and the wait for them. So a barrier that is missing, waited for in the wrong phase or freed too early shows
+which is somewhere between their issue and the wait for them; so do copies from shared memory. So a barrier that is missing, waited for in the wrong phase or freed too early shows
 in results, or as a deadlock. Layouts are not modelled: the compiler checks these.
 """
 
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonJITFunction
+from triton.runtime.jit import ConstexprFunction
 
 BARRIERS = torch.int64  # what barriers are allocated as
 
@@ -29,7 +30,7 @@ class Deadlock(AssertionError):
 
 
 class Unordered(AssertionError):
-    """A product reads what was written without a fence in between."""
+    """A product or a copy reads what was written without a fence in between, or what is gone as its program has ended."""
 
 
 class _Stopped(BaseException):
@@ -58,6 +59,8 @@ class Machine:
             partition.thread.join()
         if self.error is not None:
             raise self.error
+        if any(partition.stores for partition in self.partitions):
+            raise Unordered
 
     @property
     def current(self) -> _Partition:
@@ -119,6 +122,7 @@ class _Partition:
     ready: Callable[[], bool] = lambda: True
     ended: bool = False
     products: list[Product] = field(default_factory=list)  # under way, in order
+    stores: int = 0  # copies from shared memory that still read it
 
     def end_product(self) -> None:
         self.products.pop(0).end()
@@ -225,6 +229,11 @@ class Box:
         made[max(-row, 0) :][: part.shape[0], : part.shape[1]] = part
         return made
 
+    def write(self, at: list[int], x: Tensor) -> None:
+        row, column = at
+        part = self.data[row : row + self.shape[0], column : column + self.shape[1]]
+        part.copy_(x[: part.shape[0], : part.shape[1]])
+
 
 class Kernel:
     """A kernel to be launched as Triton's are: `kernel[grid](*args, **constexprs)`.
@@ -249,32 +258,36 @@ class Kernel:
         ]  # fmt: skip
         for program in range(programs):
             machine = Machine(hash((self.seed, program)))
-            names = _names(self.module, _Words(machine, program, self.deaf, self.fences))
+            names = _names(self.module, _Words(machine, program, programs, self.deaf, self.fences))
             names[self.kernel.fn.__name__](*given, **more)
 
 
 def _names(module: Any, words: _Words) -> dict[str, Any]:
-    """The module's names, with ours in the place of Gluon's."""
-    names = dict(vars(module))
-    for name, value in vars(module).items():
+    """The module's names and those of modules that its functions come from, with ours in the place of Gluon's."""
+    sources = [value.fn.__globals__ for value in vars(module).values() if isinstance(value, GluonJITFunction)]
+    found = {name: value for source in (*sources, vars(module)) for name, value in source.items()}
+    names = dict(found)
+    for name, value in found.items():
         if isinstance(value, GluonJITFunction):
             names[name] = FunctionType(value.fn.__code__, names, name)
         elif isinstance(value, gl.constexpr):
             names[name] = value.value
-    names |= dict.fromkeys(("product_layout", "row_layout"), lambda columns: None) | words.names
+        elif isinstance(value, ConstexprFunction):  # it makes a layout
+            names[name] = lambda *args: None
+    names |= words.names
     return names
 
 
 class _Words:
     """Gluon's functions as one program sees them."""
 
-    def __init__(self, machine: Machine, program: int, deaf: int | None, fences: bool) -> None:
+    def __init__(self, machine: Machine, program: int, programs: int, deaf: int | None, fences: bool) -> None:
         self.machine, self.deaf, self.fences = machine, deaf, fences
         self.allocated, self.memory = 0, list[list[bool]]()
         none = lambda *args: None  # noqa: E731  layouts
         language = SimpleNamespace(
             bfloat16=torch.bfloat16, float16=torch.float16, float32=torch.float32, int32=torch.int32, int64=BARRIERS, constexpr=gl.constexpr,
-            program_id=lambda axis: program, static_range=range, cdiv=lambda a, b: -(-a // b),
+            program_id=lambda axis: program, num_programs=lambda axis: programs, static_range=range, cdiv=lambda a, b: -(-a // b),
             arange=lambda low, high, layout: torch.arange(low, high, dtype=torch.int32),
             zeros=lambda shape, dtype, layout: torch.zeros(shape, dtype=dtype),
             full=lambda shape, x, dtype, layout: torch.full(shape, x, dtype=dtype),
@@ -294,6 +307,8 @@ class _Words:
             "gl": language,
             "mbarrier": barriers,
             "async_load": self.copy,
+            "async_store": self.copy_out,
+            "store_wait": self.wait_for_stores,
             "fence_async_shared": self.fence,
             "warpgroup_mma": self.multiply,
             "warpgroup_mma_wait": self.wait_for_products,
@@ -325,6 +340,23 @@ class _Words:
             barrier.land(result.data.nbytes)
 
         self.machine.copies.append(land)
+
+    def copy_out(self, box: Box, at: list[Any], source: Shared) -> None:
+        where, mine = [int(x) for x in at], self.machine.current
+        mine.stores += 1
+
+        def land() -> None:
+            box.write(where, source.data)
+            mine.stores -= 1
+
+        if not source.fenced[0]:
+            raise Unordered
+        self.machine.copies.append(land)
+        self.machine.turn()
+
+    def wait_for_stores(self, outstanding: int) -> None:
+        mine = self.machine.current
+        self.machine.turn(lambda: mine.stores <= outstanding)
 
     def fence(self) -> None:
         for fenced in self.memory:

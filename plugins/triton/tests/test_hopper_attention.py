@@ -10,7 +10,8 @@ import pytest
 import torch
 from gluon_model import Deadlock, Kernel, Machine, Unordered, launched
 from sglang_triton import hopper_attention, hopper_kernels
-from sglang_triton.kernels import HOPPER, KERNELS, hopper_limits, hopper_pool_limits
+from sglang_triton.hopper_limits import hopper_limits, hopper_pool_limits
+from sglang_triton.kernels import HOPPER, KERNELS
 from triton_attention_cases import Case, Reqs, spec_of
 from triton_tolerance import assert_close
 

@@ -11,13 +11,10 @@ from importlib.metadata import version
 from typing import Any
 
 from sglang_core.api import Kernel, SelectionContext
-from sglang_triton.kernels import GRAPHS, TUNER, dtype_limits
+from sglang_triton.kernels import FEW, GRAPHS, TUNER, dtype_limits
 
 Supports = Callable[[SelectionContext], str | None]
 
-# Tokens up to which a step is taken for one that streams weights. An estimate: by the figures of an H200, fp8 products take as long as
-# their weights from about 200 rows on, and a library's tiles have 64 or 128.
-FEW = 64
 ROW_SCALED = ("fp8.tensor", "fp8.token_channel")
 STATIC = ("fp8.tensor.static",)
 BLOCK_SCALED = ("fp8.block128",)

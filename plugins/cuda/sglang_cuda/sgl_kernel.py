@@ -1,0 +1,68 @@
+"""sgl-kernel as a provider of its own, as facts: `--kernel attn.paged=sgl_kernel`. Imports neither it nor torch.
+
+It brings FlashAttention-3, which reads all that changes from step to step on the device: its steps may be graphs.
+"""
+
+from __future__ import annotations
+
+from sglang_triton.kernels import DTYPES, GRAPHS
+
+from sglang_core.api import Kernel, SelectionContext
+from sglang_cuda.optional import problem
+
+PACKAGE, RELEASES = "sgl-kernel", ">=0.3.21,<0.3.22"
+ABOVE_FLASHINFER = 46  # made for Hopper
+HOPPER = "cuda/sm_90"
+HEAD_DIMS = (64, 128, 256)
+# Pages as long as its blocks of keys, which have 64 and more, are copied whole; what nobody wrote in them may be NaN, and is multiplied by zero.
+LONGEST_PAGE = 32
+
+
+def kernels() -> list[Kernel]:
+    missing = problem(PACKAGE, RELEASES)
+
+    def attention(ctx: SelectionContext) -> str | None:
+        return missing or attention_limits(ctx)
+
+    def write(ctx: SelectionContext) -> str | None:
+        return missing or (None if ctx.site.dtype in DTYPES else f"takes no {ctx.site.dtype}")
+
+    module = "sglang_cuda.sgl_kernel_attention"
+    listed = {
+        "attn.paged": (f"{module}:paged", attention),
+        "attn.plan": (f"{module}:plan", attention),
+        "kv.write": ("sglang_triton.kv_write:kv_write", write),
+    }
+    return [
+        Kernel(
+            op,
+            provider="sgl_kernel",
+            fn=fn,
+            device=("cuda",),
+            priority=ABOVE_FLASHINFER,
+            supports=supports,
+            features=GRAPHS,
+        )
+        for op, (fn, supports) in listed.items()
+    ]
+
+
+def attention_limits(ctx: SelectionContext) -> str | None:
+    """Freed pages outside a window may hold NaN, and its masks multiply values by zero; a req without keys gets an lse of +inf."""
+    spec, dtype = ctx.site.spec, ctx.site.dtype
+    if ctx.device.path != HOPPER:
+        return f"is called on {HOPPER}, not on {ctx.device.path}"
+    if dtype not in ("bfloat16", "float16") or spec.kv_dtype not in ("auto", dtype):
+        return f"is called in bfloat16 and float16, not on {dtype} with keys in {spec.kv_dtype}"
+    if spec.head_dim != spec.v_head_dim or spec.head_dim not in HEAD_DIMS:
+        return f"is called for heads of {', '.join(map(str, HEAD_DIMS))}, not {spec.head_dim} and {spec.v_head_dim}"
+    if ctx.page_size > LONGEST_PAGE:
+        return f"is called for pages of at most {LONGEST_PAGE}, not {ctx.page_size}; set --page-size"
+    unknown = {
+        "windows": spec.window,
+        "sinks": spec.has_sinks,
+        "trees of drafts": spec.tree,
+        "cross attention": spec.cross,
+    }
+    found = [name for name, there in unknown.items() if there]
+    return f"is not called for {', '.join(found)}" if found else None
