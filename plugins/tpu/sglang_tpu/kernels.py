@@ -99,8 +99,9 @@ def attention_limits(ctx: SelectionContext) -> str | None:
 KERNELS += [_kernel(op, fn, supports=attention_limits, kv_layouts=(LANE_LAYOUT,)) for op, fn in ATTENTION.items()]
 
 
-def claims(profiles: tuple[str, ...]) -> Claims:
-    """Of the other ops only float16 is refused, which their bodies were never checked with."""
-    native = [Claim(op=op, dtypes=DTYPES) for op in (*TRACED, *ATTENTION)]
+def claims(profiles: tuple[str, ...], *, attention: tuple[str, ...]) -> Claims:
+    """`attention`: the dtypes of it. Of the other ops only float16 is refused, which their bodies were never checked with."""
+    native = [Claim(op=op, dtypes=DTYPES) for op in TRACED]
+    native += [Claim(op=op, dtypes=attention) for op in ATTENTION]
     native += [Claim(op=op, dtypes=DTYPES, formats=("dense", *QUANTISED)) for op in MATMULS]
     return Claims((*native, Claim(op="*", dtypes=("float16",), support=Support.UNSUPPORTED)), profiles=profiles)
