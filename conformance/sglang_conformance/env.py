@@ -32,12 +32,17 @@ from sglang_core.types import STATE
 
 CPU = torch.device("cpu")
 VAST = 1 << 24  # elements from which on memory is fresh from the operating system
+FAR_BYTES = 8 << 30  # of keys and values in a half type, where slots go past 2^31 elements
 X_SCALE = 0.02  # of formats that bring the scale of their activations
 Op = Callable[..., Any]
 PAGED_OPS = ("attn.paged", "attn.plan", "kv.write")
 ROPE_PAGED = "attn.rope_paged"
 MLA_OPS = ("attn.mla_paged", "attn.mla_plan", "kv.write_mla")
 STATE_OPS = ("ssm.gated_delta_rule", "ssm.causal_conv1d", "ssm.plan")
+
+
+class NoRoomError(Exception):
+    """The host of an emulation has less memory than a case takes there."""
 
 
 class Env(ABC):
@@ -272,6 +277,10 @@ class DeviceEnv(Env):
         return pool
 
     def far(self, count: int) -> int:
+        """Raises NoRoomError where the device is emulated in copies (the fact `emulated_copies`) that the host has no room for."""
+        need = FAR_BYTES * int(self.runtime.infos[0].facts.get("emulated_copies", 0))
+        if need and need > (free := self.runtime.memory().free):
+            raise NoRoomError(f"its emulation takes {need >> 30} GiB of memory, and {free >> 30} are free")
         return count
 
     def batch_invariant(self, op: str) -> bool:

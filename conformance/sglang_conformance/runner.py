@@ -20,7 +20,7 @@ from sglang_conformance.case import Case, Outputs, all_cases, dtype_name
 from sglang_conformance.e2e.case import EngineCase
 from sglang_conformance.e2e.env import EngineEnvs
 from sglang_conformance.e2e.judge import judge as judge_engine
-from sglang_conformance.env import BodyEnv, DeviceEnv
+from sglang_conformance.env import BodyEnv, DeviceEnv, NoRoomError
 from sglang_conformance.profiles import is_held, is_of_device
 from sglang_conformance.rank_host import RankHost
 from sglang_conformance.result import Result as Result
@@ -141,6 +141,8 @@ class Suite:
         except KernelSelectionError as e:
             stated = case.profile == "core" or case.profile in self.claims.profiles
             return self._result(case, dtype, Verdict.FAIL if stated else Verdict.NOT_CLAIMED, reason=str(e))
+        except NoRoomError as e:
+            return self._result(case, dtype, Verdict.NOT_CLAIMED, env=env, reason=f"not run: {e}")
         except pytest.skip.Exception as e:
             return self._result(
                 case, dtype, Verdict.FAIL, env=env, reason=f"skips itself, which counts as failing: {e}"

@@ -38,6 +38,16 @@ def test_an_emulated_device_never_passes() -> None:
     assert one(layer_norm("honest"), facts={"emulated": True}).verdict is Verdict.EMULATED
 
 
+def test_what_the_host_of_an_emulation_has_no_room_for_is_not_run() -> None:
+    facts = {"emulated": True, "emulated_copies": 1 << 20}
+    far, near = (
+        only(list(suite(facts=facts).run([title])))
+        for title in ("embed.lookup[rows past 2^31 elements-bfloat16", "embed.lookup[whole-bfloat16")
+    )
+    assert (far.verdict, near.verdict) == (Verdict.NOT_CLAIMED, Verdict.REFERENCE)
+    assert "not run" in far.reason and f"{8 << 20} GiB" in far.reason and not far.works_unclaimed
+
+
 def test_what_works_and_is_not_claimed_is_reported_and_fails_under_strict() -> None:
     found = one(layer_norm("honest"), claims=Claims())
     assert (found.verdict, found.works_unclaimed) == (Verdict.NOT_CLAIMED, True)

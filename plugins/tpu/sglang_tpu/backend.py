@@ -18,17 +18,18 @@ from sglang_core.api import (
     RuntimeContext,
 )
 from sglang_tpu import chips
-from sglang_tpu.kernels import KERNELS, claims
+from sglang_tpu.kernels import DTYPES, KERNELS, claims
 
+TESTED = (  # formats of weights that the suite has cases of
+    *("fp8.tensor", "fp8.tensor.static", "fp8.token_channel", "fp8.block128"),
+    *("int8.token_channel", "int8.token_channel.asym"),
+    *("int4.awq.g32", "int4.awq.g128", "int4.gptq.g64", "int4.pack.g128", "int4.pack.g-1"),
+    *("w4a8_fp8.g128", "mxfp4.g32", "nvfp4.g16", "nvfp4.g16.static", "nvfp4.g16.a16"),
+)
 PROFILES = (
-    *("base", "graph", "mla", "moe"),
-    *(
-        "quant:int8.token_channel",
-        "quant:fp8.block128",
-        "quant:int4.awq.g128",
-        "quant:int4.pack.g128",
-        "quant:mxfp4.g32",
-    ),
+    *("base", "serving", "graph", "mla", "moe"),
+    *("window", "soft_cap", "sinks", "cross", "buckets"),
+    *(f"quant:{fmt}" for fmt in TESTED),
 )
 HOST = "tpu/cpu"
 # A copy of a page is one DMA: 16 KiB of a pool with one KV head a rank. A row of the page table is a fourth of what it is at 16.
@@ -52,7 +53,7 @@ class TpuBackend(Backend):
             name="the host, compiled by XLA",
             score=-1,
             total_memory=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-            facts={"emulated": True},
+            facts={"emulated": True, "emulated_copies": 4},  # an interpreted kernel holds a pool so many times over
             versions=versions,
         )
         return [*found, host]
@@ -80,7 +81,9 @@ class TpuBackend(Backend):
         return TpuRuntime(ctx, open_device(ctx.devices[0]))
 
     def claims(self, ctx: KernelContext) -> Claims:
-        return claims(PROFILES)
+        if ctx.device.path == HOST:
+            return claims((*PROFILES, "odd_sizes"), attention=DTYPES)
+        return claims(PROFILES, attention=("bfloat16",))
 
     def kernels(self, ctx: KernelContext) -> list[Kernel]:
         return KERNELS

@@ -61,6 +61,8 @@ TILES: dict[str, Any] = {
 
 KERNELS = [
     *(_kernel(op, f"traced:{name}") for op, name in TRACED.items()),
+    # The body writes to a tensor of its own what it makes of the pool's: all must be on the device. Not claimed: few cases were seen.
+    _kernel("ssm.gated_delta_rule", "traced:gated_delta_rule"),
     _kernel("gemm.linear", "gemm:linear_dense", supports=dense_limits),
     _kernel("gemm.linear", "gemm:linear", **TILES),
     _kernel("gemm.grouped", "gemm:grouped", supports=dense_limits),
@@ -99,8 +101,9 @@ def attention_limits(ctx: SelectionContext) -> str | None:
 KERNELS += [_kernel(op, fn, supports=attention_limits, kv_layouts=(LANE_LAYOUT,)) for op, fn in ATTENTION.items()]
 
 
-def claims(profiles: tuple[str, ...]) -> Claims:
-    """Of the other ops only float16 is refused, which their bodies were never checked with."""
-    native = [Claim(op=op, dtypes=DTYPES) for op in (*TRACED, *ATTENTION)]
+def claims(profiles: tuple[str, ...], *, attention: tuple[str, ...]) -> Claims:
+    """`attention`: the dtypes of it. Of the other ops only float16 is refused, which their bodies were never checked with."""
+    native = [Claim(op=op, dtypes=DTYPES) for op in TRACED]
+    native += [Claim(op=op, dtypes=attention) for op in ATTENTION]
     native += [Claim(op=op, dtypes=DTYPES, formats=("dense", *QUANTISED)) for op in MATMULS]
     return Claims((*native, Claim(op="*", dtypes=("float16",), support=Support.UNSUPPORTED)), profiles=profiles)

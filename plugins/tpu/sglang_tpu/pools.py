@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
-import jax.numpy as jnp
+import jax
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from sglang_core.api import Pool, PoolSpec, StatePool, StatePoolSpec
-from sglang_tpu.environment import array, lift, on_device, zeros
+from sglang_tpu.environment import array, environment, is_lifted, lift, on_device, to_jax, to_torch, wrap, zeros
 from sglang_tpu.kernels import LANE_LAYOUT
 
 META = torch.device("meta")
@@ -27,6 +28,76 @@ def addresses(leaves: list[torch.Tensor]) -> list[tuple[int, int]]:
 Make = Callable[[Sequence[int], torch.dtype], Any]
 
 
+def one_program(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A pool's method of rows (a layer, if any, then tensors [n, ...]), compiled whole for callers that have host tensors.
+
+    Rows are filled up to a power of two, or there would be a program for each n: with copies of the last one, which
+    read and write what it does. Within a step it is the method.
+    """
+
+    def call(pool: Any, *args: Any) -> Any:
+        layer, rows = args[: len(args) - _num_tensors(args)], args[len(args) - _num_tensors(args) :]
+        if any(is_lifted(x) for x in rows):
+            return method(pool, *args)
+        scales = [array(scale) for scale in getattr(pool, "scales", [])]
+        leaves, made = _run(
+            method,
+            type(pool),
+            pool.spec,
+            layer,
+            [array(leaf) for leaf in pool.leaves],
+            scales,
+            [to_jax(_filled(x)) for x in rows],
+        )
+        for leaf, value in zip(pool.leaves, leaves, strict=True):
+            leaf._elem = value
+        return None if made is None else tuple(to_torch(x)[: len(rows[0])] for x in made)
+
+    call.__doc__, call.__name__ = method.__doc__, method.__name__
+    return call
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=4)
+def _run(
+    method: Callable[..., Any],
+    kind: type[Any],
+    spec: Any,
+    layer: tuple[int, ...],
+    leaves: list[jax.Array],
+    scales: list[jax.Array],
+    rows: list[jax.Array],
+) -> tuple[list[jax.Array], tuple[jax.Array, ...] | None]:
+    """-> the leaves as they are now, and what the method gives: of a pool that has these."""
+    given = iter(leaves)
+    with environment():
+        pool = kind(spec, leaves[0].shape[0], lambda *_: wrap(next(given)))
+        pool.scales = [wrap(scale) for scale in scales]
+        made = method(pool, *layer, *(wrap(x) for x in rows))
+        return [array(leaf) for leaf in pool.leaves], None if made is None else tuple(array(x) for x in made)
+
+
+def _num_tensors(args: Sequence[Any]) -> int:
+    return sum(isinstance(x, Tensor) for x in args)
+
+
+def _filled(x: Tensor) -> Tensor:
+    """[n, ...] -> [the next power of two, ...]; none stay none."""
+    wanted = 1 << (len(x) - 1).bit_length() if len(x) else 0
+    return torch.cat([x, x[-1:].expand(wanted - len(x), *x.shape[1:])])
+
+
+@one_program
+def _poison(pool: Any, index: Tensor) -> None:
+    for leaf in pool.leaves:
+        if leaf.dtype != torch.int8:
+            leaf.index_put_((index,), leaf.new_full((), float("nan")))
+
+
+def _poisoned(pool: Any, index: Iterable[int]) -> None:
+    """As the pool's own."""
+    _poison(pool, torch.tensor(list(index), dtype=torch.int32))
+
+
 class TpuPool(Pool):
     """The canonical layout."""
 
@@ -35,14 +106,14 @@ class TpuPool(Pool):
         self.leaves = [make(leaf.shape, leaf.dtype) for leaf in self.leaves]
         self.scales = [lift(torch.ones(scale.shape)) for scale in self.scales]
 
-    gather = on_device(Pool.gather)
+    gather = one_program(Pool.gather)
     gather_heads = on_device(Pool.gather_heads)
-    scatter = on_device(Pool.scatter)
-    move = on_device(Pool.move)
-    export_pages = on_device(Pool.export_pages)
-    import_pages = on_device(Pool.import_pages)
+    scatter = one_program(Pool.scatter)
+    move = one_program(Pool.move)
+    export_pages = one_program(Pool.export_pages)
+    import_pages = one_program(Pool.import_pages)
     set_scales = on_device(Pool.set_scales)
-    poison = on_device(Pool.poison)
+    poison = _poisoned
 
     def regions(self) -> list[tuple[int, int]]:
         return addresses(self.leaves)
@@ -67,15 +138,15 @@ class LanePool(TpuPool):
     ) -> list[Tensor]:
         return self._narrow(super()._read(layer, pick, spread, dtype))
 
-    @on_device
+    @one_program
     def scatter(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
         Pool.scatter(self, layer, slots, *self._wide((k, v)))
 
-    @on_device
+    @one_program
     def export_pages(self, layer: int, pages: Tensor) -> tuple[Tensor, ...]:
         return tuple(self._narrow(Pool.export_pages(self, layer, pages)))
 
-    @on_device
+    @one_program
     def import_pages(self, layer: int, pages: Tensor, *stored: Tensor) -> None:
         Pool.import_pages(self, layer, pages, *self._wide(stored))
 
@@ -102,15 +173,10 @@ class TpuStatePool(StatePool):
         super().__init__(spec, num_slots, META)
         self.leaves = [make(leaf.shape, leaf.dtype) for leaf in self.leaves]
 
-    gather = on_device(StatePool.gather)
-    scatter = on_device(StatePool.scatter)
-    move = on_device(StatePool.move)
-
-    def poison(self, slots: Iterable[int]) -> None:
-        """As the pool's own, whose indices are 64 bits wide."""
-        index = list(slots)
-        for leaf in self.leaves:
-            leaf._elem = array(leaf).at[jnp.array(index, jnp.int32)].set(float("nan"))  # type: ignore[attr-defined]
+    gather = one_program(StatePool.gather)
+    scatter = one_program(StatePool.scatter)
+    move = one_program(StatePool.move)
+    poison = _poisoned
 
     def regions(self) -> list[tuple[int, int]]:
         return addresses(self.leaves)

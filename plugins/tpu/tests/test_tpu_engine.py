@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 jax = pytest.importorskip("jax")
 
-from sglang_tpu import step  # noqa: E402
+from sglang_tpu import attention, step  # noqa: E402
 from sglang_tpu.backend import TpuBackend  # noqa: E402
 from sglang_tpu.runtime import TpuRuntime  # noqa: E402
 
@@ -79,7 +80,16 @@ def test_watched_steps_call_every_op(engines: list[Engine], caplog: pytest.LogCa
         asked = GREEDY | {"max_new_tokens": 3}
         expected, made = (engine.generate(PROMPTS[0], asked)["output_ids"] for engine in (engines[0], watched))
         assert made == expected
+        assert watched.stats()["verify_failures"] == 0
     assert "norm.rms" in caplog.text
+
+
+def test_watched_steps_see_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    facts_of = attention.facts_of
+    monkeypatch.setattr(attention, "facts_of", lambda spec, *a, **kw: facts_of(replace(spec, scale=0.2), *a, **kw))
+    with Engine(device="tpu:cpu", verify_kernels=1.0, **SETTINGS) as watched:
+        watched.generate(PROMPTS[0], GREEDY | {"max_new_tokens": 1})
+        assert watched.stats()["verify_failures"] > 0
 
 
 def test_several_ranks_are_refused() -> None:

@@ -11,6 +11,8 @@ import pytest
 from sglang_tpu import backend, chips
 from sglang_tpu.backend import TpuBackend
 
+from sglang_core.api import KernelContext, Support
+
 VERSIONS = {"jax": "0.10.2", "torchax": "0.0.13", "libtpu": "0.0.42.1"}
 
 
@@ -87,6 +89,17 @@ def test_the_host_is_a_device_that_is_never_taken_unasked(monkeypatch: pytest.Mo
     (info,) = TpuBackend().probe()
     assert (info.label, info.path) == ("tpu:0", "tpu/cpu") and info.score < 0 and info.facts["emulated"]
     assert info.versions == {"jax": "0.10.2", "torchax": "0.0.13"}
+
+
+def test_a_tpu_claims_less_than_the_host_that_interprets_its_kernels(four_v6e: Path) -> None:
+    """Mosaic takes attention in bfloat16 only, and no odd sizes."""
+    tpu, *_, host = TpuBackend().probe()
+    on_tpu, on_host = (TpuBackend().claims(KernelContext(device=info)) for info in (tpu, host))
+    for op, wide in {"attn.paged": False, "kv.write": False, "norm.rms": True}.items():
+        assert on_tpu.support(op, fmt="*", dtype="bfloat16") is Support.NATIVE
+        assert (on_tpu.support(op, fmt="*", dtype="float32") is Support.NATIVE) == wide
+        assert on_host.support(op, fmt="*", dtype="float32") is Support.NATIVE
+    assert set(on_host.profiles) - set(on_tpu.profiles) == {"odd_sizes"}
 
 
 def test_without_jax_there_is_none_and_it_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
