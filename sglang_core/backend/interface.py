@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # torch is heavy, and a plugin is probed without it
 
 M = TypeVar("M")
 
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DeviceNote:
     """Something that a device can do without: is it there, and is it used? `fix`: what to do, where that is worth doing."""

@@ -51,7 +51,7 @@ def check_mesh(resolved: Resolved, table: OpTable, make_context: MakeContext) ->
     sizes = ", ".join(str(size) for size in range(1, num_ranks) if is_even(size))
     raise ConfigError(
         f"tp_size={num_ranks} cuts {found[0].name}, {list(found[0].shape)}, into parts of unequal size ({parts}), and"
-        f" {resolved.device.backend.name!r}, where one process drives all ranks, takes equal ones; set --tp-size to one of {sizes}"
+        f" {resolved.device.backend.name!r}, where one process drives all ranks, takes equal ones; --tp-size may be {sizes}"
     )
 
 

@@ -38,6 +38,7 @@ from sglang_tpu.step import Program, lift_state, lift_weights
 
 M = TypeVar("M")
 
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CompiledStep:
     """What one device holds and moves in a compiled step, in bytes of HBM, as the compiler laid it out."""

@@ -45,9 +45,7 @@ class Joined:
         """One array of all parts, cut along the first dimension into them."""
         first = self.parts[0]
         shape = (first.shape[0] * mesh.size, *first.shape[1:])
-        whole = wrap(
-            jax.make_array_from_single_device_arrays(shape, NamedSharding(mesh, OF_A_RANK), self.parts)
-        )
+        whole = wrap(jax.make_array_from_single_device_arrays(shape, NamedSharding(mesh, OF_A_RANK), self.parts))
         for i, kind, name in self.places:
             getattr(modules[i], kind)[name] = whole
 

@@ -33,6 +33,7 @@ from sglang_tpu.step import JittedStep, WatchedStep
 
 M = TypeVar("M")
 
+
 class TpuRuntime(TorchRuntime):
     """Steps are padded to buckets, traced once each and compiled at start."""
 
@@ -91,7 +92,9 @@ class TpuRuntime(TorchRuntime):
         if len(ranks) == 1:
             return LocalCommunicator()
         if len(ranks) != len(self._devices):
-            raise DeviceError(f"{len(ranks)} ranks over {len(self._devices)} devices: one process has a device for each")
+            raise DeviceError(
+                f"{len(ranks)} ranks over {len(self._devices)} devices: one process has a device for each"
+            )
         return MeshCommunicator(rank, len(ranks))
 
     def join_ranks(self, models: Iterator[M]) -> M:
