@@ -111,7 +111,7 @@ def compiled(case: Case, chip: str, title: str) -> tuple[list[CompiledStep], int
         backend = AotBackend(CHIPS[chip], mesh_of(CHIPS[chip], case.num_devices, AXIS), [bucket])
         (info,) = backend.probe()
         device = ChosenDevice(backend=backend, info=info, reason="compiled for")
-        rank = build_rank(config, 0, world_size=case.num_devices, directory=Path(folder), progress=False, device=device)
+        rank = build_rank(config, 0, world_size=1, directory=None, progress=False, device=device)
         rank.runner.warm_up(progress=False)
     assert backend.runtime is not None
     return backend.runtime.compiled, least_traffic(rank) if num_tokens == num_reqs else 0

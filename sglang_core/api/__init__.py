@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from sglang_core.backend.interface import DeviceRuntime as DeviceRuntime
     from sglang_core.backend.interface import KernelContext as KernelContext
     from sglang_core.backend.interface import MemoryInfo as MemoryInfo
+    from sglang_core.backend.interface import MeshContext as MeshContext
     from sglang_core.backend.interface import RuntimeContext as RuntimeContext
     from sglang_core.backend.interface import Stream as Stream
     from sglang_core.backend.interface import Work as Work
@@ -65,6 +66,7 @@ _HOME = {  # module -> the names it defines
         "DeviceRuntime",
         "KernelContext",
         "MemoryInfo",
+        "MeshContext",
         "RuntimeContext",
         "Stream",
         "Work",

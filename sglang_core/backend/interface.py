@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from sglang_core.backend.claims import Claims
 from sglang_core.backend.kernel import Kernel
@@ -20,6 +20,8 @@ if TYPE_CHECKING:  # torch is heavy, and a plugin is probed without it
     from sglang_core.backend.communicator import Communicator
     from sglang_core.backend.pool import Pool, PoolSpec
     from sglang_core.backend.state_pool import StatePool, StatePoolSpec
+
+M = TypeVar("M")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,11 +69,11 @@ class MemoryInfo:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RuntimeContext:
-    """What a runtime is opened with: one device, or the mesh that this rank drives."""
+    """What a runtime is opened with: one device, whose process is one of `world_size`, or the mesh that one process drives alone."""
 
-    devices: tuple[DeviceInfo, ...]
-    rank: int = 0
-    world_size: int = 1
+    devices: tuple[DeviceInfo, ...]  # a rank each
+    rank: int = 0  # of this process
+    world_size: int = 1  # processes
     num_threads: int | None = None  # host threads it may compute with; None: as it sees fit
     dist_timeout: float = 600.0  # seconds a collective may take before it raises
     watched: bool = False  # every op of a step is looked at as it runs: steps must call them, where the device can
@@ -91,6 +93,14 @@ class DefaultsContext:
 
     device: DeviceInfo
     model: Mapping[str, Any]  # the checkpoint's config.json
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MeshContext:
+    """What a backend may look at to say which devices one process drives."""
+
+    device: DeviceInfo  # that was asked for
+    num_ranks: int  # two or more
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -174,7 +184,18 @@ class DeviceRuntime(ABC):
 
     @abstractmethod
     def communicator(self, ranks: Sequence[int], rank: int, store: Any) -> Communicator:
-        """Collectives over `ranks`; `store` is a torch.distributed Store that they all reach."""
+        """Collectives over `ranks`; `store` is a torch.distributed Store that they all reach, or None where this process drives all of
+        them: then it is asked once a rank, and what it gives is called in steps alone.
+        """
+
+    def join_ranks(self, models: Iterator[M]) -> M:
+        """The model that steps run, of what each rank of `infos` holds. `models` loads a rank's, an nn.Module, when it is asked for the next.
+
+        All ranks' tensors have the same shapes, in the same order of modules; a bias of a sum is None on all but the first. A runtime of
+        a mesh takes each one's tensors to their device before it asks for the next: the host then holds one rank's weights at a time.
+        """
+        (model,) = models
+        return model
 
     def time_calls(self, call: Callable[[], object], *, repeats: int, replayed: bool = False) -> list[float]:
         """Seconds on the device of each of `repeats` calls, in whose caches nothing of the call before is left, where it has caches
@@ -201,6 +222,13 @@ class Backend(ABC):
     @abstractmethod
     def probe(self) -> list[DeviceInfo]:
         """The devices here, best first. Cheap, opens no context, never raises; empty where there are none."""
+
+    def mesh(self, ctx: MeshContext) -> tuple[DeviceInfo, ...]:
+        """The devices that one process drives, one a rank; empty where each rank is a process of its own, on the device asked for.
+
+        Cheap, and opens none. Raises DeviceError where it has fewer.
+        """
+        return ()
 
     @abstractmethod
     def create_runtime(self, ctx: RuntimeContext) -> DeviceRuntime: ...

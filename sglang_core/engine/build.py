@@ -17,7 +17,7 @@ from rich.console import Console
 
 from sglang_core import __version__
 from sglang_core.backend.communicator import Communicator, LocalCommunicator
-from sglang_core.backend.devices import ChosenDevice
+from sglang_core.backend.devices import ChosenDevice, driven_by_one_process
 from sglang_core.backend.interface import DeviceRuntime, RuntimeContext
 from sglang_core.backend.kv_dtypes import KV_DTYPES
 from sglang_core.backend.pool import PoolSpec
@@ -28,6 +28,7 @@ from sglang_core.config import EngineConfig
 from sglang_core.engine.adapters import Adapters
 from sglang_core.engine.channel import PlanSender
 from sglang_core.engine.core import EngineCore
+from sglang_core.engine.mesh import check_mesh, loaded_ranks
 from sglang_core.engine.requests import EngineInfo
 from sglang_core.engine.resolve import UNLIMITED_CHUNK, Resolved, resolve
 from sglang_core.errors import ConfigError
@@ -57,12 +58,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rank:
-    """One rank, ready to execute plans."""
+    """One rank, or those that this process drives together, ready to execute plans."""
 
     resolved: Resolved
     runtime: DeviceRuntime
     table: OpTable
-    model: CausalLM
+    model: CausalLM  # of the first rank
     runner: ModelRunner
     state: StepState
     num_pages: Mapping[PoolGroup, int]  # of each pool, scratch included
@@ -176,12 +177,16 @@ def build_rank(
     instrument: Instrument | None = None,
     device: ChosenDevice | None = None,
 ) -> Rank:
-    """Open the device and load this rank's part of the model. `instrument` is put around every op, to measure it."""
+    """Open the device and load this rank's part of the model; or open a mesh, and load the part of each of its ranks.
+
+    `rank` and `world_size` are of processes. `instrument` is put around every op, to measure it.
+    """
     resolved = resolve(config, device)
     settled, device = resolved.config, resolved.device
+    devices = driven_by_one_process(device, settled.parallel.tp_size)
     runtime = device.backend.create_runtime(
         RuntimeContext(
-            devices=(device.info,),
+            devices=devices,
             rank=rank,
             world_size=world_size,
             num_threads=settled.device.num_threads,
@@ -190,25 +195,27 @@ def build_rank(
             strict_compile=settled.device.strict_compile,
         )
     )
-    tp = _tensor_parallel(runtime, rank, world_size, directory)
+    groups = _tensor_parallel(runtime, rank, world_size, len(devices), directory)
     verifier = None
     if settled.device.verify_kernels > 0:
         verifier = KernelVerifier(settled.device.verify_kernels, OPS, seed=settled.schedule.random_seed)
         instrument = verifier.instrument
     table = op_table(resolved, instrument)
-    model, ctx = resolved.model_class(resolved.model), build_context(resolved, table, runtime.torch_device, tp)
+    if len(devices) > 1:
+        check_mesh(resolved, table, build_context)
+    contexts = [build_context(resolved, table, runtime.torch_device, tp) for tp in groups]
+    model, ctx = resolved.model_class(resolved.model), contexts[0]
     bind_model(model, ctx)
     slots = None if ctx.lora is None else ModelSlots(model, ctx.lora)
-    fit = fit_table(resolved, runtime, model, tp, extra_weights=0 if slots is None else slots.nbytes)
+    fit = fit_table(resolved, runtime, model, ctx.tp, extra_weights=0 if slots is None else slots.nbytes)
     if progress:
         Console(stderr=True).print(fit.render())
     fit.check()
     for plan in totals(packings(model)):
         log.log(logging.INFO if plan.plan == "kernel" else logging.WARNING, "%s: %s", plan.layer, plan.describe())
-    load_model(
-        model,
-        resolved.folder,
-        ctx,
+    load = functools.partial(
+        load_model,
+        source=resolved.folder,
         load_format=settled.model.load_format,
         seed=settled.schedule.random_seed,
         progress=progress,
@@ -216,6 +223,7 @@ def build_rank(
         if (folder := settled.model.packed_cache) is None
         else PackedCache(Path(folder), runtime.alloc_packed),
     )
+    model = runtime.join_ranks(loaded_ranks(model, contexts, lambda part, ctx: load(part, ctx=ctx)))
     adapters, versions = None, {}
     if slots is not None and resolved.lora is not None:
         slots.allocate(runtime.torch_device)
@@ -224,7 +232,8 @@ def build_rank(
             files, adapter = adapters.read_now(source.path)
             versions[name] = files.version
             adapters.add(adapter_key(name, files.version), adapter)
-    return _with_pools(resolved, runtime, table, model, tp, verifier, adapters, versions)
+    agree = ctx.tp if world_size > 1 else LocalCommunicator()
+    return _with_pools(resolved, runtime, table, model, agree, verifier, adapters, versions)
 
 
 def fit_table(
@@ -290,7 +299,7 @@ def _with_pools(
     runtime: DeviceRuntime,
     table: OpTable,
     model: CausalLM,
-    tp: Communicator,
+    processes: Communicator,
     verifier: KernelVerifier | None,
     adapters: AdapterHost | None,
     adapter_versions: Mapping[str, str],
@@ -301,7 +310,7 @@ def _with_pools(
         group: replace(spec, layout=table.pool_layout(group)) for group, spec in _pool_specs(resolved, model).items()
     }
     sizes = _pool_sizes(resolved, specs)
-    main_pages = _main_pages(resolved, runtime, sizes, tp)
+    main_pages = _main_pages(resolved, runtime, sizes, processes)
     num_pages = {group: n + SCRATCH_PAGES for group, n in sizes.pages(main_pages).items()}
     max_pages_per_req = -(-resolved.context_length // page_size)
     buckets = runtime.buckets(
@@ -399,7 +408,7 @@ def _pool_sizes(resolved: Resolved, specs: Mapping[PoolGroup, AnyPoolSpec]) -> P
     )
 
 
-def _main_pages(resolved: Resolved, runtime: DeviceRuntime, sizes: PoolSizes, tp: Communicator) -> int:
+def _main_pages(resolved: Resolved, runtime: DeviceRuntime, sizes: PoolSizes, processes: Communicator) -> int:
     """Pages of the main pool, scratch not counted: what was asked for, else what fits, never more than could be used."""
     settled, page_size = resolved.config, _page_size(resolved.config)
     memory = runtime.memory()
@@ -419,20 +428,25 @@ def _main_pages(resolved: Resolved, runtime: DeviceRuntime, sizes: PoolSizes, tp
             f"no room for a KV pool: {memory.free / 2**30:.2f} GiB of {memory.total / 2**30:.2f} GiB are free after loading; "
             "raise --mem-fraction-static, lower --context-length, or free memory"
         )
-    if tp.size > 1 and settled.cache.max_total_tokens is None:
+    if processes.size > 1 and settled.cache.max_total_tokens is None:
         # Every rank must use the same page ids: take the smallest.
         agreed = torch.tensor([-pages], dtype=torch.int64)
-        gathered = tp.all_gather(agreed.to(runtime.torch_device), dim=0).cpu()
+        gathered = processes.all_gather(agreed.to(runtime.torch_device), dim=0).cpu()
         pages = -int(gathered.max())
     return pages
 
 
-def _tensor_parallel(runtime: DeviceRuntime, rank: int, world_size: int, directory: Path | None) -> Communicator:
+def _tensor_parallel(
+    runtime: DeviceRuntime, rank: int, world_size: int, num_driven: int, directory: Path | None
+) -> list[Communicator]:
+    """Of each rank that this process drives: `num_driven`, which are all, or the one of the process."""
+    if num_driven > 1:
+        return [runtime.communicator(range(num_driven), driven, None) for driven in range(num_driven)]
     if world_size == 1:
-        return LocalCommunicator()
-    assert directory is not None, "several ranks meet in a directory"
+        return [LocalCommunicator()]
+    assert directory is not None, "several processes meet in a directory"
     store = dist.FileStore(str(directory / "rendezvous"), world_size)  # type: ignore[attr-defined]
-    return runtime.communicator(range(world_size), rank, store)
+    return [runtime.communicator(range(world_size), rank, store)]
 
 
 def _eos_ids(hf_config: Mapping[str, Any], generation: Mapping[str, Any]) -> frozenset[int]:

@@ -23,6 +23,7 @@ import msgspec
 import zmq
 import zmq.asyncio
 
+from sglang_core.backend.devices import num_processes
 from sglang_core.config import EngineConfig
 from sglang_core.engine.adapter_names import check_adapter_name, unknown_adapter
 from sglang_core.engine.channel import QueueEnd, from_engine_address, to_engine_address
@@ -557,9 +558,9 @@ class _ThreadLink(_Link):
         self._thread = threading.Thread(target=self._serve, name="engine", daemon=True)
 
     def start(self) -> None:
-        if self._config.parallel.tp_size > 1:
+        if num_processes(self._config.device.device, self._config.parallel.tp_size) > 1:
             raise ConfigError(
-                f"in_process=True runs one rank, tp_size is {self._config.parallel.tp_size}; drop one of them"
+                f"in_process=True runs one process, and tp_size={self._config.parallel.tp_size} makes as many; drop one of them"
             )
         self._thread.start()
 

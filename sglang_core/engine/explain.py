@@ -6,11 +6,11 @@ from dataclasses import replace
 
 import torch
 
-from sglang_core.backend.communicator import LocalCommunicator
 from sglang_core.backend.devices import ChosenDevice
 from sglang_core.backend.selection import ExplainRow, OpTable
 from sglang_core.config import EngineConfig
 from sglang_core.engine.build import build_context, op_table
+from sglang_core.engine.mesh import RankOf
 from sglang_core.engine.resolve import Resolved, resolve
 from sglang_core.layers.build import bind_model, packings
 from sglang_core.layers.causal_lm import CausalLM
@@ -29,18 +29,11 @@ def explain(config: EngineConfig, device: ChosenDevice | None = None) -> list[Ex
     return [_with_plan(row, plans.get((row.op, row.layer, row.fmt))) for row in table.explain()]
 
 
-class FirstOf(LocalCommunicator):
-    """Rank 0 of several of which the others are not there: layers take their share of it, and call no collective."""
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-
-
 def bound_model(resolved: Resolved) -> tuple[OpTable, CausalLM]:
     """The model without weights, and the ops that it and the sampler would run on rank 0."""
     table = op_table(resolved)
     model = resolved.model_class(resolved.model)
-    tp = FirstOf(resolved.config.parallel.tp_size)
+    tp = RankOf(0, resolved.config.parallel.tp_size)
     bind_model(model, build_context(resolved, table, torch.device("meta"), tp))
     Sampler(table, resolved.model.vocab_size, model.logits_dtype)
     return table, model

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import msgspec
 
+from sglang_core.backend.devices import num_processes
 from sglang_core.config import EngineConfig
 from sglang_core.engine.worker import Launch
 
@@ -27,7 +28,8 @@ class Ranks:
         self._processes: list[subprocess.Popen[bytes]] = []
 
     def start(self) -> None:
-        world_size = self._config.parallel.tp_size
+        world_size = num_processes(self._config.device.device, self._config.parallel.tp_size)
+        environment = self._environment(world_size)
         for rank in range(world_size):
             launch = Launch(
                 settings=self._config.flat(),
@@ -39,7 +41,7 @@ class Ranks:
             )
             with _deaf_to_ctrl_c():
                 process = subprocess.Popen(
-                    [sys.executable, "-m", "sglang_core.engine.worker"], stdin=subprocess.PIPE, env=self._environment()
+                    [sys.executable, "-m", "sglang_core.engine.worker"], stdin=subprocess.PIPE, env=environment
                 )
             assert process.stdin is not None
             process.stdin.write(msgspec.json.encode(launch) + b"\n")
@@ -76,12 +78,12 @@ class Ranks:
             if process.stdin is not None:
                 process.stdin.close()
 
-    def _environment(self) -> dict[str, str]:
-        """The parent's, with OpenMP kept to the cores a rank may use, as it would else take all of them in every rank."""
+    def _environment(self, world_size: int) -> dict[str, str]:
+        """The parent's, with OpenMP kept to the cores a process may use, as it would else take all of them in every one."""
         env = dict(os.environ)
-        if self._config.parallel.tp_size > 1 and "OMP_NUM_THREADS" not in env:
+        if world_size > 1 and "OMP_NUM_THREADS" not in env:
             cores = len(os.sched_getaffinity(0))
-            env["OMP_NUM_THREADS"] = str(max(1, cores // self._config.parallel.tp_size))
+            env["OMP_NUM_THREADS"] = str(max(1, cores // world_size))
         return env
 
 

@@ -93,6 +93,7 @@ class Layer(Module):
 
     name = ""
     quant: QuantConfig | None = None
+    fills_up = False  # whether ranks hold parts of one size, the last ones filled up, where its weights do not divide
     copies = False  # whether `place` copies every part, so that it may be a view of a mapped file
     packing: Packing | None = None  # of a layer whose weights are quantised; known once bound
     packs: BoundOp | None = None  # known once bound: the op whose kernel packs all of its weights

@@ -23,6 +23,7 @@ from sglang_core.parallel.groups import padded_part, ragged_shard
 class Embedding(Layer):
     """Token ids to rows of the table; each rank looks up the ids in its part, and the sum is the whole lookup."""
 
+    fills_up = True
     weight: Tensor
     lora: EmbeddingSlots | None
 
@@ -33,9 +34,10 @@ class Embedding(Layer):
     def bind(self, ctx: BuildContext) -> None:
         self.dtype, self._tp = ctx.dtype, ctx.tp
         self.rows = ragged_shard(self.vocab_size, ctx.tp.rank, ctx.tp.size)
+        self.padded = padded_part(self.vocab_size, ctx.tp.size)
         # The factor is rounded as the table is: models were trained with sqrt(M) in bfloat16.
         self.rounded_scale = float(torch.tensor(self.scale, dtype=ctx.dtype))
-        dims = {"V": self.rows[1] - self.rows[0], "M": self.hidden_size}
+        dims = {"V": self.padded, "M": self.hidden_size}
         site = OpSite(op="embed.lookup", layer="Embedding", dtype=dtype_name(ctx.dtype), dims=dims)
         self._lookup = ctx.table.bind(site).fn
         self.lora = None
@@ -55,7 +57,7 @@ class Embedding(Layer):
         return [_vocab_rows(f"{prefix}.weight", self.vocab_size, self.hidden_size, self.dtype, self.rows)]
 
     def load(self, parts: list[Tensor]) -> None:
-        self.register_buffer("weight", parts[0], persistent=False)
+        self.register_buffer("weight", _filled(parts[0], self.padded), persistent=False)
 
     def forward(self, fb: ForwardBatch) -> Tensor:
         """The step's ids, or its embeddings where it brings them -> [T, M]."""
@@ -71,6 +73,7 @@ class Embedding(Layer):
 class LMHead(Layer):
     """Hidden states to logits. Each rank computes its part of the vocabulary; every rank gets all of it."""
 
+    fills_up = True
     weight: PackedWeight
     lora: LinearSlots | None
 
@@ -119,9 +122,7 @@ class LMHead(Layer):
         return [replace(spec, held=self._num_bytes()) if self.stored.online else spec]
 
     def load(self, parts: list[Tensor]) -> None:
-        (part,) = parts
-        if missing := self.padded - part.shape[0]:  # ranks gather parts of one size
-            part = torch.cat([part, part.new_zeros(missing, part.shape[1])])
+        part = _filled(parts[0], self.padded)
         weight = self._quantised(part) if self.stored.online else dense(part)
         self.weight = weight if self._pack is None else self._pack(weight)
 
@@ -146,6 +147,12 @@ class LMHead(Layer):
             return logits
         capped: Tensor = self._soft_cap(logits, self.cfg.soft_cap)
         return capped
+
+
+def _filled(part: Tensor, rows: int) -> Tensor:
+    """A rank's rows of the vocabulary, with zeros up to as many as every rank has: parts of one size can be gathered."""
+    missing = rows - part.shape[0]
+    return torch.cat([part, part.new_zeros(missing, part.shape[1])]) if missing else part
 
 
 def _vocab_rows(name: str, vocab: int, hidden: int, dtype: torch.dtype, rows: tuple[int, int]) -> WeightSpec:

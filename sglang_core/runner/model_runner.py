@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
@@ -20,7 +21,7 @@ from sglang_core.ops.sampling import SampleParams
 from sglang_core.ops.ssm_plan import StateBatch
 from sglang_core.runner.adapters import AdapterHost, Written
 from sglang_core.runner.adjustments import Adjustments
-from sglang_core.runner.input_logprobs import InputLogprobs
+from sglang_core.runner.input_logprobs import InputLogprobs, PromptLogprobs, PromptRows, prompt_logprobs
 from sglang_core.runner.sampler import AdjustmentTensors, SampleInput, SampleOutput, Sampler
 from sglang_core.runner.slot_table import Int32, SlotTable
 from sglang_core.runner.step_input import StepInput, build_step_input, padding_input
@@ -126,6 +127,7 @@ class ModelRunner:
         self._stream = runtime.stream()
         self._forward = _Compiled(runtime, self._forward_step, state, buckets)
         self._sample = _Compiled(runtime, self._sampler.step, state, buckets)
+        self._prompt = runtime.compile_step(self._prompt_step, state, ())
         self._adjusted_before: PendingStep | None = None  # the step before, where its tokens change later logits
 
     def launch(self, plan: StepPlan) -> PendingStep:
@@ -205,7 +207,8 @@ class ModelRunner:
             self._adapters.write(adapter_writes)
         hidden, sample.logits = self._forward(forward_batch, padded)
         if input_logprobs is not None:
-            input_logprobs.run(hidden, self._model.head, forward_batch.token_adapter)
+            bound = functools.partial(_in_few, many=MANY_LOGPROBS, padded=True) if padded else None
+            input_logprobs.run(self._prompt, hidden, forward_batch.token_adapter, self._runtime.torch_device, bound)
         if adjusted_before is not None:  # on an asynchronous device this waits; on a host stream it has just finished
             for slot, token_id in adjusted_before.sampled():
                 self._adjustments.record(slot, token_id)
@@ -241,6 +244,9 @@ class ModelRunner:
         if fb.sample_rows is not None and not fb.narrowed:
             rows, row_adapter = rows[fb.sample_rows], None if row_adapter is None else row_adapter[fb.sample_rows]
         return hidden, self._model.head(rows, row_adapter)
+
+    def _prompt_step(self, state: StepState, given: PromptRows) -> PromptLogprobs:
+        return prompt_logprobs(self._model.head, given)
 
     def _adjustment(self, plan: StepPlan, padded: bool) -> AdjustmentTensors:
         sparse = self._adjustments.sparse(plan.slots)

@@ -6,9 +6,9 @@ allocated; a step that it is given is lowered for a topology and compiled by lib
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from jax.sharding import Mesh
@@ -19,6 +19,7 @@ from sglang_core.api import (
     DeviceInfo,
     DeviceRuntime,
     MemoryInfo,
+    MeshContext,
     Pool,
     PoolSpec,
     RuntimeContext,
@@ -34,6 +35,8 @@ from sglang_tpu.mesh import MeshCommunicator, spread_shape
 from sglang_tpu.pools import TpuStatePool, pool_of
 from sglang_tpu.runtime import TpuRuntime
 from sglang_tpu.step import Program, lift_state, lift_weights
+
+M = TypeVar("M")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -109,6 +112,10 @@ class AotRuntime(TpuRuntime):
     def communicator(self, ranks: Sequence[int], rank: int, store: Any) -> Communicator:
         return MeshCommunicator(rank, len(ranks))
 
+    def join_ranks(self, models: Iterator[M]) -> M:
+        """Rank 0's: the others' tensors have its shapes."""
+        return next(models)
+
 
 class AotBackend(TpuBackend):
     """sglang-tpu on a chip that is not here. An engine is given it as its device; `runtime` is what was made of it."""
@@ -120,6 +127,9 @@ class AotBackend(TpuBackend):
     def probe(self) -> list[DeviceInfo]:
         path, name = f"tpu/{self.chip.name}", self.chip.kind
         return [DeviceInfo(backend=self.name, path=path, name=name, total_memory=self.chip.hbm_bytes)]
+
+    def mesh(self, ctx: MeshContext) -> tuple[DeviceInfo, ...]:
+        return tuple(self.probe()) * ctx.num_ranks
 
     def create_runtime(self, ctx: RuntimeContext) -> DeviceRuntime:
         self.runtime = AotRuntime(ctx, self.chip, self._mesh, self._buckets)

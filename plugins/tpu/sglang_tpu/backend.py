@@ -11,10 +11,12 @@ from sglang_core.api import (
     Backend,
     Claims,
     DefaultsContext,
+    DeviceError,
     DeviceInfo,
     DeviceRuntime,
     Kernel,
     KernelContext,
+    MeshContext,
     RuntimeContext,
 )
 from sglang_tpu import chips
@@ -74,11 +76,24 @@ class TpuBackend(Backend):
     def absent_reason(self) -> str:
         return "no TPU is on the PCI bus, and jax or torchax is not installed: pip install 'sglang-tpu[tpu]' brings both, and libtpu"
 
+    def mesh(self, ctx: MeshContext) -> tuple[DeviceInfo, ...]:
+        """The device asked for and those after it; of the host, as many devices as are wanted."""
+        if ctx.device.path == HOST:
+            return (ctx.device,) * ctx.num_ranks
+        tpus = [info for info in self.probe() if info.path != HOST]
+        mesh = tuple(tpus[ctx.device.index : ctx.device.index + ctx.num_ranks])
+        if len(mesh) < ctx.num_ranks:
+            raise DeviceError(
+                f"tp_size={ctx.num_ranks} from {ctx.device.label} on: {len(tpus)} TPUs are here; set --tp-size to {len(mesh)} or less, or"
+                " name an earlier device"
+            )
+        return mesh
+
     def create_runtime(self, ctx: RuntimeContext) -> DeviceRuntime:
-        from sglang_tpu.opened import open_device  # jax: not needed to list devices
+        from sglang_tpu.opened import open_devices  # jax: not needed to list devices
         from sglang_tpu.runtime import TpuRuntime
 
-        return TpuRuntime(ctx, open_device(ctx.devices[0]))
+        return TpuRuntime(ctx, open_devices(ctx.devices))
 
     def claims(self, ctx: KernelContext) -> Claims:
         if ctx.device.path == HOST:

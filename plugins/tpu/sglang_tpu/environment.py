@@ -81,13 +81,13 @@ def is_lifted(x: Any) -> bool:
     return type(x).__module__.startswith("torchax.")
 
 
-def to_jax(x: Tensor) -> jax.Array:
-    """A copy of a host tensor on the device: what it was made from may change at once."""
+def to_jax(x: Tensor, where: jax.Device | jax.sharding.Sharding | None = None) -> jax.Array:
+    """A copy of a host tensor on the device, or where it is said: what it was made from may change at once."""
     x = x.detach().clone(memory_format=torch.contiguous_format)  # on the host's own device JAX aliases what it is given
     if x.dtype in EXTENDED:
         carrier, theirs = EXTENDED[x.dtype]
-        return jax.device_put(x.view(carrier).numpy().view(theirs))
-    return jax.device_put(x.numpy())
+        return jax.device_put(x.view(carrier).numpy().view(theirs), where)
+    return jax.device_put(x.numpy(), where)
 
 
 def to_torch(x: jax.Array) -> Tensor:
@@ -116,11 +116,11 @@ def shape_of(x: Tensor) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(tuple(x.shape), dtype)
 
 
-def lift(x: Tensor) -> Any:
-    """A host tensor on the device; a lifted one as it is. One without values stays one."""
+def lift(x: Tensor, where: jax.sharding.Sharding | None = None) -> Any:
+    """A host tensor on the device, or where it is said; a lifted one as it is. One without values stays one."""
     if is_lifted(x):
         return x
-    return wrap(shape_of(x) if x.is_meta else to_jax(x))
+    return wrap(shape_of(x) if x.is_meta else to_jax(x, where))
 
 
 def zeros(shape: Sequence[int], dtype: torch.dtype) -> Any:

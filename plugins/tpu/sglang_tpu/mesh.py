@@ -7,15 +7,17 @@ the same on every rank. So what differs between ranks must be data: a step that 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import torch
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from torch import Tensor
 
-from sglang_tpu.environment import array, wrap
+from sglang_tpu.environment import array, shape_of, wrap
 
 AXIS = "tp"
 EVERYWHERE, OF_A_RANK = PartitionSpec(), PartitionSpec(AXIS)
@@ -70,6 +72,11 @@ def first_of_rank(rows: int) -> Any:
     return wrap(jax.lax.axis_index(AXIS) * rows)
 
 
+def everywhere(mesh: Mesh | None) -> NamedSharding | None:
+    """Where an array lies that is the same on all ranks; None without a mesh: on the device."""
+    return None if mesh is None else NamedSharding(mesh, EVERYWHERE)
+
+
 def spec_of(x: jax.Array | jax.ShapeDtypeStruct) -> PartitionSpec:
     """How an array lies on the mesh."""
     return x.sharding.spec if isinstance(x.sharding, NamedSharding) else EVERYWHERE
@@ -82,3 +89,10 @@ def spread_shape(x: Any, mesh: Mesh) -> Any:
         shape = (part.shape[0] * mesh.size, *part.shape[1:])
         x._elem = jax.ShapeDtypeStruct(shape, part.dtype, sharding=NamedSharding(mesh, OF_A_RANK))
     return x
+
+
+def zeros_over(mesh: Mesh, shape: Sequence[int], dtype: torch.dtype) -> Any:
+    """A lifted tensor of which each rank has one of this shape, made on the devices."""
+    part = shape_of(torch.empty(tuple(shape), dtype=dtype, device="meta"))
+    whole = (part.shape[0] * mesh.size, *part.shape[1:])
+    return wrap(jnp.zeros(whole, part.dtype, device=NamedSharding(mesh, OF_A_RANK)))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import jax
@@ -12,15 +13,18 @@ import jax
 from sglang_core.api import DeviceError, DeviceInfo
 
 CACHE = "SGLANG_TPU_CACHE"
+HOST_DEVICES = "--xla_force_host_platform_device_count"
 log = logging.getLogger(__name__)
 
 
-def open_device(info: DeviceInfo) -> jax.Device:
-    """The device of JAX that a probe's is. Raises DeviceError where it cannot be had."""
+def open_devices(infos: Sequence[DeviceInfo]) -> list[jax.Device]:
+    """The devices of JAX that a probe's are: one, or those of a mesh. Raises DeviceError where they cannot be had."""
+    info = infos[0]
     emulated = bool(info.facts.get("emulated"))
     use_compilation_cache(emulated)
     if emulated:
-        log.warning("no TPU: %s stands in for one, for tests", info.name)
+        log.warning("no TPU: %s stands in for %d, for tests", info.name, len(infos))
+        _host_devices(len(infos))
     _platforms(
         "cpu" if emulated else "tpu,cpu"
     )  # without, JAX tries all that are installed: libtpu looks for TPUs for minutes
@@ -30,8 +34,12 @@ def open_device(info: DeviceInfo) -> jax.Device:
         raise DeviceError(
             f"{info.label} ({info.name}) cannot be opened: {e}; one process has all TPUs of a host: see that no other runs"
         ) from e
-    if emulated:
-        return _default(found[0])
+    opened = _emulated(found, len(infos)) if emulated else [_opened(each, found) for each in infos]
+    jax.config.update("jax_default_device", opened[0])  # where goes what is put on none by name
+    return opened
+
+
+def _opened(info: DeviceInfo, found: Sequence[jax.Device]) -> jax.Device:
     if info.index >= len(found):
         raise DeviceError(
             f"{info.label}: JAX lists {len(found)} TPUs (TPU_VISIBLE_CHIPS may hide some); take one of those"
@@ -40,7 +48,23 @@ def open_device(info: DeviceInfo) -> jax.Device:
         raise DeviceError(
             f"{info.label} is a {info.name} on the PCI bus, and JAX says {kind!r}: libtpu is of another release?"
         )
-    return _default(found[info.index])
+    return found[info.index]
+
+
+def _emulated(found: Sequence[jax.Device], wanted: int) -> list[jax.Device]:
+    if len(found) < wanted:
+        raise DeviceError(
+            f"{wanted} ranks: the host is {len(found)} devices to JAX, which was up in this process before they were asked for; use a fresh"
+            f" process, or set XLA_FLAGS={HOST_DEVICES}={wanted}"
+        )
+    return list(found[:wanted])
+
+
+def _host_devices(wanted: int) -> None:
+    """Has JAX take the host for as many devices, unless the user says how many; nothing once JAX has begun."""
+    if wanted > 1 and HOST_DEVICES not in os.environ.get("XLA_FLAGS", ""):
+        with suppress(RuntimeError):  # it has begun: `_emulated` counts what there is
+            jax.config.update("jax_num_cpu_devices", wanted)
 
 
 def use_compilation_cache(emulated: bool, environ: Mapping[str, str] = os.environ) -> None:
@@ -56,12 +80,6 @@ def use_compilation_cache(emulated: bool, environ: Mapping[str, str] = os.enviro
     jax.config.update("jax_compilation_cache_dir", str(path))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # a start compiles hundreds of small ones too
     log.info("compiled programs are kept in %s", path)
-
-
-def _default(device: jax.Device) -> jax.Device:
-    """What is put on a device, and by none it is said on which, goes there."""
-    jax.config.update("jax_default_device", device)
-    return device
 
 
 def _platforms(wanted: str) -> None:

@@ -1,11 +1,14 @@
-"""`TpuRuntime`: one device of JAX. Core's tensors are on the host; steps, weights and pools are on the device."""
+"""`TpuRuntime`: one device of JAX, or a mesh of several. Core's tensors are on the host; steps, weights and pools are on the device."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import jax
+import numpy as np
+import torch
+from jax.sharding import Mesh
 
 from sglang_core.api import (
     Bucket,
@@ -22,29 +25,43 @@ from sglang_core.api import (
     Stream,
     TorchRuntime,
 )
-from sglang_tpu.environment import stay_on_device
+from sglang_tpu.environment import stay_on_device, zeros
+from sglang_tpu.join import join_models
+from sglang_tpu.mesh import AXIS, MeshCommunicator, zeros_over
 from sglang_tpu.pools import LanePool, TpuStatePool, pool_of
 from sglang_tpu.step import JittedStep, WatchedStep
+
+M = TypeVar("M")
 
 
 class TpuRuntime(TorchRuntime):
     """Steps are padded to buckets, traced once each and compiled at start."""
 
-    def __init__(self, ctx: RuntimeContext, device: jax.Device) -> None:
+    def __init__(self, ctx: RuntimeContext, devices: Sequence[jax.Device]) -> None:
+        """Raises DeviceError where every op of a step over several is to be looked at."""
         super().__init__(ctx, "cpu")
-        self._device = device
+        if len(devices) > 1 and ctx.watched:
+            raise DeviceError(
+                f"--verify-kernels and profile look at each op as it runs, and a step over {len(devices)} ranks is one program; leave out"
+                " --tp-size, or these"
+            )
+        self._devices = tuple(devices)
+        self._mesh = Mesh(np.array(devices), (AXIS,)) if len(devices) > 1 else None
         self._steps: list[JittedStep] = []
 
     def memory(self) -> MemoryInfo:
-        stats = self._device.memory_stats()
-        if not stats:
-            return super().memory()
-        total = stats["bytes_limit"]
-        return MemoryInfo(total=total, free=total - stats["bytes_in_use"])
+        """Of the device that has least free; on the host, each one's share of it."""
+        stats = [device.memory_stats() for device in self._devices]
+        if not all(stats):
+            host = super().memory()
+            return MemoryInfo(total=host.total // len(stats), free=host.free // len(stats))
+        fullest = min(stats, key=lambda one: one["bytes_limit"] - one["bytes_in_use"])
+        total = fullest["bytes_limit"]
+        return MemoryInfo(total=total, free=total - fullest["bytes_in_use"])
 
     def synchronize(self) -> None:
         """What was dispatched before has ended once this has: a device runs its programs in order."""
-        jax.block_until_ready(jax.device_put(0, self._device) + 0)
+        jax.block_until_ready([jax.device_put(0, device) + 0 for device in self._devices])
 
     def stream(self) -> Stream:
         return HostStream(stay_on_device)
@@ -64,7 +81,7 @@ class TpuRuntime(TorchRuntime):
     def compile_step(self, fn: Callable[..., Any], state: Any, buckets: Sequence[Bucket]) -> Callable[..., Any]:
         if self.ctx.watched:
             return WatchedStep(fn, state)
-        step = JittedStep(fn, state, len(buckets), strict=self.ctx.strict_compile)
+        step = JittedStep(fn, state, len(buckets), strict=self.ctx.strict_compile, mesh=self._mesh)
         self._steps.append(step)
         return step
 
@@ -72,20 +89,28 @@ class TpuRuntime(TorchRuntime):
         return sum(step.num_programs for step in self._steps)
 
     def communicator(self, ranks: Sequence[int], rank: int, store: Any) -> Communicator:
-        if len(ranks) > 1:
+        if len(ranks) == 1:
+            return LocalCommunicator()
+        if len(ranks) != len(self._devices):
             raise DeviceError(
-                f"{len(ranks)} ranks: the backend 'tpu' has no mesh yet, and runs one; leave out --tp-size"
+                f"{len(ranks)} ranks over {len(self._devices)} devices: one process has a device for each"
             )
-        return LocalCommunicator()
+        return MeshCommunicator(rank, len(ranks))
+
+    def join_ranks(self, models: Iterator[M]) -> M:
+        return super().join_ranks(models) if self._mesh is None else join_models(models, self._mesh)
 
     def alloc_pool(self, spec: PoolSpec, num_pages: int) -> Pool:
         if spec.layout != LanePool.layout:
             self._refuse_layout(spec.layout, Pool.layout)
-        return pool_of(spec, num_pages)
+        return pool_of(spec, num_pages, self._zeros)
 
     def alloc_state_pool(self, spec: StatePoolSpec, num_slots: int) -> StatePool:
         self._refuse_layout(spec.layout, StatePool.layout)
-        return TpuStatePool(spec, num_slots)
+        return TpuStatePool(spec, num_slots, self._zeros)
+
+    def _zeros(self, shape: Sequence[int], dtype: torch.dtype) -> Any:
+        return zeros(shape, dtype) if self._mesh is None else zeros_over(self._mesh, shape, dtype)
 
 
 def powers_of_two(first: int, limit: int) -> list[int]:

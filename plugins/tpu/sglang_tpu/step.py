@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sglang_core.api import DeviceError, leaves, map_tensors, step_modules
 from sglang_tpu.environment import array, environment, lift, lift_tree, stays_on_device, to_host, wrap
-from sglang_tpu.mesh import EVERYWHERE, spec_of, traced_over
+from sglang_tpu.mesh import EVERYWHERE, everywhere, spec_of, traced_over
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ class JittedStep:
         """Without buckets, every batch is welcome. `mesh`: what its weights and state are spread over."""
         self._fn, self._state, self._num_buckets, self._strict, self._mesh = fn, state, num_buckets, strict, mesh
         self._weights = lift_weights(fn)
-        lift_state(state)
+        lift_state(state, mesh)
         self._programs: dict[Hashable, Program] = {}
         self._buckets: list[dict[str, torch.Size]] = []  # shapes of the batches met, by path
 
@@ -90,6 +90,7 @@ class Program:
         self._fn, self._state, self._weights = fn, state, weights
         self._mesh = mesh if mesh is not None and mesh.size > 1 else None
         self._batch = map_tensors(batch, lambda _, x: torch.empty_like(x, device="meta"), "")  # its shape, and no data
+        self._where = everywhere(self._mesh)
         self._result: Any = None
         self._run = jax.jit(self._over_mesh if self._mesh else self._traced, donate_argnums=1)
 
@@ -117,7 +118,8 @@ class Program:
 
     def _arguments(self, batch: Any) -> tuple[list[jax.Array], list[jax.Array], list[jax.Array]]:
         mutable = self._state.mutable_tensors()
-        return [array(w) for w in self._weights], [array(m) for m in mutable], [array(lift(x)) for x in _tensors(batch)]
+        inputs = [array(lift(x, self._where)) for x in _tensors(batch)]
+        return [array(w) for w in self._weights], [array(m) for m in mutable], inputs
 
     def _results(self, outputs: Sequence[jax.Array | jax.ShapeDtypeStruct]) -> Any:
         made = iter(outputs)
@@ -184,12 +186,12 @@ def lift_weights(fn: Callable[..., Any]) -> list[Any]:
     return list(lifted.values())
 
 
-def lift_state(state: Any) -> None:
-    """What a state holds itself; its pools were made on the device."""
+def lift_state(state: Any, mesh: Mesh | None = None) -> None:
+    """What a state holds itself, on each device of a mesh; its pools were made there."""
     for name in state.__dataclass_fields__:
         value = getattr(state, name)
         if isinstance(value, Tensor):
-            setattr(state, name, lift(value))
+            setattr(state, name, lift(value, everywhere(mesh)))
 
 
 def _kind(batch: Any) -> Hashable:

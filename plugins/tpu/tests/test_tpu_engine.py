@@ -11,11 +11,8 @@ import pytest
 jax = pytest.importorskip("jax")
 
 from sglang_tpu import attention, step  # noqa: E402
-from sglang_tpu.backend import TpuBackend  # noqa: E402
-from sglang_tpu.runtime import TpuRuntime  # noqa: E402
 
 from sglang_core import Engine  # noqa: E402
-from sglang_core.api import DeviceError, RuntimeContext  # noqa: E402
 
 PROMPTS = ["The capital of France is", "One, two, three", "x", "Hello! How are you today?"]
 SETTINGS: dict[str, Any] = {
@@ -90,9 +87,3 @@ def test_watched_steps_see_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch) -> No
     with Engine(device="tpu:cpu", verify_kernels=1.0, **SETTINGS) as watched:
         watched.generate(PROMPTS[0], GREEDY | {"max_new_tokens": 1})
         assert watched.stats()["verify_failures"] > 0
-
-
-def test_several_ranks_are_refused() -> None:
-    runtime = TpuRuntime(RuntimeContext(devices=tuple(TpuBackend().probe())), jax.devices("cpu")[0])
-    with pytest.raises(DeviceError, match="no mesh yet"):
-        runtime.communicator((0, 1), 0, None)

@@ -1,4 +1,4 @@
-"""Whole models through steps that XLA compiles: tokens and log-probabilities are transformers'."""
+"""Whole models through steps that XLA compiles, on one device and over meshes: tokens and log-probabilities are transformers'."""
 
 from __future__ import annotations
 
@@ -14,14 +14,16 @@ from sglang_core import Engine
 from tests.models.tiny import NUM_NEW, PROMPT_LENS, Reference, reference
 
 BOUND = 1e-4  # float32 on both sides: only the order of sums differs
-CASES = ("llama31", "qwen3-moe", "deepseek-v2-lite")
+CASES = [("llama31", 1), ("qwen3-moe", 1), ("deepseek-v2-lite", 1), ("llama31", 4), ("qwen3-moe", 2)]
 
 
-@pytest.fixture(scope="module", params=CASES)
+@pytest.fixture(scope="module", params=CASES, ids=lambda case: "-".join(map(str, case)))
 def ready(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[Engine, Reference]]:
-    ref = reference(request.param, tmp_path_factory.mktemp(request.param))
+    """Over four ranks two have each KV head, and over two or four the last has fewer rows of the vocabulary."""
+    name, tp_size = request.param
+    ref = reference(name, tmp_path_factory.mktemp(name))
     with Engine(
         model_path=str(ref.folder),
         device="tpu:cpu",
@@ -33,6 +35,7 @@ def ready(
         chunked_prefill_size=16,
         max_total_tokens=128,
         page_size=8,
+        tp_size=tp_size,
     ) as engine:
         yield engine, ref
 

@@ -11,7 +11,7 @@ import pytest
 from sglang_tpu import backend, chips
 from sglang_tpu.backend import TpuBackend
 
-from sglang_core.api import KernelContext, Support
+from sglang_core.api import DeviceError, KernelContext, MeshContext, Support
 
 VERSIONS = {"jax": "0.10.2", "torchax": "0.0.13", "libtpu": "0.0.42.1"}
 
@@ -117,3 +117,13 @@ def test_listing_devices_imports_neither_torch_nor_jax() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_mesh_is_the_device_asked_for_and_those_after_it(four_v6e: Path) -> None:
+    tpus = TpuBackend().probe()
+    assert TpuBackend().mesh(MeshContext(device=tpus[1], num_ranks=2)) == tuple(tpus[1:3])
+    with pytest.raises(DeviceError, match="tp_size=4 from tpu:1 on: 4 TPUs are here; set --tp-size to 3 or less"):
+        TpuBackend().mesh(MeshContext(device=tpus[1], num_ranks=4))
+    assert (
+        TpuBackend().mesh(MeshContext(device=tpus[4], num_ranks=8)) == (tpus[4],) * 8
+    )  # the host is as many as are wanted

@@ -83,10 +83,10 @@ def test_without_buckets_every_batch_is_welcome(state: State, caplog: pytest.Log
 PROGRAM = """
 import jax
 from sglang_core.api import DeviceInfo
-from sglang_tpu.opened import open_device
+from sglang_tpu.opened import open_devices
 hits = []
 jax.monitoring.register_event_listener(lambda name, **_: hits.append(name))
-open_device(DeviceInfo(backend="tpu", path="tpu/cpu", name="host", facts={"emulated": True}))
+open_devices([DeviceInfo(backend="tpu", path="tpu/cpu", name="host", facts={"emulated": True})])
 jax.jit(lambda x: x * 2 + 1)(jax.numpy.ones(8)).block_until_ready()
 print(sum("cache_hits" in name for name in hits))
 """
