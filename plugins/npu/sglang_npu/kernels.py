@@ -17,11 +17,22 @@ HALVES = ("bfloat16", "float16")
 FLOATS = (*HALVES, "float32")
 GRAPHS = frozenset({"graph_safe"})
 ATTENTION_PAGE = "https://www.hiascend.com/document/detail/zh/Pytorch/700/apiref/apilist/ptaoplist_001232.html"
-PROFILES = ("base", "serving", "mla", "moe", "quant:int8.token_channel", "quant:int4.awq.g128", "graph")
+PROFILES = (
+    "base",
+    "serving",
+    "mla",
+    "moe",
+    "window",
+    "sinks",
+    "quant:int8.token_channel",
+    "quant:int4.awq.g128",
+    "graph",
+)
 
 INNER = 65535  # elements in the last dim of a matrix
 PAGE_UNIT, LONGEST_PAGE = 16, 512  # tokens
 HEAD_UNIT, LONGEST_HEAD = 16, 512  # dims of a head
+PACKED_HEAD, PACKED_DTYPE = 128, "bfloat16"  # where several longer queries are a call
 MOST_HEADS, MOST_SHARING = 256, 64  # query heads, and query heads that share keys
 LATENT_RANK, LATENT_ROPE = 512, 64
 LATENT_HEADS = (1, 2, 4, 8, 16, 32, 64, 128)
@@ -53,9 +64,7 @@ def rope(ctx: SelectionContext) -> str | None:
 def attention(ctx: SelectionContext) -> str | None:
     spec = ctx.site.spec
     unknown = {
-        "windows": spec.window,
-        "soft caps": spec.soft_cap,
-        "sinks": spec.has_sinks,
+        "soft caps (the vendor's op has no such argument)": spec.soft_cap,
         "trees of drafts": spec.tree,
         "cross attention": spec.cross,
         "queries that see later keys": not spec.causal,
@@ -76,6 +85,13 @@ def attention(ctx: SelectionContext) -> str | None:
             f"not {spec.num_heads} of {spec.head_dim} dims, {sharing} sharing"
         )
     return halves(ctx) or pages(ctx)
+
+
+def packed(ctx: SelectionContext) -> str | None:
+    """For attention, and for several longer queries in one call."""
+    if (dim := ctx.site.spec.head_dim) != PACKED_HEAD or ctx.site.dtype != PACKED_DTYPE:
+        return f"takes {PACKED_DTYPE} heads of {PACKED_HEAD} dims, not {ctx.site.dtype} of {dim}"
+    return attention(ctx)
 
 
 def pages(ctx: SelectionContext) -> str | None:
@@ -161,6 +177,7 @@ KERNELS = [
     _kernel("act.gated", "activation:gated"),
     _kernel("embed.lookup", "eager:embed_lookup"),
     _kernel("sample.sample", "eager:sample"),
+    _kernel("attn.plan", "attention_plan:packed_plan", packed, priority=55, note="a step's prefills in one call"),
     _kernel("attn.plan", "attention_plan:plan", attention),
     _kernel("attn.paged", "attention:paged", attention),
     _kernel("kv.write", "kv_write:kv_write", attention),
@@ -185,6 +202,13 @@ CLAIMED = {
 WEIGHTED = {("moe.fused", "dense"): FLOATS, ("gemm.grouped", "dense"): FLOATS, ("gemm.linear", "dense"): FLOATS}
 WEIGHTED |= {(op, "int8.token_channel"): HALVES for op in ("moe.fused", "gemm.grouped")}
 WEIGHTED |= {("gemm.linear", fmt): HALVES for fmt in ("int8.token_channel", *INT4)}
+LARGE_POOLS = [
+    *(
+        f"{op}[slots past 2^31 elements, auto pool"
+        for op in ("attn.paged", "attn.mla_paged", "kv.write", "kv.write_mla")
+    ),
+    "attn.paged[slots past 2^31 elements, window",
+]
 
 
 def claims() -> Claims:
@@ -194,11 +218,11 @@ def claims() -> Claims:
     no_float16 = Claim(op="*", dtypes=("float16",), support=Support.UNSUPPORTED)
     large = [
         Waiver(
-            cases=f"{op}[slots past 2^31 elements, auto pool-*",
+            cases=f"{cases}-*",
             reason="attention is documented for keys of a layer that int32 counts; larger pools are refused when they are made",
             url=ATTENTION_PAGE,
             expires="2027-12-31",
         )
-        for op in ("attn.paged", "attn.mla_paged", "kv.write", "kv.write_mla")
+        for cases in LARGE_POOLS
     ]
     return Claims((*native, no_float16), profiles=PROFILES, waivers=tuple(large))
