@@ -136,6 +136,19 @@ def experts(ctx: SelectionContext) -> str | None:
     return inner(ctx) or (floats(ctx) if ctx.site.fmt == "dense" else halves(ctx))
 
 
+def int4_experts(ctx: SelectionContext) -> str | None:
+    dims = ctx.site.dims
+    if ctx.site.fmt not in INT4:
+        return f"takes weights in {INT4[0]}, ... {INT4[-1]}, not {ctx.site.fmt}"
+    if not 2 <= dims.get("X", 2) <= GROUPED_EXPERTS:
+        return f"takes 2 to {GROUPED_EXPERTS} experts, not {dims['X']}"
+    group = int(ctx.site.fmt.rpartition(".g")[2])
+    cut = {
+        name: dims[name] for name in ("in", "M", "F") if group > 0 and dims.get(name, 0) > group and dims[name] % group
+    }
+    return (f"takes whole groups of {group} columns, not {cut}" if cut else None) or halves(ctx) or inner(ctx)
+
+
 def inner(ctx: SelectionContext) -> str | None:
     wide = {name: ctx.site.dims[name] for name in ("in", "out", "M", "F") if ctx.site.dims.get(name, 0) > INNER}
     return f"takes matrices of up to {INNER} rows and columns, not {wide}" if wide else None
@@ -159,6 +172,9 @@ def int4(ctx: SelectionContext) -> str | None:
     if ctx.site.fmt not in INT4:
         return f"takes weights in {INT4[0]}, ... {INT4[-1]}, not {ctx.site.fmt}"
     return halves(ctx) or inner(ctx)
+
+
+INT4_PACKING = {"pack": "sglang_npu.int4:pack", "unpack": "sglang_npu.int4:unpack"}
 
 
 def _kernel(op: str, fn: str, supports: Supports = floats, **facts: Any) -> Kernel:
@@ -187,10 +203,12 @@ KERNELS = [
     _kernel("moe.route", "moe_route:route", routing),
     _kernel("moe.fused", "moe:fused", experts),
     _kernel("gemm.grouped", "moe:grouped", experts),
+    _kernel("moe.fused", "moe:fused", int4_experts, **INT4_PACKING),
+    _kernel("gemm.grouped", "moe:grouped", int4_experts, **INT4_PACKING),
     _linear("dense", dense_nz, priority=55, note="weights in FRACTAL_NZ"),
     _kernel("gemm.linear", "linear:dense", dense),
     _linear("int8", int8),
-    _kernel("gemm.linear", "int4:linear", int4, pack="sglang_npu.int4:pack", unpack="sglang_npu.int4:unpack"),
+    _kernel("gemm.linear", "int4:linear", int4, **INT4_PACKING),
 ]
 
 CLAIMED = {
@@ -201,7 +219,8 @@ CLAIMED = {
 }
 WEIGHTED = {("moe.fused", "dense"): FLOATS, ("gemm.grouped", "dense"): FLOATS, ("gemm.linear", "dense"): FLOATS}
 WEIGHTED |= {(op, "int8.token_channel"): HALVES for op in ("moe.fused", "gemm.grouped")}
-WEIGHTED |= {("gemm.linear", fmt): HALVES for fmt in ("int8.token_channel", *INT4)}
+WEIGHTED |= {("gemm.linear", "int8.token_channel"): HALVES}
+WEIGHTED |= {(op, fmt): HALVES for op in ("gemm.linear", "moe.fused", "gemm.grouped") for fmt in INT4}
 LARGE_POOLS = [
     *(
         f"{op}[slots past 2^31 elements, auto pool"

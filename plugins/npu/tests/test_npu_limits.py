@@ -105,11 +105,17 @@ def test_routing(spec: RouteSpec, taken: bool) -> None:
     assert (kernels.routing(context("moe.route", spec=spec)) is None) == taken
 
 
-def test_experts_are_two_or_more_dense_or_int8() -> None:
+def test_experts_are_two_or_more_dense_or_of_codes() -> None:
     assert kernels.experts(context("moe.fused", fmt="dense", dims={"X": 8, "M": 64, "F": 128})) is None
     assert "1" in (kernels.experts(context("moe.fused", fmt="dense", dims={"X": 1})) or "")
     assert kernels.experts(context("moe.fused", fmt="int8.token_channel", dims={"X": 8})) is None
     assert "float32" in (kernels.experts(context("moe.fused", fmt="int8.token_channel", dtype="float32")) or "")
+    four = {"fmt": "int4.awq.g32", "dims": {"X": 8, "M": 64, "F": 96}}
+    assert kernels.int4_experts(context("moe.fused", **four)) is None
+    assert "float32" in (kernels.int4_experts(context("moe.fused", dtype="float32", **four)) or "")
+    assert "'F': 80" in (kernels.int4_experts(context("moe.fused", fmt="int4.awq.g32", dims={"F": 80})) or "")
+    assert "1" in (kernels.int4_experts(context("moe.fused", fmt="int4.pack.g-1", dims={"X": 1})) or "")
+    assert "dense" in (kernels.int4_experts(context("moe.fused", fmt="dense")) or "")
     assert "mxfp4" in (kernels.experts(context("moe.fused", fmt="mxfp4.g32", dims={"X": 8})) or "")
     assert "70000" in (kernels.experts(context("moe.fused", fmt="dense", dims={"X": 8, "F": 70000})) or "")
 

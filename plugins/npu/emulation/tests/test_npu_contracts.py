@@ -153,6 +153,17 @@ def grouped_int8() -> Call:
     return grouped() | {"x": [codes], "weight": [weight]} | scales
 
 
+def grouped_int4() -> Call:
+    codes = torch.randint(-8, 8, (3 * 32, 48), generator=torch.Generator().manual_seed(3)).to(torch.int32)
+    weight = torch.ops.npu.npu_convert_weight_to_int4pack(codes).view(3, 32, 6)
+    return grouped() | {
+        "weight": [weight],
+        "antiquant_scale": [randn(3, 2, 48)],
+        "antiquant_offset": [randn(3, 2, 48, seed=4)],
+        "bias": [randn(3, 48, dtype=torch.float32)],
+    }
+
+
 def finalize() -> Call:
     rows = {"expanded_permuted_rows": randn(6, 32), "skip1": None, "skip2": None, "bias": None, "scales": randn(3, 2)}
     return rows | {"expanded_src_to_dst_row": ints(2, 0, 4, 5, 1, 3), "export_for_source_row": None}
@@ -199,6 +210,7 @@ CALLS: dict[str, tuple[str, Callable[[], Call]]] = {
     "routing": ("npu_moe_init_routing_v2", routing),
     "grouped": ("npu_grouped_matmul", grouped),
     "grouped_int8": ("npu_grouped_matmul", grouped_int8),
+    "grouped_int4": ("npu_grouped_matmul", grouped_int4),
     "finalize": ("npu_moe_finalize_routing", finalize),
     "quant": ("npu_dynamic_quant", quant),
     "product": ("npu_quant_matmul", product),
@@ -295,6 +307,14 @@ BROKEN: list[tuple[str, Call]] = [
     ("grouped_int8", {"per_token_scale": None}),
     ("grouped_int8", {"per_token_scale": [randn(6)]}),
     ("grouped_int8", {"bias": [randn(3, 48, dtype=torch.float32)]}),
+    ("grouped_int4", {"antiquant_offset": None}),
+    ("grouped_int4", {"antiquant_scale": [randn(3, 2, 48, dtype=torch.float32)]}),
+    ("grouped_int4", {"antiquant_scale": [randn(3, 3, 48)], "antiquant_offset": [randn(3, 3, 48)]}),
+    ("grouped_int4", {"antiquant_scale": [randn(3, 1, 48)], "antiquant_offset": [randn(3, 1, 48)]}),
+    ("grouped_int4", {"antiquant_scale": [randn(3, 48)]}),
+    ("grouped_int4", {"x": [randn(6, 32, dtype=torch.float32)]}),
+    ("grouped_int4", {"bias": [randn(3, 48)]}),
+    ("grouped_int4", {"weight": [torch.zeros(3, 6, 32, dtype=torch.int32).mT]}),
     ("finalize", {"scales": randn(3, 2, dtype=torch.float32)}),
     ("finalize", {"expanded_src_to_dst_row": ints(2, 0, 4, 5, 1, 6)}),
     ("finalize", {"drop_pad_mode": 2}),

@@ -40,6 +40,8 @@ FAMILIES: dict[str, set[str]] = {
     "llama32": COMMON,
     "qwen3-bias": COMMON,
     "qwen3-moe-tied": COMMON | EXPERTS,
+    "mistral": COMMON,
+    "gemma3": COMMON - {"npu_swiglu", "npu_add_rms_norm"},
     "deepseek-v2-lite": COMMON | EXPERTS,
     "deepseek-v3-neox": COMMON | EXPERTS,
 }
