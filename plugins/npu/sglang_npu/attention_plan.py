@@ -67,6 +67,12 @@ def packed_plan(spec: AttnSpec, batch: AttnBatch, device: torch.device, out: Pla
     return _plan(cuts, batch, device, out)
 
 
+def coded_plan(spec: AttnSpec, batch: AttnBatch, device: torch.device, out: Plan | None = None) -> Plan:
+    """As `attn.plan`, over codes: a longer query's keys are made numbers first, so that pages of any size will do."""
+    cuts = _Cuts(block=batch.page_size, window=spec.window, per_call=0 if batch.static else 1)
+    return _plan(cuts, batch, device, out)
+
+
 def latent_plan(spec: MLASpec, batch: AttnBatch, device: torch.device, out: Plan | None = None) -> Plan:
     """As `attn.mla_plan`: rows alone. Core expands the latents of long extends, for which a call is documented up to 16 tokens."""
     block = latent_block(batch.page_size)

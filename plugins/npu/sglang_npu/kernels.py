@@ -34,6 +34,7 @@ PAGE_UNIT, LONGEST_PAGE = 16, 512  # tokens
 HEAD_UNIT, LONGEST_HEAD = 16, 512  # dims of a head
 PACKED_HEAD, PACKED_DTYPE = 128, "bfloat16"  # where several longer queries are a call
 MOST_HEADS, MOST_SHARING = 256, 64  # query heads, and query heads that share keys
+CODES, CODED_UNIT, CODED_LAYOUT = "int8", 32, "npu.int8"
 LATENT_RANK, LATENT_ROPE = 512, 64
 LATENT_HEADS = (1, 2, 4, 8, 16, 32, 64, 128)
 LATENT_LAYOUT = "npu.latents"
@@ -61,6 +62,24 @@ def rope(ctx: SelectionContext) -> str | None:
     return floats(ctx)
 
 
+def numbers(ctx: SelectionContext) -> str | None:
+    """For attention over keys that are no codes."""
+    return f"reads no keys in {CODES}" if ctx.site.spec.kv_dtype == CODES else attention(ctx)
+
+
+def codes(ctx: SelectionContext) -> str | None:
+    """For attention over codes."""
+    spec = ctx.site.spec
+    if spec.kv_dtype != CODES:
+        return f"reads keys in {CODES} alone"
+    if spec.head_dim % CODED_UNIT or ctx.page_size % CODED_UNIT:
+        return (
+            f"reads {CODES} in pages of a multiple of {CODED_UNIT} tokens, of heads of a multiple of {CODED_UNIT} dims, not "
+            f"{ctx.page_size} and {spec.head_dim}; set --page-size 128"
+        )
+    return attention(ctx)
+
+
 def attention(ctx: SelectionContext) -> str | None:
     spec = ctx.site.spec
     unknown = {
@@ -71,8 +90,8 @@ def attention(ctx: SelectionContext) -> str | None:
     }
     if found := [name for name, there in unknown.items() if there]:
         return f"knows no {', '.join(found)}"
-    if spec.kv_dtype not in ("auto", ctx.site.dtype):
-        return f"reads keys in the dtype of queries, {ctx.site.dtype}, not in {spec.kv_dtype}"
+    if spec.kv_dtype not in ("auto", ctx.site.dtype, CODES):
+        return f"reads keys in the dtype of queries, {ctx.site.dtype}, or in {CODES}, not in {spec.kv_dtype}"
     if spec.head_dim != spec.v_head_dim or spec.head_dim % HEAD_UNIT or spec.head_dim > LONGEST_HEAD:
         return (
             f"takes heads of {HEAD_UNIT}, {2 * HEAD_UNIT}, ... {LONGEST_HEAD} dims, the same in keys and values, "
@@ -91,7 +110,7 @@ def packed(ctx: SelectionContext) -> str | None:
     """For attention, and for several longer queries in one call."""
     if (dim := ctx.site.spec.head_dim) != PACKED_HEAD or ctx.site.dtype != PACKED_DTYPE:
         return f"takes {PACKED_DTYPE} heads of {PACKED_HEAD} dims, not {ctx.site.dtype} of {dim}"
-    return attention(ctx)
+    return numbers(ctx)
 
 
 def pages(ctx: SelectionContext) -> str | None:
@@ -194,9 +213,12 @@ KERNELS = [
     _kernel("embed.lookup", "eager:embed_lookup"),
     _kernel("sample.sample", "eager:sample"),
     _kernel("attn.plan", "attention_plan:packed_plan", packed, priority=55, note="a step's prefills in one call"),
-    _kernel("attn.plan", "attention_plan:plan", attention),
-    _kernel("attn.paged", "attention:paged", attention),
-    _kernel("kv.write", "kv_write:kv_write", attention),
+    _kernel("attn.plan", "attention_plan:plan", numbers),
+    _kernel("attn.paged", "attention:paged", numbers),
+    _kernel("kv.write", "kv_write:kv_write", numbers),
+    _kernel("attn.plan", "attention_plan:coded_plan", codes, kv_layouts=(CODED_LAYOUT,)),
+    _kernel("attn.paged", "attention:paged", codes, kv_layouts=(CODED_LAYOUT,)),
+    _kernel("kv.write", "kv_write:kv_write_codes", codes, kv_layouts=(CODED_LAYOUT,)),
     _kernel("attn.mla_plan", "attention_plan:latent_plan", latents, kv_layouts=(LATENT_LAYOUT,)),
     _kernel("attn.mla_paged", "attention:mla_paged", latents, kv_layouts=(LATENT_LAYOUT,)),
     _kernel("kv.write_mla", "kv_write:kv_write_mla", latents, kv_layouts=(LATENT_LAYOUT,)),

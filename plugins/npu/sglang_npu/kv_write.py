@@ -1,4 +1,4 @@
-"""kv.write and kv.write_mla by npu_scatter_pa_kv_cache."""
+"""kv.write and kv.write_mla by npu_scatter_pa_kv_cache; kv.write of codes by PyTorch's operators."""
 
 from __future__ import annotations
 
@@ -18,6 +18,11 @@ def kv_write(k: Tensor, v: Tensor, pool: Pool, layer: int, slot_mapping: Tensor)
         torch_npu.npu_scatter_pa_kv_cache(
             k.contiguous(), v.contiguous(), pool.k(layer), pool.v(layer), slot_mapping, cache_mode="Norm"
         )
+
+
+def kv_write_codes(k: Tensor, v: Tensor, pool: Pool, layer: int, slot_mapping: Tensor) -> None:
+    """As `kv_write`, into a pool of codes, whose scales the vendor's op does not take along."""
+    pool.scatter(layer, slot_mapping, k, v)
 
 
 def kv_write_mla(c_kv: Tensor, k_pe: Tensor, pool: Pool, layer: int, slot_mapping: Tensor) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from sglang_core.api import CapturedRuntime, DeviceGraph, Pool, PoolSpec
 from sglang_npu import graphs
 from sglang_npu.driver import Driver
-from sglang_npu.pools import LATENTS, LatentPool, NpuPool
+from sglang_npu.pools import CodedPool, LatentPool, NpuPool
 
 
 class NpuRuntime(CapturedRuntime[Driver]):
@@ -24,10 +24,9 @@ class NpuRuntime(CapturedRuntime[Driver]):
         return graphs.capture(self.driver, fn)
 
     def alloc_pool(self, spec: PoolSpec, num_pages: int) -> Pool:
-        if spec.layout == LATENTS:
-            return LatentPool(spec, num_pages, self.torch_device)
-        self._refuse_layout(spec.layout, NpuPool.layout)
-        return NpuPool(spec, num_pages, self.torch_device)
+        made = {pool.layout: pool for pool in (LatentPool, CodedPool)}.get(spec.layout, NpuPool)
+        self._refuse_layout(spec.layout, made.layout)
+        return made(spec, num_pages, self.torch_device)
 
 
 def batch_sizes(largest: int) -> list[int]:

@@ -48,7 +48,7 @@ def test_attention_takes_what_models_have() -> None:
         ({"tree": True}, "trees"),
         ({"causal": False, "cross": True}, "cross attention"),
         ({"causal": False}, "later keys"),
-        ({"kv_dtype": "int8"}, "not in int8"),
+        ({"kv_dtype": "fp8_e4m3"}, "not in fp8_e4m3"),
         ({"head_dim": 72, "v_head_dim": 72}, "72"),
         ({"head_dim": 192}, "192 and 128"),
         ({"head_dim": 576, "v_head_dim": 576}, "576"),
@@ -66,6 +66,15 @@ def test_longer_queries_share_a_call_where_that_is_documented() -> None:
     assert "64" in (kernels.packed(context("attn.plan", spec=attn(head_dim=64, v_head_dim=64))) or "")
     assert "float16" in (kernels.packed(context("attn.plan", spec=attn(), dtype="float16")) or "")
     assert "soft caps" in (kernels.packed(context("attn.plan", spec=attn(soft_cap=3.0))) or "")
+
+
+def test_codes_lie_in_a_layout_of_their_own() -> None:
+    assert kernels.codes(context("attn.paged", spec=attn(kv_dtype="int8"))) is None
+    assert "int8" in (kernels.numbers(context("attn.paged", spec=attn(kv_dtype="int8"))) or "")
+    assert "int8" in (kernels.codes(context("attn.paged", spec=attn())) or "")
+    assert "16 and 128" in (kernels.codes(context("attn.paged", spec=attn(kv_dtype="int8"), page_size=16)) or "")
+    assert "soft caps" in (kernels.codes(context("attn.paged", spec=attn(kv_dtype="int8", soft_cap=3.0))) or "")
+    assert kernels.CODED_LAYOUT == pools.CODED
 
 
 @pytest.mark.parametrize("page_size", [1, 8, 24, 528])

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from sglang_npu import attention_plan
-from sglang_npu.attention_plan import NpuPlan, latent_plan, packed_plan, plan
+from sglang_npu.attention_plan import NpuPlan, coded_plan, latent_plan, packed_plan, plan
 
 from sglang_core.api.ops import AttnBatch, AttnSpec, MLASpec, Plan
 
@@ -78,6 +78,13 @@ def test_queries_that_may_share_a_call_do() -> None:
     decode = planned([(5, 1), (130, 1)], 128, by=packed_plan)
     assert decode.spans == () and decode.rows is not None and decode.rows.tokens is None
     assert planned([(5, 2), (130, 2)], 64, by=packed_plan).spans == ()
+
+
+@pytest.mark.parametrize("page_size", [32, 128])
+def test_over_codes_longer_queries_are_spans_in_pages_of_any_size(page_size: int) -> None:
+    made = planned([(5, 1), (100, 40)], page_size, by=coded_plan)
+    assert [(s.start, s.stop, s.num_keys) for s in made.spans] == [(1, 41, [140])] and made.rows is not None
+    assert planned([(5, 2)], page_size, padding=1, by=coded_plan).spans == ()
 
 
 def test_one_call_takes_so_many(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,7 @@
 """Attention over paged keys and values, and what writes them.
 
 `npu_fused_infer_attention_score_v2` documents a query of one token and a longer one apart; so does this. Only what sglang-npu passes is taken:
-layouts BSND and TND, pages in blocks [blocks, tokens, heads * dims], no quantisation.
+layouts BSND and TND, keys in blocks [blocks, tokens, heads * dims] or of one longer query, int8 with scales of tokens and heads under queries of one token.
 """
 
 from __future__ import annotations
@@ -83,13 +83,24 @@ def fused_infer_attention_score_v2(
     sparse_mode: int = NO_MASK,
     block_size: int = 0,
     return_softmax_lse: bool = False,
+    dequant_scale_key: Tensor | None = None,
+    dequant_scale_value: Tensor | None = None,
+    key_quant_mode: int = 0,
+    value_quant_mode: int = 0,
     **others: object,
 ) -> tuple[Tensor, Tensor]:
     require(not others, f"{', '.join(others)}: not emulated")
     require((input_layout, query.dim()) in (("BSND", 4), ("TND", 3)), f"layout {input_layout} of {list(query.shape)}")
-    require(block_table is not None and actual_seq_kvlen is not None, "pages need a block_table and actual_seq_kvlen")
-    assert block_table is not None and actual_seq_kvlen is not None
+    require(actual_seq_kvlen is not None, "pages need actual_seq_kvlen")
+    assert actual_seq_kvlen is not None
     require(query.numel() > 0, "query is empty")
+    paged = block_table is not None
+    if block_table is None:
+        require(query.dim() == 4 and len(query) == 1 < query.shape[1], "one longer query has keys without pages")
+        require(key.dim() == 4 and len(key) == 1 and list(actual_seq_kvlen) == [key.shape[1]], "keys [1, S, N, D]")
+        block_table, block_size = torch.zeros(1, 1, dtype=torch.int32), key.shape[1]
+        key, value = key.flatten(2), value.flatten(2)
+    scales = (dequant_scale_key, dequant_scale_value)
     lens = list(actual_seq_kvlen)
     packed = input_layout == "TND"
     ends = _ends(query, packed, actual_seq_qlen, lens)
@@ -98,7 +109,12 @@ def fused_infer_attention_score_v2(
     require(heads == num_query_heads and heads % shared == 0 and heads // shared <= 64, f"{heads} heads over {shared}")
     require(len(ends) <= 65536 and heads <= 256 and dim <= 512 and dim % 16 == 0, f"B {len(ends)}, N {heads}, D {dim}")
     require_dtype(HALVES, query=query)
-    require(query.dtype == key.dtype == value.dtype, "query, key and value are of one dtype")
+    if key.dtype == torch.int8:
+        require(query.shape[:-2].numel() == len(ends) and query_rope is None, "codes are for queries of one token")
+        _require_scales(key, value, scales, (key_quant_mode, value_quant_mode), shared, dim)
+    else:
+        require(query.dtype == key.dtype == value.dtype, "query, key and value are of one dtype")
+        require(scales == (None, None) and key_quant_mode == value_quant_mode == 0, "scales are of codes")
     require(
         key.shape == value.shape and key.dim() == 3, f"blocks are [blocks, tokens, heads * dims], not {list(key.shape)}"
     )
@@ -128,7 +144,7 @@ def fused_infer_attention_score_v2(
         if packed or lengths[0] > 1:
             _require_band(lengths, lens, sparse_mode, atten_mask, pre_tokens, next_tokens)
             require(
-                128 <= block_size <= 512 and block_size % 128 == 0,
+                not paged or (128 <= block_size <= 512 and block_size % 128 == 0),
                 f"longer queries: blocks of 128, 256, 384, 512 tokens, not {block_size}",
             )
             require(packed or heads * dim < 65535, f"longer queries: N * D below 65535, not {heads * dim}")
@@ -146,6 +162,13 @@ def fused_infer_attention_score_v2(
         if query_rope is not None and key_rope is not None:
             q = torch.cat([q, query_rope.reshape(len(rows), heads, -1)[start:end]], dim=-1)
             k = torch.cat([k, key_rope[blocks].view(-1, 1, key_rope.shape[-1])[:n]], dim=-1)
+        if key.dtype == torch.int8:
+            k, v = (
+                x * by_block[blocks].transpose(1, 2).reshape(-1, shared, 1)[:n]
+                for x, by_block in zip((k, v), scales, strict=True)
+                if by_block is not None
+            )
+            k, v = k.to(query.dtype), v.to(query.dtype)
         if sparse_mode == BAND:
             hidden = _outside(end - start, n, pre_tokens, next_tokens)
         else:
@@ -173,6 +196,28 @@ def _ends(query: Tensor, packed: bool, qlens: list[int] | None, lens: list[int])
         all(a <= b for a, b in pairwise([0, *ends])) and ends[-1] == len(query), f"TND: ends {ends}, of {len(query)}"
     )
     return ends
+
+
+def _require_scales(
+    key: Tensor,
+    value: Tensor,
+    scales: tuple[Tensor | None, Tensor | None],
+    modes: tuple[int, int],
+    shared: int,
+    dim: int,
+) -> None:
+    """Mode 5: by token and head, in blocks like the codes."""
+    require(value.dtype == key.dtype and modes == (5, 5), f"int8: both of it, in modes 5, not {modes}")
+    require(
+        key.shape[1] % 32 == 0 and dim % 32 == 0, f"int8: blocks and dims of 32, 64, ..., not {key.shape[1]}, {dim}"
+    )
+    for scale in scales:
+        require(scale is not None, "int8: scales of keys and values")
+        assert scale is not None
+        require_dtype((torch.float32,), scale=scale)
+        wanted = (key.shape[0], shared, key.shape[1])
+        require(scale.shape == wanted, f"scales [blocks, heads, tokens] {wanted}, not {list(scale.shape)}")
+        require_contiguous(scale=scale)
 
 
 def _require_one_token(batch: int, columns: int, block: int, mask: Tensor | None, lens: list[int]) -> None:

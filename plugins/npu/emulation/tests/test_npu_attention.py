@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 from sglang_npu.attention import paged
-from sglang_npu.attention_plan import packed_plan, plan
-from sglang_npu.pools import NpuPool
+from sglang_npu.attention_plan import coded_plan, packed_plan, plan
+from sglang_npu.pools import CODED, CodedPool, NpuPool
 from sglang_npu_emulation import contract
 from torch import Tensor
 
-from sglang_core.api import PoolSpec
+from sglang_core.api import Pool, PoolSpec
 from sglang_core.api.ops import OPS, AttnBatch, AttnSpec
 
 CPU = torch.device("cpu")
@@ -54,6 +54,20 @@ def pools(spec: AttnSpec, given: AttnBatch, dtype: torch.dtype) -> tuple[NpuPool
     return made[0], made[1]
 
 
+def coded(spec: AttnSpec, given: AttnBatch) -> tuple[CodedPool, Pool]:
+    """The same codes in a pool of NPUs and in a canonical one; scales of NaN in page 0."""
+    facts: dict[str, Any] = {"num_layers": 1, "num_kv_heads": spec.num_kv_heads, "dtype": torch.int8}
+    facts |= {"page_size": PAGE, "head_dim": spec.head_dim, "v_head_dim": spec.v_head_dim}
+    num_pages = 1 + 4 * given.num_reqs
+    slots = torch.arange(PAGE, num_pages * PAGE, dtype=torch.int32)
+    written = [normal(len(slots), spec.num_kv_heads, spec.head_dim, dtype=torch.bfloat16, seed=s) for s in (1, 2)]
+    mine, theirs = CodedPool(PoolSpec(**facts, layout=CODED), num_pages, CPU), Pool(PoolSpec(**facts), num_pages, CPU)
+    for pool in (mine, theirs):
+        pool.poison([0])
+        pool.scatter(0, slots, *written)
+    return mine, theirs
+
+
 def normal(*shape: int, dtype: torch.dtype, seed: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
@@ -93,3 +107,21 @@ def test_it_is_the_op(
     assert torch.equal(paged(q, None, None, mine, 0, spec, made, **sink), o)
     num_calls = 1 if packs or len(reqs) == 2 else 4  # a call for all of one token, and one for each longer query
     assert calls.count("npu_fused_infer_attention_score_v2") == 2 * num_calls
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("window", [None, 40])
+def test_codes_are_attended_over_as_the_op_does(window: int | None, dtype: torch.dtype) -> None:
+    spec = AttnSpec(num_heads=4, num_kv_heads=2, head_dim=64, v_head_dim=64, scale=0.15, window=window, kv_dtype="int8")
+    given = batch(REQS, window)
+    q, k, v = (normal(given.num_tokens, heads, 64, dtype=dtype, seed=heads) for heads in (4, 2, 2))
+    mine, theirs = coded(spec, given)
+    o, lse = paged(q, k, v, mine, 0, spec, coded_plan(spec, given, CPU), lse=True)
+    expected = OPS["attn.paged"].body(q, k, v, theirs, 0, spec, OPS["attn.plan"].body(spec, given, CPU), lse=True)
+    torch.testing.assert_close(o.float(), expected[0].float(), atol=2e-2, rtol=2e-2)
+    torch.testing.assert_close(
+        lse, expected[1], atol=1e-2, rtol=1e-2
+    )  # numbers of codes are rounded to the queries' dtype
+    for a, b in zip(mine.leaves, theirs.leaves, strict=True):
+        assert torch.equal(a[1:], b[1:])
+    assert mine.k_scale(0)[..., 0].transpose(1, 2).is_contiguous() and mine.fingerprint != theirs.fingerprint

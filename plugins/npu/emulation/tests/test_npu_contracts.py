@@ -100,6 +100,23 @@ def packed() -> Call:
     return prefill() | changes
 
 
+def coded() -> Call:
+    """Codes, each with a scale of its token and head."""
+    generator = torch.Generator().manual_seed(6)
+    codes = {
+        name: torch.randint(-127, 128, (6, 32, 64), generator=generator).to(torch.int8) for name in ("key", "value")
+    }
+    names = ("dequant_scale_key", "dequant_scale_value")
+    scales = {name: torch.rand(6, 2, 32, generator=generator) / 99 for name in names}
+    return decode() | codes | scales | {"block_size": 32, "key_quant_mode": 5, "value_quant_mode": 5}
+
+
+def unpaged() -> Call:
+    """A longer query, and its keys in a row."""
+    keys = {"key": randn(1, 150, 2, 32, seed=1), "value": randn(1, 150, 2, 32, seed=2)}
+    return prefill() | keys | {"block_table": None, "block_size": None}
+
+
 def latents() -> Call:
     latent = randn(6, 16, 512, seed=1)
     changes = {
@@ -204,6 +221,8 @@ CALLS: dict[str, tuple[str, Callable[[], Call]]] = {
     "prefill": ("npu_fused_infer_attention_score_v2", prefill),
     "windowed": ("npu_fused_infer_attention_score_v2", windowed),
     "packed": ("npu_fused_infer_attention_score_v2", packed),
+    "coded": ("npu_fused_infer_attention_score_v2", coded),
+    "unpaged": ("npu_fused_infer_attention_score_v2", unpaged),
     "latents": ("npu_fused_infer_attention_score_v2", latents),
     "gating": ("npu_moe_gating_top_k", gating),
     "gating_softmax": ("npu_moe_gating_top_k_softmax_v2", gating_softmax),
@@ -256,6 +275,17 @@ BROKEN: list[tuple[str, Call]] = [
     ("windowed", {"atten_mask": torch.zeros(1, 1, 1, 32, dtype=torch.bool)}),
     ("windowed", {"atten_mask": torch.zeros(2, 1, 1, 32)}),
     ("windowed", {"atten_mask": torch.zeros(2, 1, 1, 64, dtype=torch.bool)[..., ::2]}),
+    ("coded", {"dequant_scale_value": None}),
+    ("coded", {"key_quant_mode": 0}),
+    ("coded", {"dequant_scale_key": torch.rand(6, 2, 32).half()}),
+    ("coded", {"dequant_scale_key": torch.rand(6, 32, 2)}),
+    ("coded", {"dequant_scale_key": torch.rand(6, 32, 2).mT}),
+    ("coded", {"value": randn(6, 32, 64)}),
+    ("coded", {"key": coded()["key"].view(12, 16, 64), "value": coded()["value"].view(12, 16, 64), "block_size": 16}),
+    ("decode", {"dequant_scale_key": torch.rand(6, 2, 16), "dequant_scale_value": torch.rand(6, 2, 16)}),
+    ("prefill", {name: coded()[name].view(-1, 64)[:128].expand(3, 128, 64).contiguous() for name in ("key", "value")}),
+    ("unpaged", {"actual_seq_kvlen": [149]}),
+    ("unpaged", {"query": randn(1, 1, 4, 32), "actual_seq_qlen": [1]}),
     ("packed", {"actual_seq_qlen": None}),
     ("packed", {"actual_seq_qlen": [3, 8]}),
     ("packed", {"actual_seq_qlen": [4, 3, 8]}),

@@ -31,6 +31,14 @@ def test_the_demo_model_gives_the_references_tokens() -> None:
     assert generated("npu_emulated", dtype="float32") == generated("cpu", dtype="float32")
 
 
+def test_codes_in_the_pool_give_nearly_the_same_tokens() -> None:
+    """Those of the reference's own pool of codes; bfloat16 rounds otherwise here and there, and a text goes another way from then on."""
+    ours, theirs = (generated(device, kv_cache_dtype="int8", page_size=32) for device in ("npu_emulated", "cpu"))
+    assert ours[:4] == ours[4:]
+    same = [a == b for one, other in zip(ours, theirs, strict=True) for a, b in zip(one, other, strict=True)]
+    assert sum(same) >= 0.7 * len(same), same
+
+
 # What a forward of each family calls, beside norms, rotation and writes.
 ATTENTION = "npu_fused_infer_attention_score_v2"
 EXPERTS = {"npu_moe_gating_top_k", "npu_moe_init_routing_v2", "npu_grouped_matmul", "npu_moe_finalize_routing"}
