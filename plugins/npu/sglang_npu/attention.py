@@ -13,7 +13,7 @@ from sglang_core.api import Pool
 from sglang_core.api.ops import AttnSpec, MLASpec, Plan
 from sglang_npu.attention_plan import NpuPlan, Rows, Span, latent_block
 from sglang_npu.graphs import host_lengths
-from sglang_npu.kv_write import kv_write, kv_write_codes, kv_write_mla
+from sglang_npu.kv_write import kv_write, kv_write_mla
 from sglang_npu.pools import CODED, RANK, ROPE_DIM, widened
 
 MASK = 2048  # rows of the mask that a band is told with, whatever the lengths
@@ -37,7 +37,7 @@ def paged(
     """q: [T, Hq, D] -> o: [T, Hq, D] (, lse: float32[T, Hq], natural log). Writes k and v first."""
     assert isinstance(plan, NpuPlan)
     if k is not None and v is not None:
-        (kv_write_codes if pool.layout == CODED else kv_write)(k, v, pool, layer, plan.slot_mapping)
+        kv_write(k, v, pool, layer, plan.slot_mapping)
     wanted = lse or sinks is not None
     if plan.rows is not None and plan.rows.tokens is None:  # a decode: nothing is gathered, nothing scattered
         return _given(*_attend_rows(q, pool, layer, spec, plan.rows, lse=wanted), sinks, lse)

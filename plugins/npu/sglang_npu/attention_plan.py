@@ -57,19 +57,13 @@ class NpuPlan(Plan):
 
 def plan(spec: AttnSpec, batch: AttnBatch, device: torch.device, out: Plan | None = None) -> Plan:
     """As `attn.plan`."""
-    cuts = _Cuts(block=batch.page_size, window=spec.window, per_call=1 if _takes_spans(batch) else 0)
+    cuts = _Cuts(block=batch.page_size, window=spec.window, per_call=1 if _takes_spans(spec, batch) else 0)
     return _plan(cuts, batch, device, out)
 
 
 def packed_plan(spec: AttnSpec, batch: AttnBatch, device: torch.device, out: Plan | None = None) -> Plan:
     """As `attn.plan`, of queries that may share a call."""
-    cuts = _Cuts(block=batch.page_size, window=spec.window, per_call=MOST_PACKED if _takes_spans(batch) else 0)
-    return _plan(cuts, batch, device, out)
-
-
-def coded_plan(spec: AttnSpec, batch: AttnBatch, device: torch.device, out: Plan | None = None) -> Plan:
-    """As `attn.plan`, over codes: a longer query's keys are made numbers first, so that pages of any size will do."""
-    cuts = _Cuts(block=batch.page_size, window=spec.window, per_call=0 if batch.static else 1)
+    cuts = _Cuts(block=batch.page_size, window=spec.window, per_call=MOST_PACKED if _takes_spans(spec, batch) else 0)
     return _plan(cuts, batch, device, out)
 
 
@@ -94,8 +88,10 @@ class _Cuts:
     per_call: int = 0  # longer queries in one call; 0: each of their tokens is a row
 
 
-def _takes_spans(batch: AttnBatch) -> bool:
-    return not batch.static and batch.page_size % SPAN_PAGES == 0 and batch.page_size <= SPAN_LONGEST_PAGE
+def _takes_spans(spec: AttnSpec, batch: AttnBatch) -> bool:
+    """Codes are made numbers before longer queries attend over them, so that their pages may be of any size."""
+    suits = batch.page_size % SPAN_PAGES == 0 and batch.page_size <= SPAN_LONGEST_PAGE
+    return not batch.static and (suits or spec.kv_dtype == "int8")
 
 
 def _plan(cuts: _Cuts, batch: AttnBatch, device: torch.device, out: Plan | None) -> Plan:

@@ -35,6 +35,8 @@ HEAD_UNIT, LONGEST_HEAD = 16, 512  # dims of a head
 PACKED_HEAD, PACKED_DTYPE = 128, "bfloat16"  # where several longer queries are a call
 MOST_HEADS, MOST_SHARING = 256, 64  # query heads, and query heads that share keys
 CODES, CODED_UNIT, CODED_LAYOUT = "int8", 32, "npu.int8"
+CANONICAL = "canonical"
+LAYOUTS = (CANONICAL, CODED_LAYOUT)
 LATENT_RANK, LATENT_ROPE = 512, 64
 LATENT_HEADS = (1, 2, 4, 8, 16, 32, 64, 128)
 LATENT_LAYOUT = "npu.latents"
@@ -62,24 +64,6 @@ def rope(ctx: SelectionContext) -> str | None:
     return floats(ctx)
 
 
-def numbers(ctx: SelectionContext) -> str | None:
-    """For attention over keys that are no codes."""
-    return f"reads no keys in {CODES}" if ctx.site.spec.kv_dtype == CODES else attention(ctx)
-
-
-def codes(ctx: SelectionContext) -> str | None:
-    """For attention over codes."""
-    spec = ctx.site.spec
-    if spec.kv_dtype != CODES:
-        return f"reads keys in {CODES} alone"
-    if spec.head_dim % CODED_UNIT or ctx.page_size % CODED_UNIT:
-        return (
-            f"reads {CODES} in pages of a multiple of {CODED_UNIT} tokens, of heads of a multiple of {CODED_UNIT} dims, not "
-            f"{ctx.page_size} and {spec.head_dim}; set --page-size 128"
-        )
-    return attention(ctx)
-
-
 def attention(ctx: SelectionContext) -> str | None:
     spec = ctx.site.spec
     unknown = {
@@ -92,6 +76,13 @@ def attention(ctx: SelectionContext) -> str | None:
         return f"knows no {', '.join(found)}"
     if spec.kv_dtype not in ("auto", ctx.site.dtype, CODES):
         return f"reads keys in the dtype of queries, {ctx.site.dtype}, or in {CODES}, not in {spec.kv_dtype}"
+    if ctx.kv_layout != (layout := CODED_LAYOUT if spec.kv_dtype == CODES else CANONICAL):
+        return f"reads keys in {spec.kv_dtype} in the layout {layout}"
+    if spec.kv_dtype == CODES and (spec.head_dim % CODED_UNIT or ctx.page_size % CODED_UNIT):
+        return (
+            f"reads {CODES} in pages of a multiple of {CODED_UNIT} tokens, of heads of a multiple of {CODED_UNIT} dims, not "
+            f"{ctx.page_size} and {spec.head_dim}; set --page-size 128"
+        )
     if spec.head_dim != spec.v_head_dim or spec.head_dim % HEAD_UNIT or spec.head_dim > LONGEST_HEAD:
         return (
             f"takes heads of {HEAD_UNIT}, {2 * HEAD_UNIT}, ... {LONGEST_HEAD} dims, the same in keys and values, "
@@ -108,9 +99,12 @@ def attention(ctx: SelectionContext) -> str | None:
 
 def packed(ctx: SelectionContext) -> str | None:
     """For attention, and for several longer queries in one call."""
-    if (dim := ctx.site.spec.head_dim) != PACKED_HEAD or ctx.site.dtype != PACKED_DTYPE:
-        return f"takes {PACKED_DTYPE} heads of {PACKED_HEAD} dims, not {ctx.site.dtype} of {dim}"
-    return numbers(ctx)
+    spec = ctx.site.spec
+    if spec.kv_dtype == CODES:
+        return f"reads no keys in {CODES}"
+    if spec.head_dim != PACKED_HEAD or ctx.site.dtype != PACKED_DTYPE:
+        return f"takes {PACKED_DTYPE} heads of {PACKED_HEAD} dims, not {ctx.site.dtype} of {spec.head_dim}"
+    return attention(ctx)
 
 
 def pages(ctx: SelectionContext) -> str | None:
@@ -213,16 +207,19 @@ KERNELS = [
     _kernel("embed.lookup", "eager:embed_lookup"),
     _kernel("sample.sample", "eager:sample"),
     _kernel("attn.plan", "attention_plan:packed_plan", packed, priority=55, note="a step's prefills in one call"),
-    _kernel("attn.plan", "attention_plan:plan", numbers),
-    _kernel("attn.paged", "attention:paged", numbers),
-    _kernel("kv.write", "kv_write:kv_write", numbers),
-    _kernel("attn.plan", "attention_plan:coded_plan", codes, kv_layouts=(CODED_LAYOUT,)),
-    _kernel("attn.paged", "attention:paged", codes, kv_layouts=(CODED_LAYOUT,)),
-    _kernel("kv.write", "kv_write:kv_write_codes", codes, kv_layouts=(CODED_LAYOUT,)),
+    _kernel("attn.plan", "attention_plan:plan", attention, kv_layouts=LAYOUTS),
+    _kernel("attn.paged", "attention:paged", attention, kv_layouts=LAYOUTS),
+    _kernel("kv.write", "kv_write:kv_write", attention, kv_layouts=LAYOUTS),
     _kernel("attn.mla_plan", "attention_plan:latent_plan", latents, kv_layouts=(LATENT_LAYOUT,)),
     _kernel("attn.mla_paged", "attention:mla_paged", latents, kv_layouts=(LATENT_LAYOUT,)),
     _kernel("kv.write_mla", "kv_write:kv_write_mla", latents, kv_layouts=(LATENT_LAYOUT,)),
     _kernel("moe.route", "moe_route:route", routing),
+    _kernel(
+        "moe.route",
+        "eager:route",
+        priority=40,
+        note="PyTorch's operators, for groups that the vendor's op does not take",
+    ),
     _kernel("moe.fused", "moe:fused", experts),
     _kernel("gemm.grouped", "moe:grouped", experts),
     _kernel("moe.fused", "moe:fused", int4_experts, **INT4_PACKING),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -69,11 +70,16 @@ def test_longer_queries_share_a_call_where_that_is_documented() -> None:
 
 
 def test_codes_lie_in_a_layout_of_their_own() -> None:
-    assert kernels.codes(context("attn.paged", spec=attn(kv_dtype="int8"))) is None
-    assert "int8" in (kernels.numbers(context("attn.paged", spec=attn(kv_dtype="int8"))) or "")
-    assert "int8" in (kernels.codes(context("attn.paged", spec=attn())) or "")
-    assert "16 and 128" in (kernels.codes(context("attn.paged", spec=attn(kv_dtype="int8"), page_size=16)) or "")
-    assert "soft caps" in (kernels.codes(context("attn.paged", spec=attn(kv_dtype="int8", soft_cap=3.0))) or "")
+    def of(kv_layout: str = kernels.CODED_LAYOUT, page_size: int = 128, **changes: Any) -> str | None:
+        site = context("attn.paged", spec=attn(**({"kv_dtype": "int8"} | changes)), page_size=page_size)
+        return kernels.attention(replace(site, kv_layout=kv_layout))
+
+    assert of() is None
+    assert "npu.int8" in (of("canonical") or "")
+    assert "canonical" in (of(kv_dtype="auto") or "")
+    assert "16 and 128" in (of(page_size=16) or "")
+    assert "soft caps" in (of(soft_cap=3.0) or "")
+    assert "int8" in (kernels.packed(context("attn.plan", spec=attn(kv_dtype="int8"))) or "")
     assert kernels.CODED_LAYOUT == pools.CODED
 
 

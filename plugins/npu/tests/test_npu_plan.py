@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from sglang_npu import attention_plan
-from sglang_npu.attention_plan import NpuPlan, coded_plan, latent_plan, packed_plan, plan
+from sglang_npu.attention_plan import NpuPlan, latent_plan, packed_plan, plan
 
 from sglang_core.api.ops import AttnBatch, AttnSpec, MLASpec, Plan
 
@@ -82,9 +82,12 @@ def test_queries_that_may_share_a_call_do() -> None:
 
 @pytest.mark.parametrize("page_size", [32, 128])
 def test_over_codes_longer_queries_are_spans_in_pages_of_any_size(page_size: int) -> None:
-    made = planned([(5, 1), (100, 40)], page_size, by=coded_plan)
+    spec = replace(SPEC, kv_dtype="int8")
+    made = plan(spec, batch([(5, 1), (100, 40)], page_size), CPU)
+    assert isinstance(made, NpuPlan)
     assert [(s.start, s.stop, s.num_keys) for s in made.spans] == [(1, 41, [140])] and made.rows is not None
-    assert planned([(5, 2)], page_size, padding=1, by=coded_plan).spans == ()
+    bucket = plan(spec, batch([(5, 2)], page_size, padding=1), CPU)
+    assert isinstance(bucket, NpuPlan) and bucket.spans == ()
 
 
 def test_one_call_takes_so_many(monkeypatch: pytest.MonkeyPatch) -> None:

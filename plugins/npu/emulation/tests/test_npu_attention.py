@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from sglang_npu.attention import paged
-from sglang_npu.attention_plan import coded_plan, packed_plan, plan
+from sglang_npu.attention_plan import packed_plan, plan
 from sglang_npu.pools import CODED, CodedPool, NpuPool
 from sglang_npu_emulation import contract
 from torch import Tensor
@@ -116,7 +116,7 @@ def test_codes_are_attended_over_as_the_op_does(window: int | None, dtype: torch
     given = batch(REQS, window)
     q, k, v = (normal(given.num_tokens, heads, 64, dtype=dtype, seed=heads) for heads in (4, 2, 2))
     mine, theirs = coded(spec, given)
-    o, lse = paged(q, k, v, mine, 0, spec, coded_plan(spec, given, CPU), lse=True)
+    o, lse = paged(q, k, v, mine, 0, spec, plan(spec, given, CPU), lse=True)
     expected = OPS["attn.paged"].body(q, k, v, theirs, 0, spec, OPS["attn.plan"].body(spec, given, CPU), lse=True)
     torch.testing.assert_close(o.float(), expected[0].float(), atol=2e-2, rtol=2e-2)
     torch.testing.assert_close(
