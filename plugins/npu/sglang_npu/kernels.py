@@ -27,6 +27,7 @@ PROFILES = (
     "quant:int8.token_channel",
     "quant:int4.awq.g128",
     "graph",
+    "e2e",
 )
 
 INNER = 65535  # elements in the last dim of a matrix
