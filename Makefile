@@ -88,7 +88,7 @@ $(TPU_VENV)/.installed: pyproject.toml plugins/tpu/pyproject.toml conformance/py
 
 # sglang-npu on an emulation of torch_npu's ops, in an environment of their own: with torch_npu installed PyTorch imports it by itself, unless it is told not to.
 NPU_VENV := .venv-npu
-NPU_CONFORMANCE = $(NPU_VENV)/bin/sglang-conformance run npu_emulated --level ops --jobs 2 --num-threads 1
+NPU_CONFORMANCE = $(NPU_VENV)/bin/sglang-conformance run npu_emulated --level ops --strict --jobs 2 --num-threads 1
 test-npu: export TORCH_DEVICE_BACKEND_AUTOLOAD = 0
 test-npu: $(NPU_VENV)/.installed
 	$(NPU_VENV)/bin/python -m pytest -n 2 plugins/npu/tests plugins/npu/emulation/tests

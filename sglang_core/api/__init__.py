@@ -9,13 +9,21 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sglang_core.backend.captured_driver import DeviceDriver as DeviceDriver
+    from sglang_core.backend.captured_driver import DeviceEvent as DeviceEvent
+    from sglang_core.backend.captured_driver import DeviceGraph as DeviceGraph
+    from sglang_core.backend.captured_driver import TorchDriver as TorchDriver
+    from sglang_core.backend.captured_runtime import CapturedRuntime as CapturedRuntime
+    from sglang_core.backend.captured_step import CapturedSteps as CapturedSteps
     from sglang_core.backend.claims import Claim as Claim
     from sglang_core.backend.claims import Claims as Claims
     from sglang_core.backend.claims import Support as Support
     from sglang_core.backend.claims import Waiver as Waiver
     from sglang_core.backend.communicator import Communicator as Communicator
+    from sglang_core.backend.communicator import FlatCommunicator as FlatCommunicator
     from sglang_core.backend.communicator import LocalCommunicator as LocalCommunicator
     from sglang_core.backend.communicator import TorchCommunicator as TorchCommunicator
+    from sglang_core.backend.device_stream import DeviceStream as DeviceStream
     from sglang_core.backend.hookspecs import hookimpl as hookimpl
     from sglang_core.backend.interface import Backend as Backend
     from sglang_core.backend.interface import Bucket as Bucket
@@ -54,8 +62,12 @@ if TYPE_CHECKING:
     from sglang_core.errors import WeightError as WeightError
 
 _HOME = {  # module -> the names it defines
+    "backend.captured_driver": ("DeviceDriver", "DeviceEvent", "DeviceGraph", "TorchDriver"),
+    "backend.captured_runtime": ("CapturedRuntime",),
+    "backend.captured_step": ("CapturedSteps",),
     "backend.claims": ("Claim", "Claims", "Support", "Waiver"),
-    "backend.communicator": ("Communicator", "LocalCommunicator", "TorchCommunicator"),
+    "backend.communicator": ("Communicator", "FlatCommunicator", "LocalCommunicator", "TorchCommunicator"),
+    "backend.device_stream": ("DeviceStream",),
     "backend.hookspecs": ("hookimpl",),
     "backend.interface": (
         "Backend",

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from sglang_triton.gpu.communicator import NcclCommunicator
 from torch import Tensor
 
+from sglang_core.api import FlatCommunicator
 from sglang_cuda.build_all_reduce import HOW, LIBRARY
 
 logger = logging.getLogger(__name__)
@@ -91,10 +91,10 @@ class CudaPeerMemory:
             raise OSError(self._lib.all_reduce_error(error).decode())
 
 
-class PeerCommunicator(NcclCommunicator):
+class PeerCommunicator(FlatCommunicator):
     """NCCL's, but for sums of up to SLOT_BYTES. They are float32, in rank order, rounded once: the same bits on all ranks."""
 
-    def __init__(self, nccl: NcclCommunicator, memory: PeerMemory, regions: Sequence[int]) -> None:
+    def __init__(self, nccl: FlatCommunicator, memory: PeerMemory, regions: Sequence[int]) -> None:
         """`regions`, by group rank, are taken over: this rank's own is freed, the others unmapped, once this is collected."""
         super().__init__(nccl.group, nccl.ranks, nccl.ranks[nccl.rank])
         self._memory, self._regions = memory, list(regions)
@@ -110,7 +110,7 @@ class PeerCommunicator(NcclCommunicator):
         return x
 
 
-def meet(nccl: NcclCommunicator, store: Any, timeout: float, memory: PeerMemory | None = None) -> NcclCommunicator:
+def meet(nccl: FlatCommunicator, store: Any, timeout: float, memory: PeerMemory | None = None) -> FlatCommunicator:
     """All ranks of `nccl`, joined through `store`: a `PeerCommunicator` on each, or `nccl` on each where one of them cannot.
 
     Raises where a rank does not come within `timeout` seconds (torch.distributed.DistError, from the store).

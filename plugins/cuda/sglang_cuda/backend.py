@@ -61,11 +61,11 @@ class CudaBackend(GpuBackend):
         return "the NVIDIA driver finds no GPU"
 
     def create_runtime(self, ctx: RuntimeContext) -> DeviceRuntime:
-        from sglang_triton.gpu.driver import TorchDriver  # torch: not needed to list devices
+        from sglang_triton.gpu.driver import GpuDriver  # torch: not needed to list devices
 
         from sglang_cuda.runtime import CudaRuntime
 
-        return CudaRuntime(ctx, TorchDriver(ctx.devices[0].index))
+        return CudaRuntime(ctx, GpuDriver(ctx.devices[0].index))
 
     def kernels(self, ctx: KernelContext) -> list[Kernel]:
         optional = [k for module in (flashinfer, sgl_kernel, flash_attn, deep_gemm) for k in module.kernels()]

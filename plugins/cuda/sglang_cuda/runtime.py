@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from sglang_triton.gpu.communicator import NcclCommunicator
 from sglang_triton.gpu.runtime import GpuRuntime
 
-from sglang_core.api import Communicator
+from sglang_core.api import Communicator, FlatCommunicator
 from sglang_cuda.all_reduce import meet
 
 
@@ -17,4 +16,4 @@ class CudaRuntime(GpuRuntime):
 
     def communicator(self, ranks: Sequence[int], rank: int, store: Any) -> Communicator:
         found = super().communicator(ranks, rank, store)
-        return meet(found, store, self.ctx.dist_timeout) if isinstance(found, NcclCommunicator) else found
+        return meet(found, store, self.ctx.dist_timeout) if isinstance(found, FlatCommunicator) else found

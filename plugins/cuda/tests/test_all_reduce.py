@@ -14,11 +14,10 @@ import torch
 import torch.distributed as dist
 from sglang_cuda import all_reduce, runtime
 from sglang_cuda.all_reduce import ONE_SHOT_BYTES, SLOT_BYTES, CudaPeerMemory, PeerCommunicator, meet
-from sglang_triton.gpu.communicator import NcclCommunicator
 from sglang_triton.gpu.runtime import GpuRuntime
 from torch import Tensor
 
-from sglang_core.api import LocalCommunicator, TorchCommunicator
+from sglang_core.api import FlatCommunicator, LocalCommunicator, TorchCommunicator
 
 
 class HostMemory:
@@ -64,13 +63,13 @@ def nothing_is_mapped() -> None:
     HostMemory.live = set()
 
 
-def nccl(rank: int, size: int) -> NcclCommunicator:
-    return NcclCommunicator(SimpleNamespace(), range(size), rank)  # type: ignore[arg-type]
+def nccl(rank: int, size: int) -> FlatCommunicator:
+    return FlatCommunicator(SimpleNamespace(), range(size), rank)  # type: ignore[arg-type]
 
 
-def met(memories: Sequence[HostMemory | None]) -> list[NcclCommunicator]:
+def met(memories: Sequence[HostMemory | None]) -> list[FlatCommunicator]:
     store, size = dist.HashStore(), len(memories)
-    found: dict[int, NcclCommunicator] = {}
+    found: dict[int, FlatCommunicator] = {}
 
     def join(rank: int) -> None:
         found[rank] = meet(nccl(rank, size), store, 20.0, memories[rank])
@@ -104,14 +103,14 @@ def test_where_one_rank_cannot_all_use_nccl_and_the_log_says_why(
 ) -> None:
     caplog.set_level(logging.INFO)
     comms = met([HostMemory(0), HostMemory(1, cannot=cannot), HostMemory(2)])
-    assert [type(comm) for comm in comms] == [NcclCommunicator] * 3 and not HostMemory.live
+    assert [type(comm) for comm in comms] == [FlatCommunicator] * 3 and not HostMemory.live
     assert caplog.text.count(reason) == 3
 
 
 def test_without_the_library_all_use_nccl(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     monkeypatch.setattr(all_reduce, "CudaPeerMemory", lambda: CudaPeerMemory(Path("/nowhere/_all_reduce.so")))
-    assert [type(comm) for comm in met([None, None])] == [NcclCommunicator] * 2
+    assert [type(comm) for comm in met([None, None])] == [FlatCommunicator] * 2
     assert "the kernel is not built; python -m sglang_cuda.build_all_reduce" in caplog.text
 
 
@@ -119,9 +118,9 @@ def test_hosts_apart_and_too_many_ranks(monkeypatch: pytest.MonkeyPatch, caplog:
     caplog.set_level(logging.INFO)
     hosts = iter("ab")
     monkeypatch.setattr(all_reduce, "_host", lambda: next(hosts))
-    assert [type(comm) for comm in met([HostMemory(0), HostMemory(1)])] == [NcclCommunicator] * 2
+    assert [type(comm) for comm in met([HostMemory(0), HostMemory(1)])] == [FlatCommunicator] * 2
     monkeypatch.setattr(all_reduce, "_host", lambda: "a")
-    assert {type(comm) for comm in met([HostMemory(rank) for rank in range(9)])} == {NcclCommunicator}
+    assert {type(comm) for comm in met([HostMemory(rank) for rank in range(9)])} == {FlatCommunicator}
     assert "they are on several hosts" in caplog.text and "9 ranks, and it is for 2 to 8" in caplog.text
     assert not HostMemory.live
 

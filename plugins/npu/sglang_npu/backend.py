@@ -58,10 +58,10 @@ class NpuBackend(Backend):
         return "the Ascend driver finds no NPU"
 
     def create_runtime(self, ctx: RuntimeContext) -> DeviceRuntime:
-        from sglang_npu.driver import TorchDriver  # torch_npu: not needed to list devices
+        from sglang_npu.driver import NpuDriver  # torch_npu: not needed to list devices
         from sglang_npu.runtime import NpuRuntime
 
-        return NpuRuntime(ctx, TorchDriver(ctx.devices[0].index))
+        return NpuRuntime(ctx, NpuDriver(ctx.devices[0].index))
 
     def kernels(self, ctx: KernelContext) -> list[Kernel]:
         return KERNELS

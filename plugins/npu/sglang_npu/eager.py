@@ -4,3 +4,4 @@ from sglang_core.api.ops import OPS
 
 embed_lookup = OPS["embed.lookup"].body
 sample = OPS["sample.sample"].body
+route = OPS["moe.route"].body

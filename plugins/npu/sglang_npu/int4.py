@@ -1,4 +1,4 @@
-"""gemm.linear with weights of 4 bits, by npu_weight_quant_batchmatmul, which multiplies what codes stand for.
+"""Weights of 4 bits: gemm.linear by npu_weight_quant_batchmatmul, which multiplies what codes stand for, and how stacks of experts are packed.
 
 How codes lie in an int32 is the vendor's affair: npu_convert_weight_to_int4pack puts them there, and a product with the identity takes them out.
 """
@@ -23,22 +23,24 @@ def linear(x: Tensor, w: PackedWeight, bias: Tensor | None = None) -> Tensor:
     if not rows.shape[0]:
         return x.new_empty(*x.shape[:-1], w.out_features)
     if bias is not None:  # bfloat16 wants it wider
-        bias = _filled(bias.to(torch.float32 if x.dtype == torch.bfloat16 else x.dtype))
+        bias = filled(bias.to(torch.float32 if x.dtype == torch.bfloat16 else x.dtype))
     offset = w["offset"].to(x.dtype) if Fmt.parse(w.fmt).has_zero else None
     y = _product(rows.contiguous(), w, w["scale"].to(x.dtype), offset, bias)
     return y[:, : w.out_features].reshape(*x.shape[:-1], w.out_features)
 
 
 def pack(w: PackedWeight, out: PackedWeight | None = None) -> PackedWeight:
-    """weight: int32[in, out / 8], scale: float32[G, out], offset: int8[G, out] (out rounded up to whole int32), which is added to a code before it is scaled."""
+    """weight: int32[in, out / 8], scale: float32[G, out], offset: int8[G, out] (out rounded up to whole int32), which is added to a code before it is scaled.
+    Of a stack all have its experts before that."""
     byte = w["weight"]
-    code = torch.stack([byte & 15, byte >> 4], dim=-1).flatten(-2)[:, : w.in_features]
-    signed = _filled(code.t().to(torch.int32) - ZERO)
-    made = {"weight": torch_npu.npu_convert_weight_to_int4pack(signed), "scale": _filled(w["scale"].t())}
+    code = torch.stack([byte & 15, byte >> 4], dim=-1).flatten(-2)[..., : w.in_features]
+    signed = filled(code.mT.to(torch.int32) - ZERO)
+    packed = torch_npu.npu_convert_weight_to_int4pack(signed.flatten(0, -2)).view(*signed.shape[:-1], -1)
+    made = {"weight": packed, "scale": filled(w["scale"].mT)}
     if Fmt.parse(w.fmt).has_zero:
-        made["offset"] = _filled((ZERO - w["zero"].t().to(torch.int16)).to(torch.int8))
+        made["offset"] = filled((ZERO - w["zero"].mT.to(torch.int16)).to(torch.int8))
     if out is None:
-        return PackedWeight(w.fmt, made, out_features=w.out_features, in_features=w.in_features, layout="npu.int4")
+        return _like(w, made, "npu.int4")
     for name, tensor in made.items():
         out[name].copy_(tensor)
     return out
@@ -46,18 +48,32 @@ def pack(w: PackedWeight, out: PackedWeight | None = None) -> PackedWeight:
 
 def unpack(w: PackedWeight) -> PackedWeight:
     """The inverse of `pack`, bit for bit."""
-    rows, one = w.out_features, torch.ones_like(w["scale"], dtype=torch.bfloat16)
-    eye = torch.eye(w.in_features, dtype=torch.bfloat16, device=one.device)
-    code = torch.cat([_product(part, w, one, None, None) for part in eye.split(AT_ONCE)])  # small integers: exact
-    code = (code.t()[:rows].to(torch.int16) + ZERO).to(torch.uint8)
-    scale = w["scale"].t()[:rows].clone(memory_format=torch.contiguous_format)
-    tensors = {"weight": (code[:, 0::2] | (code[:, 1::2] << 4)).contiguous(), "scale": scale}
+    code = torch.stack([_codes(one) for one in w["weight"].view(-1, *w["weight"].shape[-2:])])
+    code = code.view(*w["weight"].shape[:-2], *code.shape[-2:])[..., : w.out_features, :]
+    scale = w["scale"].mT[..., : w.out_features, :].clone(memory_format=torch.contiguous_format)
+    tensors = {"weight": (code[..., 0::2] | (code[..., 1::2] << 4)).contiguous(), "scale": scale}
     if Fmt.parse(w.fmt).has_zero:
-        tensors["zero"] = (ZERO - w["offset"].t()[:rows].to(torch.int16)).to(torch.uint8).contiguous()
-    return PackedWeight(w.fmt, tensors, out_features=w.out_features, in_features=w.in_features)
+        zero = w["offset"].mT[..., : w.out_features, :]
+        tensors["zero"] = (ZERO - zero.to(torch.int16)).to(torch.uint8).contiguous()
+    return _like(w, tensors, "canonical")
 
 
-def _filled(x: Tensor) -> Tensor:
+def _codes(weight: Tensor) -> Tensor:
+    """weight: int32[in, out / 8] -> uint8[out, in], of the codes 0 to 15."""
+    inner, columns = weight.shape[0], weight.shape[1] * CODES
+    one = torch.ones(1, columns, dtype=torch.bfloat16, device=weight.device)
+    eye = torch.eye(inner, dtype=torch.bfloat16, device=weight.device)
+    # Small integers: exact.
+    code = torch.cat([torch_npu.npu_weight_quant_batchmatmul(part, weight, one) for part in eye.split(AT_ONCE)])
+    return (code.t().to(torch.int16) + ZERO).to(torch.uint8)
+
+
+def _like(w: PackedWeight, tensors: dict[str, Tensor], layout: str) -> PackedWeight:
+    facts = {"out_features": w.out_features, "in_features": w.in_features}
+    return PackedWeight(w.fmt, tensors, **facts, num_experts=w.num_experts, layout=layout)
+
+
+def filled(x: Tensor) -> Tensor:
     """x: [..., out] -> its own memory, [..., out rounded up to whole int32], zeros after what is there."""
     filled = F.pad(x, (0, -x.shape[-1] % CODES))
     return filled.clone(memory_format=torch.contiguous_format)

@@ -17,12 +17,27 @@ HALVES = ("bfloat16", "float16")
 FLOATS = (*HALVES, "float32")
 GRAPHS = frozenset({"graph_safe"})
 ATTENTION_PAGE = "https://www.hiascend.com/document/detail/zh/Pytorch/700/apiref/apilist/ptaoplist_001232.html"
-PROFILES = ("base", "serving", "mla", "moe", "quant:int8.token_channel", "quant:int4.awq.g128", "graph")
+PROFILES = (
+    "base",
+    "serving",
+    "mla",
+    "moe",
+    "window",
+    "sinks",
+    "quant:int8.token_channel",
+    "quant:int4.awq.g128",
+    "graph",
+    "e2e",
+)
 
 INNER = 65535  # elements in the last dim of a matrix
 PAGE_UNIT, LONGEST_PAGE = 16, 512  # tokens
 HEAD_UNIT, LONGEST_HEAD = 16, 512  # dims of a head
+PACKED_HEAD, PACKED_DTYPE = 128, "bfloat16"  # where several longer queries are a call
 MOST_HEADS, MOST_SHARING = 256, 64  # query heads, and query heads that share keys
+CODES, CODED_UNIT, CODED_LAYOUT = "int8", 32, "npu.int8"
+CANONICAL = "canonical"
+LAYOUTS = (CANONICAL, CODED_LAYOUT)
 LATENT_RANK, LATENT_ROPE = 512, 64
 LATENT_HEADS = (1, 2, 4, 8, 16, 32, 64, 128)
 LATENT_LAYOUT = "npu.latents"
@@ -53,17 +68,22 @@ def rope(ctx: SelectionContext) -> str | None:
 def attention(ctx: SelectionContext) -> str | None:
     spec = ctx.site.spec
     unknown = {
-        "windows": spec.window,
-        "soft caps": spec.soft_cap,
-        "sinks": spec.has_sinks,
+        "soft caps (the vendor's op has no such argument)": spec.soft_cap,
         "trees of drafts": spec.tree,
         "cross attention": spec.cross,
         "queries that see later keys": not spec.causal,
     }
     if found := [name for name, there in unknown.items() if there]:
         return f"knows no {', '.join(found)}"
-    if spec.kv_dtype not in ("auto", ctx.site.dtype):
-        return f"reads keys in the dtype of queries, {ctx.site.dtype}, not in {spec.kv_dtype}"
+    if spec.kv_dtype not in ("auto", ctx.site.dtype, CODES):
+        return f"reads keys in the dtype of queries, {ctx.site.dtype}, or in {CODES}, not in {spec.kv_dtype}"
+    if ctx.kv_layout != (layout := CODED_LAYOUT if spec.kv_dtype == CODES else CANONICAL):
+        return f"reads keys in {spec.kv_dtype} in the layout {layout}"
+    if spec.kv_dtype == CODES and (spec.head_dim % CODED_UNIT or ctx.page_size % CODED_UNIT):
+        return (
+            f"reads {CODES} in pages of a multiple of {CODED_UNIT} tokens, of heads of a multiple of {CODED_UNIT} dims, not "
+            f"{ctx.page_size} and {spec.head_dim}; set --page-size 128"
+        )
     if spec.head_dim != spec.v_head_dim or spec.head_dim % HEAD_UNIT or spec.head_dim > LONGEST_HEAD:
         return (
             f"takes heads of {HEAD_UNIT}, {2 * HEAD_UNIT}, ... {LONGEST_HEAD} dims, the same in keys and values, "
@@ -76,6 +96,16 @@ def attention(ctx: SelectionContext) -> str | None:
             f"not {spec.num_heads} of {spec.head_dim} dims, {sharing} sharing"
         )
     return halves(ctx) or pages(ctx)
+
+
+def packed(ctx: SelectionContext) -> str | None:
+    """For attention, and for several longer queries in one call."""
+    spec = ctx.site.spec
+    if spec.kv_dtype == CODES:
+        return f"reads no keys in {CODES}"
+    if spec.head_dim != PACKED_HEAD or ctx.site.dtype != PACKED_DTYPE:
+        return f"takes {PACKED_DTYPE} heads of {PACKED_HEAD} dims, not {ctx.site.dtype} of {spec.head_dim}"
+    return attention(ctx)
 
 
 def pages(ctx: SelectionContext) -> str | None:
@@ -120,6 +150,19 @@ def experts(ctx: SelectionContext) -> str | None:
     return inner(ctx) or (floats(ctx) if ctx.site.fmt == "dense" else halves(ctx))
 
 
+def int4_experts(ctx: SelectionContext) -> str | None:
+    dims = ctx.site.dims
+    if ctx.site.fmt not in INT4:
+        return f"takes weights in {INT4[0]}, ... {INT4[-1]}, not {ctx.site.fmt}"
+    if not 2 <= dims.get("X", 2) <= GROUPED_EXPERTS:
+        return f"takes 2 to {GROUPED_EXPERTS} experts, not {dims['X']}"
+    group = int(ctx.site.fmt.rpartition(".g")[2])
+    cut = {
+        name: dims[name] for name in ("in", "M", "F") if group > 0 and dims.get(name, 0) > group and dims[name] % group
+    }
+    return (f"takes whole groups of {group} columns, not {cut}" if cut else None) or halves(ctx) or inner(ctx)
+
+
 def inner(ctx: SelectionContext) -> str | None:
     wide = {name: ctx.site.dims[name] for name in ("in", "out", "M", "F") if ctx.site.dims.get(name, 0) > INNER}
     return f"takes matrices of up to {INNER} rows and columns, not {wide}" if wide else None
@@ -145,6 +188,9 @@ def int4(ctx: SelectionContext) -> str | None:
     return halves(ctx) or inner(ctx)
 
 
+INT4_PACKING = {"pack": "sglang_npu.int4:pack", "unpack": "sglang_npu.int4:unpack"}
+
+
 def _kernel(op: str, fn: str, supports: Supports = floats, **facts: Any) -> Kernel:
     return Kernel(op, fn=f"sglang_npu.{fn}", device=DEVICES, supports=supports, features=GRAPHS, **facts)
 
@@ -161,19 +207,28 @@ KERNELS = [
     _kernel("act.gated", "activation:gated"),
     _kernel("embed.lookup", "eager:embed_lookup"),
     _kernel("sample.sample", "eager:sample"),
-    _kernel("attn.plan", "attention_plan:plan", attention),
-    _kernel("attn.paged", "attention:paged", attention),
-    _kernel("kv.write", "kv_write:kv_write", attention),
+    _kernel("attn.plan", "attention_plan:packed_plan", packed, priority=55, note="a step's prefills in one call"),
+    _kernel("attn.plan", "attention_plan:plan", attention, kv_layouts=LAYOUTS),
+    _kernel("attn.paged", "attention:paged", attention, kv_layouts=LAYOUTS),
+    _kernel("kv.write", "kv_write:kv_write", attention, kv_layouts=LAYOUTS),
     _kernel("attn.mla_plan", "attention_plan:latent_plan", latents, kv_layouts=(LATENT_LAYOUT,)),
     _kernel("attn.mla_paged", "attention:mla_paged", latents, kv_layouts=(LATENT_LAYOUT,)),
     _kernel("kv.write_mla", "kv_write:kv_write_mla", latents, kv_layouts=(LATENT_LAYOUT,)),
     _kernel("moe.route", "moe_route:route", routing),
+    _kernel(
+        "moe.route",
+        "eager:route",
+        priority=40,
+        note="PyTorch's operators, for groups that the vendor's op does not take",
+    ),
     _kernel("moe.fused", "moe:fused", experts),
     _kernel("gemm.grouped", "moe:grouped", experts),
+    _kernel("moe.fused", "moe:fused", int4_experts, **INT4_PACKING),
+    _kernel("gemm.grouped", "moe:grouped", int4_experts, **INT4_PACKING),
     _linear("dense", dense_nz, priority=55, note="weights in FRACTAL_NZ"),
     _kernel("gemm.linear", "linear:dense", dense),
     _linear("int8", int8),
-    _kernel("gemm.linear", "int4:linear", int4, pack="sglang_npu.int4:pack", unpack="sglang_npu.int4:unpack"),
+    _kernel("gemm.linear", "int4:linear", int4, **INT4_PACKING),
 ]
 
 CLAIMED = {
@@ -184,7 +239,15 @@ CLAIMED = {
 }
 WEIGHTED = {("moe.fused", "dense"): FLOATS, ("gemm.grouped", "dense"): FLOATS, ("gemm.linear", "dense"): FLOATS}
 WEIGHTED |= {(op, "int8.token_channel"): HALVES for op in ("moe.fused", "gemm.grouped")}
-WEIGHTED |= {("gemm.linear", fmt): HALVES for fmt in ("int8.token_channel", *INT4)}
+WEIGHTED |= {("gemm.linear", "int8.token_channel"): HALVES}
+WEIGHTED |= {(op, fmt): HALVES for op in ("gemm.linear", "moe.fused", "gemm.grouped") for fmt in INT4}
+LARGE_POOLS = [
+    *(
+        f"{op}[slots past 2^31 elements, auto pool"
+        for op in ("attn.paged", "attn.mla_paged", "kv.write", "kv.write_mla")
+    ),
+    "attn.paged[slots past 2^31 elements, window",
+]
 
 
 def claims() -> Claims:
@@ -194,11 +257,11 @@ def claims() -> Claims:
     no_float16 = Claim(op="*", dtypes=("float16",), support=Support.UNSUPPORTED)
     large = [
         Waiver(
-            cases=f"{op}[slots past 2^31 elements, auto pool-*",
+            cases=f"{cases}-*",
             reason="attention is documented for keys of a layer that int32 counts; larger pools are refused when they are made",
             url=ATTENTION_PAGE,
             expires="2027-12-31",
         )
-        for op in ("attn.paged", "attn.mla_paged", "kv.write", "kv.write_mla")
+        for cases in LARGE_POOLS
     ]
     return Claims((*native, no_float16), profiles=PROFILES, waivers=tuple(large))

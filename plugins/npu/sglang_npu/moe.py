@@ -1,4 +1,4 @@
-"""moe.fused and gemm.grouped by npu_moe_init_routing_v2, npu_grouped_matmul and npu_moe_finalize_routing, on dense weights and int8 ones."""
+"""moe.fused and gemm.grouped by npu_moe_init_routing_v2, npu_grouped_matmul and npu_moe_finalize_routing, on dense weights and those of int8 and int4."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import torch
 import torch_npu
 from torch import Tensor
 
-from sglang_core.api.ops import ExpertSpec, PackedWeight
+from sglang_core.api.ops import ExpertSpec, Fmt, PackedWeight
+from sglang_npu import int4
 from sglang_npu.activation import gated
 
 SINGLE = 2  # split_item: one tensor of results
@@ -85,22 +86,40 @@ def _product(x: Tensor, w: PackedWeight, counts: Tensor, bias: Tensor | None) ->
         "group_type": BY_ROWS,
         "group_list_type": COUNTS,
     }
-    weight = [w["weight"].transpose(1, 2)]
+    if w.fmt.startswith("int8"):
+        y = _int8(x.contiguous(), w, groups)
+        return y if bias is None else y + bias.to(x.dtype).repeat_interleave(counts, dim=0, output_size=y.shape[0])
+    weight = w["weight"]
+    if bias is not None:  # float16 alone takes its own
+        groups["bias"] = [bias.to(torch.float16 if x.dtype == torch.float16 else torch.float32)]
     if w.fmt == "dense":
-        if bias is not None:  # float16 alone takes its own
-            groups["bias"] = [bias.to(torch.float16 if x.dtype == torch.float16 else torch.float32)]
-        dense: Tensor = torch_npu.npu_grouped_matmul([x.contiguous()], weight, **groups)[0]
-        return dense
-    code, by_row = torch_npu.npu_dynamic_quant(x.contiguous())
-    scale = (
-        w["scale"].to(torch.bfloat16) if x.dtype == torch.bfloat16 else w["scale"]
-    )  # what each may be, as documented
-    y: Tensor = torch_npu.npu_grouped_matmul(
-        [code], weight, scale=[scale], per_token_scale=[by_row], output_dtype=x.dtype, **groups
-    )[0]
-    if bias is None:
-        return y
-    return y + bias.to(x.dtype).repeat_interleave(counts, dim=0, output_size=y.shape[0])
+        weight = weight.transpose(1, 2)
+    else:
+        groups |= _int4_scales(w, x.dtype)
+        if bias is not None:
+            groups["bias"] = [int4.filled(groups["bias"][0])]
+    made: Tensor = torch_npu.npu_grouped_matmul([x.contiguous()], [weight], **groups)[0]
+    return made[:, : w.out_features]
+
+
+def _int4_scales(w: PackedWeight, dtype: torch.dtype) -> dict[str, list[Tensor]]:
+    """What codes are made numbers with, in the activations' dtype, as documented. One group is a channel's own scale, with no dim for groups."""
+    scale = w["scale"].to(dtype)
+    offset = w["offset"].to(dtype) if Fmt.parse(w.fmt).has_zero else torch.zeros_like(scale)
+    by_channel = scale.shape[1] == 1
+    return {
+        "antiquant_scale": [scale[:, 0] if by_channel else scale],
+        "antiquant_offset": [offset[:, 0] if by_channel else offset],
+    }
+
+
+def _int8(x: Tensor, w: PackedWeight, groups: dict[str, Any]) -> Tensor:
+    code, by_row = torch_npu.npu_dynamic_quant(x)
+    # What each may be, as documented.
+    scale = w["scale"].to(torch.bfloat16) if x.dtype == torch.bfloat16 else w["scale"]
+    scales = {"scale": [scale], "per_token_scale": [by_row], "output_dtype": x.dtype}
+    made: Tensor = torch_npu.npu_grouped_matmul([code], [w["weight"].transpose(1, 2)], **scales, **groups)[0]
+    return made
 
 
 def activate(x: Tensor, act: ExpertSpec) -> Tensor:

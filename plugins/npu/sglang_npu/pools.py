@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sglang_core.api import DeviceError, Pool, PoolSpec
 
-LATENTS = "npu.latents"
+LATENTS, CODED = "npu.latents", "npu.int8"
 RANK, ROPE_DIM = 512, 64  # what attention over latents is documented for
 MOST_ELEMENTS = 2**31 - 1  # of one leaf: attention counts them in int32
 
@@ -20,6 +20,18 @@ class NpuPool(Pool):
         super().__init__(spec, num_pages, device)
         for leaf in self.leaves:
             leaf.zero_()
+
+
+class CodedPool(NpuPool):
+    """int8 in the canonical layout; the scales of a block lie head by head, as attention reads them, and are shown token by token."""
+
+    layout = CODED
+
+    def __init__(self, spec: PoolSpec, num_pages: int, device: torch.device) -> None:
+        super().__init__(spec, num_pages, device)
+        for i, leaf in enumerate(self.leaves):
+            if leaf.dtype == torch.float32:
+                self.leaves[i] = leaf.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 class LatentPool(Pool):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -35,6 +36,7 @@ def test_attention_takes_what_models_have() -> None:
         attn(head_dim=64, v_head_dim=64),
         attn(num_heads=64, num_kv_heads=1),
         attn(kv_dtype="bfloat16"),
+        attn(window=5, has_sinks=True),
     ):
         assert kernels.attention(context("attn.paged", spec=spec)) is None
     assert kernels.attention(context("attn.paged", spec=attn(), page_size=16)) is None
@@ -43,13 +45,11 @@ def test_attention_takes_what_models_have() -> None:
 @pytest.mark.parametrize(
     ("changes", "word"),
     [
-        ({"window": 5}, "windows"),
-        ({"soft_cap": 3.0}, "soft caps"),
-        ({"has_sinks": True}, "sinks"),
+        ({"soft_cap": 3.0}, "soft caps (the vendor's op has no such argument)"),
         ({"tree": True}, "trees"),
         ({"causal": False, "cross": True}, "cross attention"),
         ({"causal": False}, "later keys"),
-        ({"kv_dtype": "int8"}, "not in int8"),
+        ({"kv_dtype": "fp8_e4m3"}, "not in fp8_e4m3"),
         ({"head_dim": 72, "v_head_dim": 72}, "72"),
         ({"head_dim": 192}, "192 and 128"),
         ({"head_dim": 576, "v_head_dim": 576}, "576"),
@@ -60,6 +60,27 @@ def test_attention_takes_what_models_have() -> None:
 )
 def test_attention_refuses_what_is_not_documented(changes: dict[str, Any], word: str) -> None:
     assert word in (kernels.attention(context("attn.paged", spec=attn(**changes))) or "")
+
+
+def test_longer_queries_share_a_call_where_that_is_documented() -> None:
+    assert kernels.packed(context("attn.plan", spec=attn(window=5))) is None
+    assert "64" in (kernels.packed(context("attn.plan", spec=attn(head_dim=64, v_head_dim=64))) or "")
+    assert "float16" in (kernels.packed(context("attn.plan", spec=attn(), dtype="float16")) or "")
+    assert "soft caps" in (kernels.packed(context("attn.plan", spec=attn(soft_cap=3.0))) or "")
+
+
+def test_codes_lie_in_a_layout_of_their_own() -> None:
+    def of(kv_layout: str = kernels.CODED_LAYOUT, page_size: int = 128, **changes: Any) -> str | None:
+        site = context("attn.paged", spec=attn(**({"kv_dtype": "int8"} | changes)), page_size=page_size)
+        return kernels.attention(replace(site, kv_layout=kv_layout))
+
+    assert of() is None
+    assert "npu.int8" in (of("canonical") or "")
+    assert "canonical" in (of(kv_dtype="auto") or "")
+    assert "16 and 128" in (of(page_size=16) or "")
+    assert "soft caps" in (of(soft_cap=3.0) or "")
+    assert "int8" in (kernels.packed(context("attn.plan", spec=attn(kv_dtype="int8"))) or "")
+    assert kernels.CODED_LAYOUT == pools.CODED
 
 
 @pytest.mark.parametrize("page_size", [1, 8, 24, 528])
@@ -99,11 +120,17 @@ def test_routing(spec: RouteSpec, taken: bool) -> None:
     assert (kernels.routing(context("moe.route", spec=spec)) is None) == taken
 
 
-def test_experts_are_two_or_more_dense_or_int8() -> None:
+def test_experts_are_two_or_more_dense_or_of_codes() -> None:
     assert kernels.experts(context("moe.fused", fmt="dense", dims={"X": 8, "M": 64, "F": 128})) is None
     assert "1" in (kernels.experts(context("moe.fused", fmt="dense", dims={"X": 1})) or "")
     assert kernels.experts(context("moe.fused", fmt="int8.token_channel", dims={"X": 8})) is None
     assert "float32" in (kernels.experts(context("moe.fused", fmt="int8.token_channel", dtype="float32")) or "")
+    four = {"fmt": "int4.awq.g32", "dims": {"X": 8, "M": 64, "F": 96}}
+    assert kernels.int4_experts(context("moe.fused", **four)) is None
+    assert "float32" in (kernels.int4_experts(context("moe.fused", dtype="float32", **four)) or "")
+    assert "'F': 80" in (kernels.int4_experts(context("moe.fused", fmt="int4.awq.g32", dims={"F": 80})) or "")
+    assert "1" in (kernels.int4_experts(context("moe.fused", fmt="int4.pack.g-1", dims={"X": 1})) or "")
+    assert "dense" in (kernels.int4_experts(context("moe.fused", fmt="dense")) or "")
     assert "mxfp4" in (kernels.experts(context("moe.fused", fmt="mxfp4.g32", dims={"X": 8})) or "")
     assert "70000" in (kernels.experts(context("moe.fused", fmt="dense", dims={"X": 8, "F": 70000})) or "")
 

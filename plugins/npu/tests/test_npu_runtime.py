@@ -1,67 +1,18 @@
-"""The runtime's own parts: pools, sizes of decode steps, the stream. Nothing of torch_npu is needed."""
+"""The runtime's own parts: pools and sizes of decode steps. Nothing of torch_npu is needed."""
 
 from __future__ import annotations
-
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from typing import Any
 
 import pytest
 import torch
 from sglang_npu.backend import NpuBackend
 from sglang_npu.pools import LATENTS, LatentPool, NpuPool
-from sglang_npu.runtime import MAX_GRAPHED_REQS, NpuRuntime, batch_sizes
-from sglang_npu.stream import NpuStream
+from sglang_npu.runtime import NpuRuntime, batch_sizes
 
 from sglang_core.api import DeviceError, DeviceInfo, KernelContext, Pool, PoolSpec, RuntimeContext
+from tests.backend.fake_driver import FakeDriver
 
 CPU = torch.device("cpu")
 INFO = DeviceInfo(backend="npu", path="npu/910b3", name="Ascend 910B3")
-
-
-class FakeDriver:
-    """The host, with a log of what the runtime asks for."""
-
-    device = CPU
-
-    def __init__(self) -> None:
-        self.log: list[str] = []
-        self.bound: set[int] = set()
-
-    def bind(self) -> None:
-        self.bound.add(threading.get_ident())
-
-    def memory(self) -> tuple[int, int]:
-        return 3 << 30, 64 << 30
-
-    def num_allocations(self) -> int:
-        return 7
-
-    def synchronize(self) -> None:
-        self.log.append("synchronize")
-
-    def new_stream(self) -> str:
-        return "own"
-
-    def current_stream(self) -> str:
-        return "caller's"
-
-    @contextmanager
-    def on(self, stream: str) -> Iterator[None]:
-        self.log.append(f"on {stream}")
-        with nullcontext():
-            yield
-
-    def record(self, stream: str) -> Any:
-        self.log.append(f"record {stream}")
-        return self
-
-    def wait(self, stream: str, event: object) -> None:
-        self.log.append(f"{stream} waits")
-
-    def query(self) -> bool:
-        return True
 
 
 def latents(rank: int, rope_dim: int, num_layers: int = 2) -> PoolSpec:
@@ -125,40 +76,10 @@ def test_decode_steps_are_padded_little(largest: int) -> None:
         assert padded - reqs < max(8, reqs / 4 + 1), (reqs, padded)
 
 
-def test_buckets_are_of_decodes_and_there_are_none_where_ops_are_watched() -> None:
-    limits = {"max_num_tokens": 4096, "max_num_reqs": 1000, "max_num_pages": 8}
+def test_the_longest_captured_step_is_of_so_many_reqs() -> None:
     runtime = NpuRuntime(RuntimeContext(devices=(INFO,)), FakeDriver())
-    made = runtime.buckets(**limits)
-    assert made[0].num_reqs == MAX_GRAPHED_REQS and {b.max_extend for b in made} == {1}
-    assert [b.num_tokens for b in made] == sorted((b.num_reqs for b in made), reverse=True)
-    watched = NpuRuntime(RuntimeContext(devices=(INFO,), watched=True), FakeDriver())
-    assert watched.buckets(**limits) == ()
-
-
-def test_the_drivers_figures_are_the_runtimes() -> None:
-    runtime = NpuRuntime(RuntimeContext(devices=(INFO,)), FakeDriver())
-    memory = runtime.memory()
-    assert (memory.free, memory.total, runtime.num_allocations()) == (3 << 30, 64 << 30, 7)
-
-
-def test_a_step_runs_after_what_its_submitter_launched_before() -> None:
-    driver = FakeDriver()
-    stream = NpuStream(driver)
-    work = [stream.submit(lambda i=i: driver.log.append(f"step {i}") or i) for i in range(2)]
-    assert [w.result() for w in work] == [0, 1] and all(w.done() for w in work)
-    own = [entry for entry in driver.log if entry != "record caller's" and entry != "synchronize"]
-    assert own == [e for i in range(2) for e in ("on own", "own waits", f"step {i}", "record own")]
-    assert driver.log[0] == "record caller's" and threading.get_ident() not in driver.bound
-    stream.close()
-
-
-def test_a_step_that_raises_is_raised_where_it_is_waited_for() -> None:
-    stream = NpuStream(FakeDriver())
-    work = stream.submit(lambda: 1 // 0)
-    with pytest.raises(ZeroDivisionError):
-        work.result()
-    assert work.done()
-    stream.close()
+    made = runtime.buckets(max_num_tokens=4096, max_num_reqs=1000, max_num_pages=8)
+    assert [bucket.num_reqs for bucket in made] == batch_sizes(256)[::-1]
 
 
 def test_every_kernel_is_for_the_npu_and_graph_safe() -> None:

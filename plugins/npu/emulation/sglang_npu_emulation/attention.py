@@ -1,10 +1,12 @@
 """Attention over paged keys and values, and what writes them.
 
 `npu_fused_infer_attention_score_v2` documents a query of one token and a longer one apart; so does this. Only what sglang-npu passes is taken:
-layout BSND, pages in blocks [blocks, tokens, heads * dims], no quantisation.
+layouts BSND and TND, keys in blocks [blocks, tokens, heads * dims] or of one longer query, int8 with scales of tokens and heads under queries of one token.
 """
 
 from __future__ import annotations
+
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -12,7 +14,9 @@ from torch import Tensor
 from sglang_npu_emulation.contract import HALVES, emulated, require, require_contiguous, require_dtype
 
 MASK = 2048
-NO_MASK, CAUSAL = 0, 3  # sparse_mode
+NO_MASK, BAND = 0, 4  # sparse_mode
+EVER = 2**31 - 1
+PACKED, MOST_PACKED, MOST_TOKENS = 128, 4096, 2**20  # of layout TND: dims of a head, queries, and tokens in all
 ELEMENTS = 2**31 - 1
 LATENT_HEADS = (1, 2, 4, 8, 16, 32, 64, 128)
 
@@ -73,23 +77,44 @@ def fused_infer_attention_score_v2(
     num_query_heads: int = 1,
     num_key_value_heads: int = 0,
     softmax_scale: float = 1.0,
+    pre_tokens: int = EVER,
+    next_tokens: int = EVER,
     input_layout: str = "BSH",
     sparse_mode: int = NO_MASK,
     block_size: int = 0,
     return_softmax_lse: bool = False,
+    dequant_scale_key: Tensor | None = None,
+    dequant_scale_value: Tensor | None = None,
+    key_quant_mode: int = 0,
+    value_quant_mode: int = 0,
     **others: object,
 ) -> tuple[Tensor, Tensor]:
     require(not others, f"{', '.join(others)}: not emulated")
-    require(input_layout == "BSND" and query.dim() == 4, f"layout {input_layout} is not emulated")
-    require(block_table is not None and actual_seq_kvlen is not None, "pages need a block_table and actual_seq_kvlen")
-    assert block_table is not None and actual_seq_kvlen is not None
-    batch, length, heads, dim = query.shape
-    shared = num_key_value_heads or heads
+    require((input_layout, query.dim()) in (("BSND", 4), ("TND", 3)), f"layout {input_layout} of {list(query.shape)}")
+    require(actual_seq_kvlen is not None, "pages need actual_seq_kvlen")
+    assert actual_seq_kvlen is not None
     require(query.numel() > 0, "query is empty")
+    paged = block_table is not None
+    if block_table is None:
+        require(query.dim() == 4 and len(query) == 1 < query.shape[1], "one longer query has keys without pages")
+        require(key.dim() == 4 and len(key) == 1 and list(actual_seq_kvlen) == [key.shape[1]], "keys [1, S, N, D]")
+        block_table, block_size = torch.zeros(1, 1, dtype=torch.int32), key.shape[1]
+        key, value = key.flatten(2), value.flatten(2)
+    scales = (dequant_scale_key, dequant_scale_value)
+    lens = list(actual_seq_kvlen)
+    packed = input_layout == "TND"
+    ends = _ends(query, packed, actual_seq_qlen, lens)
+    *_, heads, dim = query.shape
+    shared = num_key_value_heads or heads
     require(heads == num_query_heads and heads % shared == 0 and heads // shared <= 64, f"{heads} heads over {shared}")
-    require(batch <= 65536 and heads <= 256 and dim <= 512 and dim % 16 == 0, f"B {batch}, N {heads}, D {dim}")
+    require(len(ends) <= 65536 and heads <= 256 and dim <= 512 and dim % 16 == 0, f"B {len(ends)}, N {heads}, D {dim}")
     require_dtype(HALVES, query=query)
-    require(query.dtype == key.dtype == value.dtype, "query, key and value are of one dtype")
+    if key.dtype == torch.int8:
+        require(query.shape[:-2].numel() == len(ends) and query_rope is None, "codes are for queries of one token")
+        _require_scales(key, value, scales, (key_quant_mode, value_quant_mode), shared, dim)
+    else:
+        require(query.dtype == key.dtype == value.dtype, "query, key and value are of one dtype")
+        require(scales == (None, None) and key_quant_mode == value_quant_mode == 0, "scales are of codes")
     require(
         key.shape == value.shape and key.dim() == 3, f"blocks are [blocks, tokens, heads * dims], not {list(key.shape)}"
     )
@@ -101,50 +126,125 @@ def fused_infer_attention_score_v2(
         query=query, key=key, value=value, atten_mask=atten_mask, query_rope=query_rope, key_rope=key_rope
     )
     require(
-        block_table.dtype == torch.int32 and block_table.dim() == 2 and len(block_table) == batch,
+        block_table.dtype == torch.int32 and block_table.dim() == 2 and len(block_table) == len(ends),
         "int32[B, C] block_table",
     )
-    lens = list(actual_seq_kvlen)
-    require(len(lens) == batch and min(lens) >= 0, "actual_seq_kvlen has a length, not negative, for each of B")
+    require(len(lens) == len(ends) and min(lens) >= 0, "actual_seq_kvlen has a length, not negative, for each of B")
     columns = -(-max(lens) // block_size) if block_size else 0
     require(
         block_table.shape[1] >= columns, f"block_table has {block_table.shape[1]} columns, and {columns} are needed"
     )
-    if query_rope is None:
-        require(key_rope is None, "query_rope and key_rope go together")
-        _require_pages(length, heads * dim, block_size, sparse_mode, atten_mask, actual_seq_qlen, lens)
+    lengths = [end - start for start, end in pairwise([0, *ends])]
+    if query_rope is not None:
+        _require_latents(query, shared, query_rope, key_rope, block_size, lengths, sparse_mode, atten_mask)
     else:
-        _require_latents(query, shared, query_rope, key_rope, block_size, length, sparse_mode, atten_mask)
-    return _attend(
-        query, query_rope, key, key_rope, value, block_table, lens, shared, softmax_scale, return_softmax_lse
-    )
+        require(key_rope is None, "query_rope and key_rope go together")
+        if packed:
+            require(dim == PACKED and query.dtype == torch.bfloat16, f"TND: bfloat16 of {PACKED} dims, not {dim}")
+        if packed or lengths[0] > 1:
+            _require_band(lengths, lens, sparse_mode, atten_mask, pre_tokens, next_tokens)
+            require(
+                not paged or (128 <= block_size <= 512 and block_size % 128 == 0),
+                f"longer queries: blocks of 128, 256, 384, 512 tokens, not {block_size}",
+            )
+            require(packed or heads * dim < 65535, f"longer queries: N * D below 65535, not {heads * dim}")
+        else:
+            _require_one_token(len(ends), block_table.shape[1], block_size, atten_mask, lens)
+
+    rows = query.reshape(-1, heads, dim)
+    out, sums = torch.zeros_like(rows), torch.full((len(rows), heads), -torch.inf)
+    for b, (start, end) in enumerate(pairwise([0, *ends])):
+        n = lens[b]
+        if n == 0:
+            continue
+        blocks = block_table[b, : -(-n // block_size)].long()
+        q, k, v = rows[start:end], key[blocks].view(-1, shared, dim)[:n], value[blocks].view(-1, shared, dim)[:n]
+        if query_rope is not None and key_rope is not None:
+            q = torch.cat([q, query_rope.reshape(len(rows), heads, -1)[start:end]], dim=-1)
+            k = torch.cat([k, key_rope[blocks].view(-1, 1, key_rope.shape[-1])[:n]], dim=-1)
+        if key.dtype == torch.int8:
+            k, v = (
+                x * by_block[blocks].transpose(1, 2).reshape(-1, shared, 1)[:n]
+                for x, by_block in zip((k, v), scales, strict=True)
+                if by_block is not None
+            )
+            k, v = k.to(query.dtype), v.to(query.dtype)
+        if sparse_mode == BAND:
+            hidden = _outside(end - start, n, pre_tokens, next_tokens)
+        else:
+            hidden = torch.zeros(1, n, dtype=torch.bool) if atten_mask is None else atten_mask[b, 0, :, :n].bool()
+        out[start:end], sums[start:end] = _attend(q.float(), k.float(), v.float(), hidden, softmax_scale)
+    if not return_softmax_lse:
+        return out.view(query.shape), sums.new_empty(0)
+    return out.view(query.shape), sums[..., None] if packed else sums.view(*query.shape[:3], 1).transpose(1, 2)
 
 
-def _require_pages(
-    length: int, width: int, block: int, mode: int, mask: Tensor | None, qlens: list[int] | None, lens: list[int]
-) -> None:
-    if length == 1:
+def _ends(query: Tensor, packed: bool, qlens: list[int] | None, lens: list[int]) -> list[int]:
+    """Where each query's rows end, in a row for all."""
+    if not packed:
+        batch, length = query.shape[:2]
         require(
-            0 < block <= 512 and block % 16 == 0, f"a query of one token: blocks of 16, 32, ... 512 tokens, not {block}"
+            length == 1 or (qlens is not None and list(qlens) == [length] * batch),
+            "actual_seq_qlen shorter than the query: not emulated",
         )
-        require(max(lens) <= 262144, "a query of one token sees up to 262144 keys")
-        require(mode == NO_MASK and mask is None, "a query of one token needs no mask")
+        return [length * (b + 1) for b in range(batch)]
+    require(qlens is not None and len(qlens) == len(lens), "TND: an end for each query, and a number of its keys")
+    assert qlens is not None
+    ends = list(qlens)
+    require(len(ends) <= MOST_PACKED and len(query) <= MOST_TOKENS, f"TND: {len(ends)} queries, {len(query)} tokens")
+    require(
+        all(a <= b for a, b in pairwise([0, *ends])) and ends[-1] == len(query), f"TND: ends {ends}, of {len(query)}"
+    )
+    return ends
+
+
+def _require_scales(
+    key: Tensor,
+    value: Tensor,
+    scales: tuple[Tensor | None, Tensor | None],
+    modes: tuple[int, int],
+    shared: int,
+    dim: int,
+) -> None:
+    """Mode 5: by token and head, in blocks like the codes."""
+    require(value.dtype == key.dtype and modes == (5, 5), f"int8: both of it, in modes 5, not {modes}")
+    require(
+        key.shape[1] % 32 == 0 and dim % 32 == 0, f"int8: blocks and dims of 32, 64, ..., not {key.shape[1]}, {dim}"
+    )
+    for scale in scales:
+        require(scale is not None, "int8: scales of keys and values")
+        assert scale is not None
+        require_dtype((torch.float32,), scale=scale)
+        wanted = (key.shape[0], shared, key.shape[1])
+        require(scale.shape == wanted, f"scales [blocks, heads, tokens] {wanted}, not {list(scale.shape)}")
+        require_contiguous(scale=scale)
+
+
+def _require_one_token(batch: int, columns: int, block: int, mask: Tensor | None, lens: list[int]) -> None:
+    require(
+        0 < block <= 512 and block % 16 == 0, f"a query of one token: blocks of 16, 32, ... 512 tokens, not {block}"
+    )
+    require(max(lens) <= 262144, "a query of one token sees up to 262144 keys")
+    if mask is None:
         return
-    require(
-        128 <= block <= 512 and block % 128 == 0, f"longer queries: blocks of 128, 256, 384, 512 tokens, not {block}"
-    )
-    require(width < 65535, f"longer queries: N * D below 65535, not {width}")
-    require(mode == CAUSAL, f"sparse_mode {mode} is not emulated for longer queries")
+    require_dtype((torch.bool, torch.int8, torch.uint8), atten_mask=mask)
+    wanted = (batch, 1, 1, columns * block)
+    require(mask.shape == wanted, f"a query of one token: a mask {list(wanted)}, of its blocks, not {list(mask.shape)}")
+
+
+def _require_band(lengths: list[int], lens: list[int], mode: int, mask: Tensor | None, before: int, after: int) -> None:
+    require(mode == BAND, f"sparse_mode {mode} is not emulated for longer queries")
     shape = None if mask is None else list(mask.shape)
-    require(mask is not None and shape == [MASK, MASK], f"sparse_mode 3 wants a mask of {MASK} x {MASK}, not {shape}")
+    require(mask is not None and shape == [MASK, MASK], f"sparse_mode 4 wants a mask of {MASK} x {MASK}, not {shape}")
     assert mask is not None
-    require(mask.dtype in (torch.bool, torch.int8, torch.uint8), f"a mask of {mask.dtype}")
+    require_dtype((torch.bool, torch.int8, torch.uint8), atten_mask=mask)
     require(torch.equal(mask.bool(), torch.ones_like(mask, dtype=torch.bool).triu(1)), "the mask is the upper triangle")
+    require(all(length <= n for length, n in zip(lengths, lens, strict=True)), "a query is no longer than its keys")
+    require(before + after >= 0, f"a band from {before} keys before to {after} after is empty")
     require(
-        qlens is not None and list(qlens) == [length] * len(lens),
-        "actual_seq_qlen shorter than the query: not emulated",
+        all(before >= -length and after >= -n for length, n in zip(lengths, lens, strict=True)),
+        f"a band of {before} keys before and {after} after leaves its query",
     )
-    require(all(length <= n for n in lens), "a query is no longer than its keys")
 
 
 def _require_latents(
@@ -153,7 +253,7 @@ def _require_latents(
     query_rope: Tensor,
     key_rope: Tensor | None,
     block: int,
-    length: int,
+    lengths: list[int],
     mode: int,
     mask: Tensor | None,
 ) -> None:
@@ -162,49 +262,34 @@ def _require_latents(
     )
     assert key_rope is not None
     require(
-        query.shape[3] == 512 and query_rope.shape == (*query.shape[:3], 64), "latents of 512 dims, rotated parts of 64"
+        query.shape[-1] == 512 and query_rope.shape == (*query.shape[:-1], 64),
+        "latents of 512 dims, rotated parts of 64",
     )
     require(
-        query.shape[2] in LATENT_HEADS and shared == 1,
-        f"{LATENT_HEADS} heads over one, not {query.shape[2]} over {shared}",
+        query.shape[-2] in LATENT_HEADS and shared == 1,
+        f"{LATENT_HEADS} heads over one, not {query.shape[-2]} over {shared}",
     )
     require(block in (16, 128), f"blocks of 16 or 128 tokens, not {block}")
     require(key_rope.dim() == 3 and key_rope.shape[1:] == (block, 64), f"key_rope {list(key_rope.shape)}")
-    require(length == 1 and mode == NO_MASK and mask is None, "queries of several tokens over latents: not emulated")
+    require(
+        set(lengths) == {1} and mode == NO_MASK and mask is None, "queries of several tokens over latents: not emulated"
+    )
 
 
-def _attend(
-    query: Tensor,
-    query_rope: Tensor | None,
-    key: Tensor,
-    key_rope: Tensor | None,
-    value: Tensor,
-    table: Tensor,
-    lens: list[int],
-    shared: int,
-    scale: float,
-    return_lse: bool,
-) -> tuple[Tensor, Tensor]:
-    """Softmax in float32, in one piece. Queries are a req's last tokens. Keys past a req's end are not looked at."""
-    batch, length, heads, dim = query.shape
-    out = torch.zeros_like(query)
-    sums = torch.full((batch, heads, length, 1), -torch.inf)
-    for b, n in enumerate(lens):
-        if n == 0:
-            continue
-        blocks = table[b, : -(-n // key.shape[1])].long()
-        k = key[blocks].view(-1, shared, dim)[:n].float()
-        v = value[blocks].view(-1, shared, dim)[:n].float()
-        q = query[b].float()
-        if query_rope is not None and key_rope is not None:
-            q = torch.cat([q, query_rope[b].float()], dim=-1)
-            k = torch.cat([k, key_rope[blocks].view(-1, 1, key_rope.shape[-1])[:n].float()], dim=-1)
-        q = q.transpose(0, 1).reshape(shared, -1, q.shape[-1])  # heads that share keys lie side by side
-        scores = (q @ k.permute(1, 2, 0) * scale).view(heads, length, n)
-        if length > 1:
-            later = torch.ones(length, n, dtype=torch.bool).triu(n - length + 1)
-            scores = scores.masked_fill(later, -torch.inf)
-        sums[b] = scores.logsumexp(-1, keepdim=True)
-        weights = scores.softmax(-1).view(shared, -1, n)
-        out[b] = (weights @ v.transpose(0, 1)).view(heads, length, dim).transpose(0, 1).to(query.dtype)
-    return out, sums if return_lse else sums.new_empty(0)
+def _outside(length: int, n: int, before: int, after: int) -> Tensor:
+    """bool[length, n]: what a band leaves out. The last query's own key is the last one."""
+    place = torch.arange(n - length, n)[:, None]
+    key = torch.arange(n)
+    return (key < place - before) | (key > place + after)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """q: [S, N, D], k: [n, shared, D], v: [n, shared, Dv], hidden: [S or 1, n] -> [S, N, Dv], [S, N]. In one piece. A hidden key's value is
+    multiplied by 0, as a device may do that reads whole blocks: it had better be a number."""
+    length, heads, _ = q.shape
+    shared = k.shape[1]
+    q = q.view(length, shared, heads // shared, -1)
+    scores = torch.einsum("shgd,nhd->shgn", q, k) * scale
+    scores = scores.masked_fill(hidden[:, None, None], -torch.inf)
+    o = torch.einsum("shgn,nhd->shgd", scores.softmax(-1), v)
+    return o.flatten(1, 2), scores.logsumexp(-1).flatten(1)

@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from sglang_npu.backend import NpuBackend
 
-from sglang_core.api import DeviceInfo, DeviceRuntime, Kernel, KernelContext, RuntimeContext
+from sglang_core.api import Claims, DeviceInfo, DeviceRuntime, Kernel, KernelContext, RuntimeContext
 from sglang_npu_emulation import stubs
 
 AUTOLOAD = "TORCH_DEVICE_BACKEND_AUTOLOAD"
@@ -56,3 +56,8 @@ class EmulatedNpuBackend(NpuBackend):
 
         load()
         return [replace(kernel, provider=self.name) for kernel in super().kernels(ctx)]
+
+    def claims(self, ctx: KernelContext) -> Claims:
+        """And collectives, which are gloo's here: of HCCL's nothing is stated."""
+        claims = super().claims(ctx)
+        return replace(claims, profiles=(*claims.profiles, "comm"))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sglang_npu_emulation.contract import FLOATS, emulated, require, require_dtype
+from sglang_npu_emulation.contract import FLOATS, HALVES, emulated, require, require_dtype
+from sglang_npu_emulation.quantised import CODES, codes
 
 INNER = 65536
 DTYPES_OF_BIAS = {torch.float16: torch.float16, torch.bfloat16: torch.float32, torch.float32: torch.float32}
@@ -123,6 +124,8 @@ def grouped_matmul(
     *,
     bias: list[Tensor] | None = None,
     scale: list[Tensor] | None = None,
+    antiquant_scale: list[Tensor] | None = None,
+    antiquant_offset: list[Tensor] | None = None,
     per_token_scale: list[Tensor] | None = None,
     group_list: Tensor | None = None,
     split_item: int | None = 0,
@@ -131,10 +134,14 @@ def grouped_matmul(
     output_dtype: int | None = None,
     **others: object,
 ) -> list[Tensor]:
-    """One tensor of rows, one stack of matrices, one tensor of results: float, or int8 with a scale for each channel and token."""
+    """One tensor of rows, one stack of matrices, one tensor of results: float, int8 with a scale for each channel and token, or float by codes of 4 bits."""
     require(not others, f"{', '.join(others)}: not emulated")
     require(len(x) == len(weight) == 1 and split_item in (2, 3) and group_type == 0, "one x, one stack, one result")
     rows, stack = x[0], weight[0]
+    if stack.dtype == torch.int32:
+        stack = _numbers(stack, antiquant_scale, antiquant_offset, rows.dtype)
+    else:
+        require(antiquant_scale is None and antiquant_offset is None, "antiquant scales are of codes")
     require(
         rows.dtype == stack.dtype and rows.dim() == 2 and stack.dim() == 3, "x: [S, K], weight: [X, K, N], of one dtype"
     )
@@ -168,6 +175,26 @@ def grouped_matmul(
             y = y * factors[0][i] * factors[1].split(counts)[i][:, None]
         made.append((y if bias is None else y + bias[0][i].float()).to(dtype))
     return [torch.cat(made)]
+
+
+def _numbers(stack: Tensor, scale: list[Tensor] | None, offset: list[Tensor] | None, dtype: torch.dtype) -> Tensor:
+    """int32[X, K, N / 8] of codes, as npu_convert_weight_to_int4pack lays them -> [X, K, N] of what they stand for, rounded to the dtype of x."""
+    require_dtype(HALVES, x=torch.empty(0, dtype=dtype))
+    require(stack.dim() == 3 and stack.is_contiguous(), "weight: int32[X, K, N / 8], dense")
+    require(scale is not None and offset is not None and len(scale) == len(offset) == 1, "codes: a scale and an offset")
+    assert scale is not None and offset is not None
+    experts, inner, columns = stack.shape[0], stack.shape[1], stack.shape[2] * CODES
+    shape = scale[0].shape
+    require(
+        (len(shape) == 2 or (len(shape) == 3 and shape[1] > 1)) and (shape[0], shape[-1]) == (experts, columns),
+        f"scales [{experts}, {columns}], or [{experts}, G, {columns}], not {list(shape)}",
+    )
+    require(scale[0].dtype == offset[0].dtype == dtype, f"scales and offsets are of {dtype}")
+    require(offset[0].shape == shape, "offsets are like scales")
+    groups = shape[1] if len(shape) == 3 else 1
+    require(inner % groups == 0, f"{groups} groups of {inner} rows")
+    by_row = [s.view(experts, groups, columns).float().repeat_interleave(inner // groups, 1) for s in (*scale, *offset)]
+    return ((codes(stack) + by_row[1]) * by_row[0]).to(dtype)
 
 
 def _scales(

@@ -87,6 +87,11 @@ def convert_weight_to_int4pack(weight: Tensor, inner_k_tiles: int = 0) -> Tensor
     return packed
 
 
+def codes(weight: Tensor) -> Tensor:
+    """int32[..., N / 8] as they are laid above -> float32[..., N], -8 to 7."""
+    return torch.stack([(weight << (28 - 4 * i)) >> 28 for i in range(CODES)], dim=-1).flatten(-2).float()
+
+
 @emulated("npu_weight_quant_batchmatmul")
 def weight_quant_batchmatmul(
     x: Tensor,
@@ -125,7 +130,7 @@ def weight_quant_batchmatmul(
     )
     wanted = torch.float32 if x.dtype == torch.bfloat16 else x.dtype
     require(bias is None or (bias.dtype == wanted and bias.shape == (columns,)), f"bias: {wanted}[N]")
-    code = torch.stack([(weight << (28 - 4 * i)) >> 28 for i in range(CODES)], dim=-1).flatten(1).float()
+    code = codes(weight)
     spread = torch.arange(inner) // (size or inner)
     code = code if offset is None else code + offset.float()[spread]
     y = x.float() @ (code * antiquant_scale.float()[spread]).to(x.dtype).float()

@@ -70,10 +70,51 @@ def prefill() -> Call:
         "actual_seq_kvlen": [150],
         "block_table": torch.tensor([[2, 1]], dtype=torch.int32),
         "block_size": 128,
-        "sparse_mode": 3,
+        "sparse_mode": 4,
+        "pre_tokens": 2**31 - 1,
+        "next_tokens": 0,
         "atten_mask": triangle(),
     }
     return decode() | changes
+
+
+def windowed() -> Call:
+    """A decode whose first req does not see its first three keys."""
+    hidden = torch.zeros(2, 1, 1, 32, dtype=torch.bool)
+    hidden[0, ..., :3] = True
+    return decode() | {"atten_mask": hidden}
+
+
+def packed() -> Call:
+    """Queries of 3, 1 and 4 tokens."""
+    changes = {
+        "query": randn(8, 4, 128),
+        "key": randn(4, 128, 256, seed=1),
+        "value": randn(4, 128, 256, seed=2),
+        "actual_seq_qlen": [3, 4, 8],
+        "actual_seq_kvlen": [150, 9, 4],
+        "block_table": torch.tensor([[2, 1], [3, 0], [1, 0]], dtype=torch.int32),
+        "input_layout": "TND",
+        "pre_tokens": 4,
+    }
+    return prefill() | changes
+
+
+def coded() -> Call:
+    """Codes, each with a scale of its token and head."""
+    generator = torch.Generator().manual_seed(6)
+    codes = {
+        name: torch.randint(-127, 128, (6, 32, 64), generator=generator).to(torch.int8) for name in ("key", "value")
+    }
+    names = ("dequant_scale_key", "dequant_scale_value")
+    scales = {name: torch.rand(6, 2, 32, generator=generator) / 99 for name in names}
+    return decode() | codes | scales | {"block_size": 32, "key_quant_mode": 5, "value_quant_mode": 5}
+
+
+def unpaged() -> Call:
+    """A longer query, and its keys in a row."""
+    keys = {"key": randn(1, 150, 2, 32, seed=1), "value": randn(1, 150, 2, 32, seed=2)}
+    return prefill() | keys | {"block_table": None, "block_size": None}
 
 
 def latents() -> Call:
@@ -129,6 +170,17 @@ def grouped_int8() -> Call:
     return grouped() | {"x": [codes], "weight": [weight]} | scales
 
 
+def grouped_int4() -> Call:
+    codes = torch.randint(-8, 8, (3 * 32, 48), generator=torch.Generator().manual_seed(3)).to(torch.int32)
+    weight = torch.ops.npu.npu_convert_weight_to_int4pack(codes).view(3, 32, 6)
+    return grouped() | {
+        "weight": [weight],
+        "antiquant_scale": [randn(3, 2, 48)],
+        "antiquant_offset": [randn(3, 2, 48, seed=4)],
+        "bias": [randn(3, 48, dtype=torch.float32)],
+    }
+
+
 def finalize() -> Call:
     rows = {"expanded_permuted_rows": randn(6, 32), "skip1": None, "skip2": None, "bias": None, "scales": randn(3, 2)}
     return rows | {"expanded_src_to_dst_row": ints(2, 0, 4, 5, 1, 3), "export_for_source_row": None}
@@ -167,12 +219,17 @@ CALLS: dict[str, tuple[str, Callable[[], Call]]] = {
     "write": ("npu_scatter_pa_kv_cache", write),
     "decode": ("npu_fused_infer_attention_score_v2", decode),
     "prefill": ("npu_fused_infer_attention_score_v2", prefill),
+    "windowed": ("npu_fused_infer_attention_score_v2", windowed),
+    "packed": ("npu_fused_infer_attention_score_v2", packed),
+    "coded": ("npu_fused_infer_attention_score_v2", coded),
+    "unpaged": ("npu_fused_infer_attention_score_v2", unpaged),
     "latents": ("npu_fused_infer_attention_score_v2", latents),
     "gating": ("npu_moe_gating_top_k", gating),
     "gating_softmax": ("npu_moe_gating_top_k_softmax_v2", gating_softmax),
     "routing": ("npu_moe_init_routing_v2", routing),
     "grouped": ("npu_grouped_matmul", grouped),
     "grouped_int8": ("npu_grouped_matmul", grouped_int8),
+    "grouped_int4": ("npu_grouped_matmul", grouped_int4),
     "finalize": ("npu_moe_finalize_routing", finalize),
     "quant": ("npu_dynamic_quant", quant),
     "product": ("npu_quant_matmul", product),
@@ -213,7 +270,39 @@ BROKEN: list[tuple[str, Call]] = [
     ("decode", {"num_key_value_heads": 3}),
     ("decode", {"input_layout": "BSH"}),
     ("decode", {"query": randn(2, 1, 130, 32), "num_query_heads": 130}),
+    ("decode", {"learnable_sink": randn(4)}),
+    ("windowed", {"atten_mask": torch.zeros(2, 1, 1, 16, dtype=torch.bool)}),
+    ("windowed", {"atten_mask": torch.zeros(1, 1, 1, 32, dtype=torch.bool)}),
+    ("windowed", {"atten_mask": torch.zeros(2, 1, 1, 32)}),
+    ("windowed", {"atten_mask": torch.zeros(2, 1, 1, 64, dtype=torch.bool)[..., ::2]}),
+    ("coded", {"dequant_scale_value": None}),
+    ("coded", {"key_quant_mode": 0}),
+    ("coded", {"dequant_scale_key": torch.rand(6, 2, 32).half()}),
+    ("coded", {"dequant_scale_key": torch.rand(6, 32, 2)}),
+    ("coded", {"dequant_scale_key": torch.rand(6, 32, 2).mT}),
+    ("coded", {"value": randn(6, 32, 64)}),
+    ("coded", {"key": coded()["key"].view(12, 16, 64), "value": coded()["value"].view(12, 16, 64), "block_size": 16}),
+    ("decode", {"dequant_scale_key": torch.rand(6, 2, 16), "dequant_scale_value": torch.rand(6, 2, 16)}),
+    ("prefill", {name: coded()[name].view(-1, 64)[:128].expand(3, 128, 64).contiguous() for name in ("key", "value")}),
+    ("unpaged", {"actual_seq_kvlen": [149]}),
+    ("unpaged", {"query": randn(1, 1, 4, 32), "actual_seq_qlen": [1]}),
+    ("packed", {"actual_seq_qlen": None}),
+    ("packed", {"actual_seq_qlen": [3, 8]}),
+    ("packed", {"actual_seq_qlen": [4, 3, 8]}),
+    ("packed", {"actual_seq_qlen": [3, 4, 7]}),
+    ("packed", {"actual_seq_kvlen": [2, 9, 4]}),
+    ("packed", {"sparse_mode": 3}),
+    ("packed", {"pre_tokens": -1}),
+    ("packed", {"pre_tokens": -20, "next_tokens": 20}),
+    ("packed", {"query": randn(8, 4, 64), "key": randn(4, 128, 128), "value": randn(4, 128, 128)}),
+    ("packed", {name: randn(*packed()[name].shape, dtype=torch.float16) for name in ("query", "key", "value")}),
+    (
+        "packed",
+        {"key": randn(8, 64, 256), "value": randn(8, 64, 256), "block_size": 64, "actual_seq_kvlen": [90, 9, 4]},
+    ),
     ("prefill", {"sparse_mode": 0, "atten_mask": None}),
+    ("prefill", {"sparse_mode": 3}),
+    ("prefill", {"pre_tokens": 3, "next_tokens": -4}),
     ("prefill", {"atten_mask": None}),
     ("prefill", {"atten_mask": ~triangle()}),
     ("prefill", {"atten_mask": torch.ones(7, 150, dtype=torch.bool)}),
@@ -248,6 +337,14 @@ BROKEN: list[tuple[str, Call]] = [
     ("grouped_int8", {"per_token_scale": None}),
     ("grouped_int8", {"per_token_scale": [randn(6)]}),
     ("grouped_int8", {"bias": [randn(3, 48, dtype=torch.float32)]}),
+    ("grouped_int4", {"antiquant_offset": None}),
+    ("grouped_int4", {"antiquant_scale": [randn(3, 2, 48, dtype=torch.float32)]}),
+    ("grouped_int4", {"antiquant_scale": [randn(3, 3, 48)], "antiquant_offset": [randn(3, 3, 48)]}),
+    ("grouped_int4", {"antiquant_scale": [randn(3, 1, 48)], "antiquant_offset": [randn(3, 1, 48)]}),
+    ("grouped_int4", {"antiquant_scale": [randn(3, 48)]}),
+    ("grouped_int4", {"x": [randn(6, 32, dtype=torch.float32)]}),
+    ("grouped_int4", {"bias": [randn(3, 48)]}),
+    ("grouped_int4", {"weight": [torch.zeros(3, 6, 32, dtype=torch.int32).mT]}),
     ("finalize", {"scales": randn(3, 2, dtype=torch.float32)}),
     ("finalize", {"expanded_src_to_dst_row": ints(2, 0, 4, 5, 1, 6)}),
     ("finalize", {"drop_pad_mode": 2}),
@@ -327,19 +424,37 @@ def test_pages_are_read_through_the_table() -> None:
     assert torch.equal(torch.ops.npu.npu_fused_infer_attention_score_v2(**call)[0], o)
 
 
-def test_a_longer_query_sees_what_its_tokens_see_one_by_one() -> None:
-    call, (o, lse) = prefill(), run("prefill")
+def one_token(call: Call, query: Tensor, table: Tensor, num_keys: int, first: int) -> tuple[Tensor, Tensor]:
+    """What a query [4, D] sees of the keys [first, num_keys): o [4, D], lse [4]."""
+    hidden = torch.arange(table.numel() * 128) < first
+    alone = {"query": query[None, None], "actual_seq_kvlen": [num_keys], "block_table": table[None], "sparse_mode": 0}
+    alone |= {"input_layout": "BSND", "atten_mask": hidden[None, None, None]}
+    given = {k: v for k, v in (call | alone).items() if k not in ("actual_seq_qlen", "pre_tokens", "next_tokens")}
+    o, lse = torch.ops.npu.npu_fused_infer_attention_score_v2(**given)
+    return o[0, 0], lse[0, :, 0, 0]
+
+
+@pytest.mark.parametrize("before", [2**31 - 1, 6, 0])
+def test_a_longer_query_sees_what_its_tokens_see_one_by_one(before: int) -> None:
+    call = prefill()
+    o, lse = run("prefill", {"pre_tokens": before})
     for i in range(7):
-        one = call | {
-            "query": call["query"][:, i : i + 1],
-            "actual_seq_qlen": None,
-            "actual_seq_kvlen": [144 + i],
-            "sparse_mode": 0,
-        }
-        one = {k: v for k, v in one.items() if k not in ("atten_mask", "actual_seq_qlen")}
-        mine, my_lse = torch.ops.npu.npu_fused_infer_attention_score_v2(**one)
-        torch.testing.assert_close(o[:, i], mine[:, 0], atol=1e-2, rtol=1e-2)
-        torch.testing.assert_close(lse[:, :, i], my_lse[:, :, 0])
+        num_keys = 144 + i
+        expected = one_token(call, call["query"][0, i], call["block_table"][0], num_keys, num_keys - 1 - before)
+        torch.testing.assert_close(o[0, i], expected[0], atol=1e-2, rtol=1e-2)
+        torch.testing.assert_close(lse[0, :, i, 0], expected[1])
+
+
+def test_queries_in_one_call_see_what_their_tokens_see_one_by_one() -> None:
+    call, (o, lse) = packed(), run("packed")
+    row = 0
+    for length, total, table in zip((3, 1, 4), call["actual_seq_kvlen"], call["block_table"], strict=True):
+        for i in range(length):
+            num_keys = total - length + 1 + i
+            expected = one_token(call, call["query"][row], table, num_keys, num_keys - 5)
+            torch.testing.assert_close(o[row], expected[0], atol=1e-2, rtol=1e-2)
+            torch.testing.assert_close(lse[row, :, 0], expected[1])
+            row += 1
 
 
 def test_experts_get_their_rows_and_give_them_back() -> None:

@@ -34,10 +34,10 @@ class GpuBackend(Backend):
         return f"PyTorch {installed} is not built for {self.platform}; {self.install}"
 
     def create_runtime(self, ctx: RuntimeContext) -> DeviceRuntime:
-        from sglang_triton.gpu.driver import TorchDriver  # torch: not needed to list devices
+        from sglang_triton.gpu.driver import GpuDriver  # torch: not needed to list devices
         from sglang_triton.gpu.runtime import GpuRuntime
 
-        return GpuRuntime(ctx, TorchDriver(ctx.devices[0].index))
+        return GpuRuntime(ctx, GpuDriver(ctx.devices[0].index))
 
     def kernels(self, ctx: KernelContext) -> list[Kernel]:
         return [kernels.dense()]

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from gpu.fake_driver import FakeDriver
 from sglang_triton.gpu.backend import PROFILES
 from sglang_triton.gpu.runtime import GpuRuntime, batch_sizes
 
 from sglang_core import Engine
 from sglang_core.api import Claims, DeviceInfo, DeviceRuntime, KernelContext, RuntimeContext, TorchBackend
+from tests.backend.fake_driver import FakeDriver
 
 PROMPTS = ["The capital of France is", "One, two, three", "x", "Hello! How are you today?"]
 SETTINGS: dict[str, Any] = {

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from gpu.fake_driver import FakeDriver
 from sglang_triton.gpu.runtime import GpuRuntime
 
 from sglang_core.api import RuntimeContext
+from tests.backend.fake_driver import FakeDriver
 
 
 @pytest.mark.parametrize("replayed", [False, True])

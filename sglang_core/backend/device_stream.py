@@ -1,4 +1,4 @@
-"""`NpuStream`: a stream of the NPU, and a host thread that feeds it, so that who submits a step goes on at once."""
+"""`DeviceStream`: a stream of the device, and a host thread that feeds it, so that who submits a step goes on at once."""
 
 from __future__ import annotations
 
@@ -6,22 +6,22 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
-from sglang_core.api import HostStream
-from sglang_npu.driver import Driver, Event
+from sglang_core.backend.captured_driver import DeviceDriver, DeviceEvent
+from sglang_core.backend.torch_runtime import HostStream
 
 
-class NpuStream:
+class DeviceStream:
     """In order with itself; and what the submitting thread has put on its own stream so far, inputs for one, comes first."""
 
-    def __init__(self, driver: Driver) -> None:
+    def __init__(self, driver: DeviceDriver) -> None:
         self._driver, self._stream = driver, driver.new_stream()
         self._host = HostStream(driver.bind)
 
-    def submit(self, fn: Callable[..., Any], /, *args: Any) -> NpuWork:
+    def submit(self, fn: Callable[..., Any], /, *args: Any) -> DeviceWork:
         ready = self._driver.record(self._driver.current_stream())
-        return NpuWork(self._host.submit(self._launch, ready, fn, args), args)
+        return DeviceWork(self._host.submit(self._launch, ready, fn, args), args)
 
-    def _launch(self, ready: Event, fn: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Any, Event]:
+    def _launch(self, ready: DeviceEvent, fn: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Any, DeviceEvent]:
         with self._driver.on(self._stream):
             self._driver.wait(self._stream, ready)
             return fn(*args), self._driver.record(self._stream)
@@ -30,11 +30,14 @@ class NpuStream:
         self._host.close()
 
 
-class NpuWork:
-    """A submitted step. Holds its arguments until the NPU is done with them: their memory is of another stream, whose allocator would
-    give it away once the launch has returned."""
+class DeviceWork:
+    """A submitted step. Holds its arguments until the device is done with them.
 
-    def __init__(self, launched: Future[tuple[Any, Event]], args: tuple[Any, ...]) -> None:
+    They were allocated on another stream: were they freed as soon as the launch returns, the allocator would give their memory to the next
+    step's inputs while the device still reads it.
+    """
+
+    def __init__(self, launched: Future[tuple[Any, DeviceEvent]], args: tuple[Any, ...]) -> None:
         self._launched, self._args = launched, args
 
     def result(self, timeout: float | None = None) -> Any:

@@ -1,4 +1,4 @@
-"""The calls of NCCL that a communicator makes, on gloo: two processes, against what each collective means."""
+"""The calls that `FlatCommunicator` makes, on gloo: two processes, against what each collective means."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from sglang_triton.gpu.communicator import NcclCommunicator
+
+from sglang_core.api import FlatCommunicator
 
 SIZE = 2
 
@@ -16,7 +17,7 @@ SIZE = 2
 def check(rank: int, port: int) -> None:
     store = dist.TCPStore("127.0.0.1", port, SIZE, is_master=rank == 0, timeout=timedelta(seconds=60))
     dist.init_process_group("gloo", store=store, rank=rank, world_size=SIZE, timeout=timedelta(seconds=60))
-    comm = NcclCommunicator(dist.new_group([0, 1]), [0, 1], rank)
+    comm = FlatCommunicator(dist.new_group([0, 1]), [0, 1], rank)
     parts = [torch.arange(24.0).view(2, 3, 4) + 100 * r for r in range(SIZE)]
     mine = parts[rank]
     for dim in (0, 1, 2, -1):

@@ -1,4 +1,4 @@
-"""Steps are launched by a thread of their own, in an order that holds on a GPU."""
+"""Steps are launched by a thread of their own, in an order that holds on a device."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ import weakref
 
 import pytest
 import torch
-from gpu.fake_driver import FakeDriver, FakeStream, GpuError
-from sglang_triton.gpu.stream import GpuStream
+
+from sglang_core.api import DeviceStream
+from tests.backend.fake_driver import FakeDriver, FakeDriverError, FakeStream
 
 
 def test_inputs_of_the_submitting_thread_come_first() -> None:
     driver = FakeDriver(watch=True)
-    stream = GpuStream(driver)
+    stream = DeviceStream(driver)
     with driver.watching():
         x = torch.ones(4)
         y = stream.submit(lambda x: x + 1, x).result()
@@ -27,7 +28,7 @@ def test_the_fake_sees_a_stream_that_does_not_wait() -> None:
     with driver.watching():
         x = torch.ones(4)
     other = FakeStream()
-    with pytest.raises(GpuError, match="no event"), driver.on(other):
+    with pytest.raises(FakeDriverError, match="no event"), driver.on(other):
         x.add(1)
     with driver.on(other):
         driver.wait(other, driver.record(driver.default))
@@ -35,7 +36,7 @@ def test_the_fake_sees_a_stream_that_does_not_wait() -> None:
 
 
 def test_arguments_live_until_the_step_is_over() -> None:
-    stream, go = GpuStream(FakeDriver()), threading.Event()
+    stream, go = DeviceStream(FakeDriver()), threading.Event()
     x = torch.ones(4)
     seen = weakref.ref(x)
     work = stream.submit(lambda x: x.sum(), x)
@@ -50,7 +51,7 @@ def test_arguments_live_until_the_step_is_over() -> None:
 
 
 def test_an_error_of_a_step_is_raised_by_its_work_alone() -> None:
-    stream = GpuStream(FakeDriver())
+    stream = DeviceStream(FakeDriver())
     bad = stream.submit(lambda: 1 // 0)
     good = stream.submit(lambda: 5)
     with pytest.raises(ZeroDivisionError):

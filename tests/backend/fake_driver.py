@@ -1,6 +1,6 @@
-"""A GPU that is the host: streams whose order is checked, and captures that refuse what a GPU refuses.
+"""A device that is the host: streams whose order is checked, and captures that refuse what a device refuses.
 
-Work runs when it is launched. What is checked is what would have gone wrong on a GPU: an op touches memory that another stream wrote, and
+Work runs when it is launched. What is checked is what would have gone wrong on a device: an op touches memory that another stream wrote, and
 no event says that it is over; a capture reads a value on the host, or waits; a graph's memory is read after another graph ran.
 """
 
@@ -20,8 +20,8 @@ from torch.utils._pytree import tree_leaves
 HOST_READS = ("aten.item", "aten._local_scalar_dense", "aten.nonzero", "aten.masked_select", "aten.equal")
 
 
-class GpuError(RuntimeError):
-    """What a GPU's driver would refuse, or get wrong."""
+class FakeDriverError(RuntimeError):
+    """What a device's driver would refuse, or get wrong."""
 
 
 @dataclass(eq=False)
@@ -38,7 +38,7 @@ class FakeEvent:
 
     def synchronize(self) -> None:
         if self.driver.capturing is not None:
-            raise GpuError("the host waits while a stream is captured")
+            raise FakeDriverError("the host waits while a stream is captured")
         merge(self.driver.current_stream().clock, self.clock)
 
     def query(self) -> bool:
@@ -90,7 +90,7 @@ class FakeDriver:
 
     def synchronize(self) -> None:
         if self.capturing is not None:
-            raise GpuError("the host waits while a stream is captured")
+            raise FakeDriverError("the host waits while a stream is captured")
 
     def new_stream(self) -> FakeStream:
         return FakeStream()
@@ -138,13 +138,16 @@ class FakeDriver:
         self.graphs.append(graph)
         return graph, result
 
+    def pinned(self, num_bytes: int) -> Tensor:
+        return torch.empty(num_bytes, dtype=torch.uint8)
+
     def touched(self, memory: int, *, wrote: bool) -> None:
         stream = self.current_stream()
         with self.lock:
             if memory in self.writes:
                 writer, count = self.writes[memory]
                 if writer != id(stream) and stream.clock.get(writer, 0) < count:
-                    raise GpuError("an op touches what another stream writes, and no event says that it is over")
+                    raise FakeDriverError("an op touches what another stream writes, and no event says that it is over")
             if wrote:
                 stream.clock[id(stream)] = stream.clock.get(id(stream), 0) + 1
                 self.writes[memory] = id(stream), stream.clock[id(stream)]
@@ -194,7 +197,7 @@ class Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         by_mask = func is torch.ops.aten.index.Tensor and any(t is not None and t.dtype is torch.bool for t in args[1])
         if by_mask or str(func.overloadpacket) in HOST_READS:
-            raise GpuError(f"{func} reads a value on the host while a stream is captured")
+            raise FakeDriverError(f"{func} reads a value on the host while a stream is captured")
         made = {t.untyped_storage()._cdata for *_, results in self.ops for t in results if isinstance(t, Tensor)}
         inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         for t in inputs:

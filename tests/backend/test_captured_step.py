@@ -1,4 +1,4 @@
-"""Captured steps: replayed on new inputs, each result whole, and refused where a GPU would refuse the capture."""
+"""Captured steps: replayed on new inputs, each result whole, and refused where a device would refuse the capture."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from gpu.fake_driver import FakeDriver, GpuError
-from sglang_triton.gpu.graphs import VARIANTS_PER_BUCKET, GraphedStep
 from torch import Tensor
+
+from sglang_core.api import CapturedSteps
+from sglang_core.backend.captured_step import VARIANTS_PER_BUCKET
+from tests.backend.fake_driver import FakeDriver, FakeDriverError
 
 
 @dataclass
@@ -26,10 +28,10 @@ def step(state: list[Tensor], batch: Batch) -> Tensor:
 
 def test_a_replay_is_the_step() -> None:
     driver, state = FakeDriver(), [torch.zeros(())]
-    graphed = GraphedStep(step, state, driver, 1)
-    graphed(Batch(torch.zeros(3)))
+    captured = CapturedSteps(step, state, driver.capture, 1)
+    captured(Batch(torch.zeros(3)))
     state[0].zero_()
-    first, second = graphed(Batch(torch.tensor([1.0, 2, 3]))), graphed(Batch(torch.tensor([4.0, 5, 6])))
+    first, second = captured(Batch(torch.tensor([1.0, 2, 3]))), captured(Batch(torch.tensor([4.0, 5, 6])))
     assert first.tolist() == [2, 3, 4] and second.tolist() == [5, 6, 7]
     assert state[0] == 9 + 18
     assert len(driver.graphs) == 1 and driver.num_replays == 3
@@ -37,23 +39,23 @@ def test_a_replay_is_the_step() -> None:
 
 def test_graphs_share_memory_and_results_do_not() -> None:
     driver = FakeDriver()
-    graphed = GraphedStep(step, [torch.zeros(())], driver, 2)
-    short, long = (graphed(Batch(torch.zeros(n), scale=2)) for n in (2, 5))
+    captured = CapturedSteps(step, [torch.zeros(())], driver.capture, 2)
+    short, long = (captured(Batch(torch.zeros(n), scale=2)) for n in (2, 5))
     assert short.tolist() == [2, 2] and long.tolist() == [2] * 5
-    assert graphed(Batch(torch.ones(2), scale=2)).tolist() == [4, 4] and long.tolist() == [2] * 5
+    assert captured(Batch(torch.ones(2), scale=2)).tolist() == [4, 4] and long.tolist() == [2] * 5
     assert len(driver.graphs) == 2
 
 
 def test_static_values_have_graphs_of_their_own() -> None:
-    graphed = GraphedStep(step, [torch.zeros(())], driver := FakeDriver(), 1)
-    made = [graphed(Batch(torch.ones(2), scale=scale))[0].item() for scale in (1, 3, 1, 3)]
+    captured = CapturedSteps(step, [torch.zeros(())], (driver := FakeDriver()).capture, 1)
+    made = [captured(Batch(torch.ones(2), scale=scale))[0].item() for scale in (1, 3, 1, 3)]
     assert made == [2, 6, 2, 6] and len(driver.graphs) == 2
 
 
 def test_kinds_beyond_the_limit_run_as_they_are(caplog: pytest.LogCaptureFixture) -> None:
-    graphed = GraphedStep(step, [torch.zeros(())], driver := FakeDriver(), 1)
+    captured = CapturedSteps(step, [torch.zeros(())], (driver := FakeDriver()).capture, 1)
     for scale in range(VARIANTS_PER_BUCKET + 2):
-        assert graphed(Batch(torch.ones(2), scale=scale))[0] == 2 * scale
+        assert captured(Batch(torch.ones(2), scale=scale))[0] == 2 * scale
     assert len(driver.graphs) == VARIANTS_PER_BUCKET
     assert [record.message.split(":")[0] for record in caplog.records] == ["a step runs without a graph"]
 
@@ -63,9 +65,9 @@ def test_kinds_beyond_the_limit_run_as_they_are(caplog: pytest.LogCaptureFixture
 )
 def test_a_capture_refuses_reads_on_the_host(read: Any) -> None:
     driver = FakeDriver()
-    graphed = GraphedStep(lambda state, batch: batch.x * read(batch.x), None, driver, 1)
-    with pytest.raises(GpuError, match="on the host"):
-        graphed(Batch(torch.ones(2)))
+    captured = CapturedSteps(lambda state, batch: batch.x * read(batch.x), None, driver.capture, 1)
+    with pytest.raises(FakeDriverError, match="on the host"):
+        captured(Batch(torch.ones(2)))
     assert driver.capturing is None
 
 
@@ -77,5 +79,5 @@ def test_a_capture_refuses_to_wait() -> None:
             driver.record(driver.current_stream()).synchronize()
         return batch.x
 
-    with pytest.raises(GpuError, match="waits"):
-        GraphedStep(waits, None, driver, 1)(Batch(torch.ones(2)))
+    with pytest.raises(FakeDriverError, match="waits"):
+        CapturedSteps(waits, None, driver.capture, 1)(Batch(torch.ones(2)))

@@ -1,4 +1,4 @@
-"""`GraphedStep`: a step function whose bucketed batches are captured once each and replayed, with no launch of a kernel by the host."""
+"""`CapturedSteps`: a step function whose bucketed batches are captured once each and replayed, with no launch of a kernel by the host."""
 
 from __future__ import annotations
 
@@ -9,50 +9,50 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sglang_core.api import leaves, map_tensors
-from sglang_triton.gpu.driver import Driver, Graph
+from sglang_core.backend.captured_driver import DeviceGraph
+from sglang_core.backend.tensor_tree import leaves, map_tensors
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 VARIANTS_PER_BUCKET = 8  # which optional inputs are there, and static parts of plans
+Capture = Callable[[Callable[[], Any]], tuple[DeviceGraph, Any]]  # as `DeviceDriver.capture`
 
 
-class GraphedStep:
+class CapturedSteps:
     """Called as the step is. A graph belongs to the shapes, dtypes and static values of its batch.
 
     The first batch of a kind runs as it is, which compiles what kernels compile late, and is then captured: at start-up, for the core sends a
-    batch of every bucket through. Kinds beyond `limit` run as they are, and the log says so once.
+    batch of every bucket through. Kinds beyond the limit run as they are, and the log says so once.
     """
 
-    def __init__(self, fn: Callable[..., Any], state: Any, driver: Driver, num_buckets: int) -> None:
-        self._fn, self._state, self._driver = fn, state, driver
+    def __init__(self, fn: Callable[..., Any], state: Any, capture: Capture, num_buckets: int) -> None:
+        self._fn, self._state, self._capture = fn, state, capture
         self._limit = num_buckets * VARIANTS_PER_BUCKET
-        self._graphs: dict[Hashable, CapturedStep] = {}
+        self._steps: dict[Hashable, CapturedStep] = {}
 
     def __call__(self, batch: Any) -> Any:
         kind = _kind(batch)
         with torch.inference_mode():
-            if kind in self._graphs:
-                return self._graphs[kind].replay(batch)
-            if len(self._graphs) == self._limit:
-                log.warning(
+            if kind in self._steps:
+                return self._steps[kind].replay(batch)
+            if len(self._steps) == self._limit:
+                logger.warning(
                     "a step runs without a graph: %d kinds of step have one, the most there may be", self._limit
                 )
                 self._limit = -1  # said once
-            if len(self._graphs) < self._limit:
-                self._graphs[kind] = CapturedStep(self._fn, self._state, batch, self._driver)
-                return self._graphs[kind].replay(batch)
+            if len(self._steps) < self._limit:
+                self._steps[kind] = CapturedStep(self._fn, self._state, batch, self._capture)
+                return self._steps[kind].replay(batch)
             return self._fn(self._state, batch)
 
 
 class CapturedStep:
     """The graph of one kind of batch, and the tensors that it reads in place of a batch's."""
 
-    def __init__(self, fn: Callable[..., Any], state: Any, batch: Any, driver: Driver) -> None:
+    def __init__(self, fn: Callable[..., Any], state: Any, batch: Any, capture: Capture) -> None:
         self._inputs = [x.clone() for x in _tensors(batch)]
         fn(state, self._own(batch))
-        self._graph: Graph
-        self._graph, self._outputs = driver.capture(lambda: fn(state, self._own(batch)))
+        self._graph, self._outputs = capture(lambda: fn(state, self._own(batch)))
 
     def _own(self, batch: Any) -> Any:
         """The batch over this graph's tensors. A new one each time: a step may rebind its batch's fields."""
@@ -61,7 +61,12 @@ class CapturedStep:
 
     def replay(self, batch: Any) -> Any:
         """New tensors: the graph's own are in memory that the next replay, of whichever graph, may overwrite."""
-        torch._foreach_copy_(self._inputs, list(_tensors(batch)))
+        pairs = list(zip(self._inputs, _tensors(batch), strict=True))
+        for own, given in pairs:
+            if own.is_cpu:  # what kernels are told as host integers
+                own.copy_(given)
+        if on_device := [pair for pair in pairs if not pair[0].is_cpu]:
+            torch._foreach_copy_([own for own, _ in on_device], [given for _, given in on_device])
         self._graph.replay()
         return map_tensors(self._outputs, lambda _, x: x.clone(), "")
 

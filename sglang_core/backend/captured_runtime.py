@@ -1,0 +1,92 @@
+"""`CapturedRuntime`: a device with streams of its own, which captures a decode step's launches and replays them."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import Any, ClassVar, Generic, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from sglang_core.backend.captured_driver import DeviceDriver, DeviceGraph
+from sglang_core.backend.captured_step import CapturedSteps
+from sglang_core.backend.communicator import Communicator, FlatCommunicator, LocalCommunicator
+from sglang_core.backend.device_stream import DeviceStream
+from sglang_core.backend.interface import Bucket, MemoryInfo, RuntimeContext, Stream
+from sglang_core.backend.torch_runtime import TorchRuntime
+
+D = TypeVar("D", bound=DeviceDriver)
+
+
+class CapturedRuntime(TorchRuntime, Generic[D]):
+    """Decode steps are padded to buckets and replayed as graphs; prefills run in their own shapes, kernel by kernel.
+
+    Where every op is watched (`ctx.watched`) there are no buckets and no graphs: a replay calls no op.
+    """
+
+    takes_exact_shapes = True
+    collectives: ClassVar[str]  # the backend of torch.distributed
+    most_captured_reqs: ClassVar[int]  # in a longer step the kernels outlast the host's launching of them
+
+    def __init__(self, ctx: RuntimeContext, driver: D) -> None:
+        driver.bind()
+        super().__init__(ctx, driver.device)
+        self.driver = driver
+
+    @abstractmethod
+    def batch_sizes(self, largest: int) -> list[int]:
+        """Numbers of reqs that a decode step is padded to, ascending, the last of them `largest`."""
+
+    def group_options(self) -> dict[str, Any]:
+        """What `init_process_group` is told beside ranks and time."""
+        return {}
+
+    def capture(self, fn: Callable[[], Any]) -> tuple[DeviceGraph, Any]:
+        return self.driver.capture(fn)
+
+    def memory(self) -> MemoryInfo:
+        free, total = self.driver.memory()
+        return MemoryInfo(total=total, free=free)
+
+    def num_allocations(self) -> int | None:
+        return self.driver.num_allocations()
+
+    def synchronize(self) -> None:
+        self.driver.synchronize()
+
+    def stream(self) -> Stream:
+        return DeviceStream(self.driver)
+
+    def buckets(self, *, max_num_tokens: int, max_num_reqs: int, max_num_pages: int) -> Sequence[Bucket]:
+        """Decode steps, the largest first: graphs share their memory, and what the first one takes is enough for all."""
+        if self.ctx.watched:
+            return ()
+        return [
+            Bucket(num_tokens=size, num_reqs=size, max_extend=1, num_pages=max_num_pages)
+            for size in reversed(self.batch_sizes(min(max_num_reqs, self.most_captured_reqs)))
+        ]
+
+    def compile_step(self, fn: Callable[..., Any], state: Any, buckets: Sequence[Bucket]) -> Callable[..., Any]:
+        if not buckets:
+            return super().compile_step(fn, state, buckets)
+        return CapturedSteps(fn, state, self.capture, len(buckets))
+
+    def alloc_packed(self, num_bytes: int) -> torch.Tensor:
+        return self.driver.pinned(num_bytes)
+
+    def communicator(self, ranks: Sequence[int], rank: int, store: Any) -> Communicator:
+        if len(ranks) == 1:
+            return LocalCommunicator()
+        timeout = timedelta(seconds=self.ctx.dist_timeout)
+        if not dist.is_initialized():
+            dist.init_process_group(
+                self.collectives,
+                store=store,
+                rank=self.ctx.rank,
+                world_size=self.ctx.world_size,
+                timeout=timeout,
+                **self.group_options(),
+            )
+        return FlatCommunicator(dist.new_group(list(ranks), timeout=timeout), ranks, rank)
