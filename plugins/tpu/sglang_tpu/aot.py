@@ -22,9 +22,10 @@ from pathlib import Path
 from typing import Any
 
 from sglang_tpu.chips import CHIPS
+from sglang_tpu.hlo import unbroken
 
 SECTION = "kernels"  # of the budget file
-MODULES = ("sglang_tpu.attention_aot",)  # each has a tuple AOT
+MODULES = ("sglang_tpu.attention_aot", "sglang_tpu.aot_matmul")  # each has a tuple AOT
 VMEM = "1"  # a memory space, as XLA numbers them
 
 
@@ -36,7 +37,8 @@ class AotSpec:
     case: str
     fn: Callable[..., Any]
     args: tuple[Any, ...]  # trees of jax.ShapeDtypeStruct
-    donated: int  # which of them the function changes where it is, and must not copy
+    uncopied: int  # which of them must stay where and as they lie: a pool, weights
+    donated: bool = False  # and is changed there
 
     @property
     def title(self) -> str:
@@ -67,12 +69,14 @@ def compile_spec(spec: AotSpec, chip: str) -> Any:
     placed = NamedSharding(mesh, PartitionSpec())
     args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed), spec.args)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        return jax.jit(spec.fn, donate_argnums=spec.donated).lower(*args).compile()
+        return jax.jit(spec.fn, donate_argnums=spec.uncopied if spec.donated else ()).lower(*args).compile()
 
 
 def usage_of(compiled: Any) -> Usage:
     """Raises LookupError where the program has no kernel: XLA would have taken over all of it."""
-    kernels = [line for line in compiled.as_text().splitlines() if 'custom_call_target="tpu_custom_call"' in line]
+    kernels = [
+        line for line in unbroken(compiled.as_text()).splitlines() if 'custom_call_target="tpu_custom_call"' in line
+    ]
     if not kernels:
         raise LookupError("no kernel in the program")
     return Usage(
@@ -88,14 +92,14 @@ def scoped_vmem(instruction: str) -> Iterator[int]:
 
 
 def copies(compiled: Any, spec: AotSpec) -> Iterator[str]:
-    """Copies as large as something that is donated, in words: a pool that XLA moves, or turns around, in every step."""
+    """Copies in HBM as large as something that is to stay where it is, in words: a pool or a weight that XLA turns around in every step."""
     import jax
 
-    donated = {(math.prod(x.shape), x.dtype.itemsize) for x in jax.tree.leaves(spec.args[spec.donated])}
-    for name, dims in re.findall(
-        r"%?([\w.-]+) = \(?\w+\[([\d,]+)\]\S* (?:copy|copy-start|transpose)\(", compiled.as_text()
+    held = {math.prod(x.shape) for x in jax.tree.leaves(spec.args[spec.uncopied])}
+    for name, dims, layout in re.findall(
+        r"%?([\w.-]+) = \(?\w+\[([\d,]+)\](\S*) (?:copy|copy-start|transpose)\(", compiled.as_text()
     ):
-        if math.prod(int(d) for d in dims.split(",")) in {count for count, _ in donated}:
+        if math.prod(int(d) for d in dims.split(",")) in held and f"S({VMEM})" not in layout:
             yield f"{name} copies [{dims}]"
 
 
@@ -146,16 +150,19 @@ def main(argv: list[str] | None = None) -> int:
     target.add_argument("--write", type=Path, metavar="FILE")
     args = parser.parse_args(argv)
     path = args.check or args.write
-    whole = json.loads(path.read_text()) if path.is_file() else {}
-    kept = whole.setdefault(SECTION, {})
-    used, wrong = examine(specs(args.only), args.chip or CHIPS, kept if args.check else None)
+    used, wrong = examine(specs(args.only), args.chip or CHIPS, _read(path).get(SECTION, {}) if args.check else None)
     if args.write:
+        whole = _read(path)  # as it is by now
         for chip, of_chip in used.items():
-            kept.setdefault(chip, {}).update(of_chip)
+            whole.setdefault(SECTION, {}).setdefault(chip, {}).update(of_chip)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(whole, indent=1, sort_keys=True) + "\n")
     print("\n".join(wrong), file=sys.stderr)
     return 1 if wrong else 0
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text()) if path.is_file() else {}
 
 
 if __name__ == "__main__":

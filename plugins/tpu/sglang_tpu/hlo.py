@@ -1,17 +1,20 @@
 """What a compiled program moves: a reader of XLA's optimised HLO text, scheduled for one TPU core.
 
 XLA's own cost model is made for choosing between fusions and is unreliable on bytes. Here each instruction of the program that reads or
-writes HBM counts what it reads and writes, once; what is in vector memory (memory space 1 of a layout) counts nothing.
+writes HBM counts what it reads and writes, once; what is in vector memory (memory space 1 of a layout) counts nothing. A kernel that reads
+parts of its operands, or some of them several times, says so in its metadata.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
+READS = "reads"  # in a kernel's metadata: bytes that it reads of each of its operands at most, where that is not all of them
 HBM, HOST = 0, 5  # memory spaces, as layouts number them
 BITS = {"pred": 8, "token": 0, "opaque": 0}
 FREE = {
@@ -33,6 +36,8 @@ _TILE = re.compile(r"T\(([\d,*]+)\)")
 _SPACE = re.compile(r"S\((\d+)\)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _ALIASED = re.compile(r"output_to_operand_aliasing=\{(.*?)\}(?:, [a-z]|$)")
+_METADATA = re.compile(r"kernel_metadata=\{\n(.*?)\n\}", re.DOTALL)
+_READS = re.compile(rf'"{READS}":"(\[[\d, ]*\])"')
 _CALLEE = re.compile(r"(?:calls|body|to_apply|branch_computations|called_computations)=\{?(%[\w.-]+(?:, %[\w.-]+)*)\}?")
 
 
@@ -94,6 +99,7 @@ class Module:
     """The text of a compiled program (`jax.stages.Compiled.as_text`)."""
 
     def __init__(self, text: str) -> None:
+        text = unbroken(text)
         self.header = text.partition("\n")[0]
         self.computations: dict[str, Computation] = {}
         body: dict[str, Instruction] = {}
@@ -152,7 +158,10 @@ class Module:
             case opcode if opcode in WRITES_PART:
                 part = read[WRITES_PART[opcode]]
                 return part.hbm + (part.nbytes if i.arrays[0].space == HBM else 0)
-        return sum(a.hbm for a in read) + sum(a.hbm for n, a in enumerate(i.arrays) if n not in _aliased(i))
+        stated = _READS.search(i.attributes)
+        taken = [a.nbytes for a in read] if stated is None else json.loads(stated[1])
+        total: int = sum(n for n, a in zip(taken, read, strict=True) if a.space == HBM)
+        return total + sum(a.hbm for n, a in enumerate(i.arrays) if n not in _aliased(i))
 
     def _called(self, i: Instruction) -> list[Computation]:
         return [self.computations[name] for name in i.callees]
@@ -198,6 +207,11 @@ class Module:
             (inner,) = self._called(origin)
             return self._written(inner, inner.root)
         return 0 if origin.opcode == "parameter" and origin is value else value.arrays[0].nbytes
+
+
+def unbroken(text: str) -> str:
+    """Each instruction on one line: what a kernel says of itself is printed on lines of its own."""
+    return _METADATA.sub(lambda found: f"kernel_metadata={{{found[1]}}}", text)
 
 
 def _meets_host(i: Instruction) -> bool:

@@ -55,7 +55,7 @@ def test_what_does_not_fit_vmem_is_an_error() -> None:
         )(x)
 
     spec = aot.AotSpec(
-        op="double", case="1 GiB", fn=double, args=(jax.ShapeDtypeStruct((1 << 20, 256), jnp.float32),), donated=0
+        op="double", case="1 GiB", fn=double, args=(jax.ShapeDtypeStruct((1 << 20, 256), jnp.float32),), uncopied=0
     )
     used, wrong = aot.problems(spec, "v6e", None)
     assert used is None and "does not compile" in wrong[0] and "vmem" in wrong[0].lower()
