@@ -8,7 +8,7 @@ MODEL  ?= demo
 DEVICE ?= auto
 ARGS   ?=
 
-.PHONY: install serve test lint types test-core test-slow test-conformance test-xeon test-triton test-triton-slow test-tpu test-npu test-gpu test-isa reports format clean
+.PHONY: install serve test lint types test-core test-slow test-conformance test-xeon test-triton test-triton-slow test-tpu test-tpu-slow test-npu test-gpu test-isa reports format clean
 
 install: $(VENV)/.installed
 
@@ -61,11 +61,16 @@ test-triton-slow: install
 TPU_VENV := .venv-tpu
 test-tpu: $(TPU_VENV)/.installed
 	JAX_PLATFORMS=cpu $(TPU_VENV)/bin/python -m pytest plugins/tpu/tests
-	JAX_PLATFORMS=cpu $(TPU_VENV)/bin/python -m sglang_tpu.aot --check benchmarks/tpu/budgets.json
-	$(TPU_VENV)/bin/python benchmarks/tpu/steps.py --only "llama-3.1-8b num_hidden_layers" --chip v6e
+	JAX_PLATFORMS=cpu $(TPU_VENV)/bin/python -m sglang_tpu.aot --check benchmarks/tpu/budgets.json --chip v6e --only attn --only "16 tokens"
+	$(TPU_VENV)/bin/python benchmarks/tpu/steps.py --quick --chip v6e
 	JAX_PLATFORMS=cpu JAX_DISABLE_MOST_OPTIMIZATIONS=1 $(TPU_VENV)/bin/sglang-conformance run tpu:cpu --level ops --jobs 2 --num-threads 1 \
 	  -k runtime. -k graph. -k norm. -k act. -k rope. -k embed. -k logits. -k sample. -k moe.route \
 	  -k "attn.mla_paged[decode" -k "attn.mla_paged[mixed" -k "attn.mla_paged[prefill" -k "attn.mla_paged[pa"
+
+# Every kernel and every step of the budgets, for every chip: half an hour.
+test-tpu-slow: $(TPU_VENV)/.installed
+	JAX_PLATFORMS=cpu $(TPU_VENV)/bin/python -m sglang_tpu.aot --check benchmarks/tpu/budgets.json
+	$(TPU_VENV)/bin/python benchmarks/tpu/steps.py
 
 $(TPU_VENV)/.installed: pyproject.toml plugins/tpu/pyproject.toml conformance/pyproject.toml
 	$(PYTHON) -m venv $(TPU_VENV)

@@ -2,6 +2,7 @@
 
     python benchmarks/tpu/steps.py                                  # all, against the section "steps" of budgets.json
     python benchmarks/tpu/steps.py --only llama --chip v6e          # some
+    python benchmarks/tpu/steps.py --quick --chip v6e               # a minute or two
     python benchmarks/tpu/steps.py --write                          # what is used now becomes the budget
 
 Nothing of a model is allocated. A decode step's traffic, counted in the compiled program, is shown over the least it could be: its
@@ -52,7 +53,7 @@ STORED: Mapping[str, Mapping[str, Any]] = {  # what config.json says of each for
         }
     },
 }
-BUDGETED = ("arguments", "results", "temporary", "traffic")
+BUDGETED = ("arguments", "results", "temporary", "vmem", "traffic")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,6 +69,7 @@ class Case:
     num_reqs: int = 8
     length: int = 1024
     prompt: int = 256
+    quick: bool = False  # for a run of some minutes: one case of each model
 
     @property
     def name(self) -> str:
@@ -92,9 +94,9 @@ LARGE = ("v6e", "7x")  # chips that what 16 GiB do not hold fits on
 
 CASES = (
     Case(config="llama-3.1-8b", chips=LARGE),
-    *(Case(config="llama-3.1-8b", changes=LLAMA, chips=ALL, num_devices=n) for n in (1, 4, 8)),
-    *(Case(config="qwen3-30b-a3b", changes=QWEN, chips=ALL, num_devices=n) for n in (1, 4, 8)),
-    Case(config="deepseek-v3", changes=DEEPSEEK, chips=LARGE),
+    *(Case(config="llama-3.1-8b", changes=LLAMA, chips=ALL, num_devices=n, quick=n == 1) for n in (1, 4, 8)),
+    *(Case(config="qwen3-30b-a3b", changes=QWEN, chips=ALL, num_devices=n, quick=n == 4) for n in (1, 4, 8)),
+    Case(config="deepseek-v3", changes=DEEPSEEK, chips=LARGE, quick=True),
     Case(config="deepseek-v3", fmt="fp8.block128", changes=DEEPSEEK, chips=ALL),
     *(Case(config="deepseek-v3", changes=DEEPSEEK, chips=ALL, num_devices=n) for n in (4, 8)),
 )
@@ -195,7 +197,7 @@ def examine(case: Case, chip: str, budgets: Mapping[str, Any] | None) -> tuple[d
             wrong += [f"{chip} {key}: {text}" for text in problems(step, budget, CHIPS[chip].hbm_bytes)]
             over = f", {step.traffic / least:.3f} of the least" if least and step.name == "forward_step" else ""
             print(
-                f"{chip} {key}: {gib(step.arguments)} arguments, {gib(step.temporary)} temporary, {gib(step.held)} in all; "
+                f"{chip} {key}: {gib(step.arguments)} arguments, {gib(step.temporary)} temporary, {gib(step.held)} in all, {gib(step.vmem)} VMEM; "
                 f"moves {gib(step.traffic)}{over}",
                 flush=True,
             )
@@ -212,12 +214,13 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--chip", nargs="+", choices=list(CHIPS), default=list(CHIPS))
     parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name contains TEXT")
+    parser.add_argument("--quick", action="store_true", help="one case of each model")
     parser.add_argument("--write", action="store_true", help="make what is used now the budget")
     args = parser.parse_args(argv)
     budgets = json.loads(BUDGETS.read_text()).get(SECTION, {}) if BUDGETS.exists() else {}
     wrong: list[str] = []
-    for case in CASES:
-        for chip in [c for c in args.chip if c in case.chips and args.only in case.name]:
+    for case in [c for c in CASES if args.only in c.name and (c.quick or not args.quick)]:
+        for chip in [c for c in args.chip if c in case.chips]:
             made, found = examine(case, chip, None if args.write else budgets.get(chip, {}))
             wrong += found
             if args.write:

@@ -22,11 +22,10 @@ from pathlib import Path
 from typing import Any
 
 from sglang_tpu.chips import CHIPS
-from sglang_tpu.hlo import unbroken
+from sglang_tpu.hlo import VMEM, Module
 
 SECTION = "kernels"  # of the budget file
 MODULES = ("sglang_tpu.attention_aot", "sglang_tpu.aot_matmul")  # each has a tuple AOT
-VMEM = "1"  # a memory space, as XLA numbers them
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,9 +52,10 @@ class Usage:
     temporary: int
 
 
-def specs(only: str = "") -> list[AotSpec]:
-    """Of every module; with `only`, those whose title contains it."""
-    return [spec for name in MODULES for spec in importlib.import_module(name).AOT if only in spec.title]
+def specs(*only: str) -> list[AotSpec]:
+    """Of every module; with `only`, those whose title contains one of them."""
+    found = [spec for name in MODULES for spec in importlib.import_module(name).AOT]
+    return [spec for spec in found if not only or any(text in spec.title for text in only)]
 
 
 def compile_spec(spec: AotSpec, chip: str) -> Any:
@@ -74,21 +74,10 @@ def compile_spec(spec: AotSpec, chip: str) -> Any:
 
 def usage_of(compiled: Any) -> Usage:
     """Raises LookupError where the program has no kernel: XLA would have taken over all of it."""
-    kernels = [
-        line for line in unbroken(compiled.as_text()).splitlines() if 'custom_call_target="tpu_custom_call"' in line
-    ]
+    kernels = [i.vmem for i in Module(compiled.as_text()).instructions if i.target == "tpu_custom_call"]
     if not kernels:
         raise LookupError("no kernel in the program")
-    return Usage(
-        vmem=max(sum(scoped_vmem(line)) for line in kernels),
-        temporary=compiled.memory_analysis().temp_size_in_bytes,
-    )
-
-
-def scoped_vmem(instruction: str) -> Iterator[int]:
-    """Sizes of what an instruction has of VMEM for itself, as XLA notes it beside the instruction."""
-    for found in re.findall(r'"used_scoped_memory_configs":(\[[^\]]*\])', instruction):
-        yield from (int(each["size"]) for each in json.loads(found) if each["memory_space"] == VMEM)
+    return Usage(vmem=max(kernels), temporary=compiled.memory_analysis().temp_size_in_bytes)
 
 
 def copies(compiled: Any, spec: AotSpec) -> Iterator[str]:
@@ -144,13 +133,13 @@ def main(argv: list[str] | None = None) -> int:
     """0: all compiles, within its budgets. 1: not so."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--chip", choices=CHIPS, action="append", help="all by default")
-    parser.add_argument("--only", default="", metavar="TEXT", help="kernels whose title contains it")
+    parser.add_argument("--only", default=[], action="append", metavar="TEXT", help="kernels whose title contains it")
     target = parser.add_mutually_exclusive_group(required=True)
     target.add_argument("--check", type=Path, metavar="FILE")
     target.add_argument("--write", type=Path, metavar="FILE")
     args = parser.parse_args(argv)
     path = args.check or args.write
-    used, wrong = examine(specs(args.only), args.chip or CHIPS, _read(path).get(SECTION, {}) if args.check else None)
+    used, wrong = examine(specs(*args.only), args.chip or CHIPS, _read(path).get(SECTION, {}) if args.check else None)
     if args.write:
         whole = _read(path)  # as it is by now
         for chip, of_chip in used.items():

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 READS = "reads"  # in a kernel's metadata: bytes that it reads of each of its operands at most, where that is not all of them
-HBM, HOST = 0, 5  # memory spaces, as layouts number them
+HBM, VMEM, HOST = 0, 1, 5  # memory spaces, as layouts number them
 BITS = {"pred": 8, "token": 0, "opaque": 0}
 FREE = {
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id"),
@@ -36,6 +36,7 @@ _TILE = re.compile(r"T\(([\d,*]+)\)")
 _SPACE = re.compile(r"S\((\d+)\)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _ALIASED = re.compile(r"output_to_operand_aliasing=\{(.*?)\}(?:, [a-z]|$)")
+_SCOPED = re.compile(r'"used_scoped_memory_configs":(\[[^\]]*\])')
 _METADATA = re.compile(r"kernel_metadata=\{\n(.*?)\n\}", re.DOTALL)
 _READS = re.compile(rf'"{READS}":"(\[[\d, ]*\])"')
 _CALLEE = re.compile(r"(?:calls|body|to_apply|branch_computations|called_computations)=\{?(%[\w.-]+(?:, %[\w.-]+)*)\}?")
@@ -72,6 +73,13 @@ class Instruction:
         found = re.search(r'custom_call_target="([^"]*)"', self.attributes)
         return "" if found is None else found[1]
 
+    @property
+    def vmem(self) -> int:
+        """Bytes of vector memory up to the end of what it has for itself: below lies what several instructions share."""
+        found = _SCOPED.search(self.attributes)
+        scopes = [] if found is None else json.loads(found[1])
+        return sum(int(scope["size"]) for scope in scopes if int(scope["memory_space"]) == VMEM)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Computation:
@@ -99,7 +107,7 @@ class Module:
     """The text of a compiled program (`jax.stages.Compiled.as_text`)."""
 
     def __init__(self, text: str) -> None:
-        text = unbroken(text)
+        text = _METADATA.sub(lambda found: f"kernel_metadata={{{found[1]}}}", text)  # printed on lines of its own
         self.header = text.partition("\n")[0]
         self.computations: dict[str, Computation] = {}
         body: dict[str, Instruction] = {}
@@ -125,6 +133,10 @@ class Module:
     def host_transfers(self) -> list[str]:
         """Instructions by which the program and the host would wait for each other, in words."""
         return [f"{i.opcode} {i.name} {i.target}".strip() for i in self.instructions if _meets_host(i)]
+
+    def vmem(self) -> int:
+        """Bytes of vector memory, of the instruction that takes most."""
+        return max(i.vmem for i in self.instructions)
 
     def traffic(self) -> dict[str, int]:
         """Bytes read from and written to HBM in one run, by instruction of the entry computation."""
@@ -207,11 +219,6 @@ class Module:
             (inner,) = self._called(origin)
             return self._written(inner, inner.root)
         return 0 if origin.opcode == "parameter" and origin is value else value.arrays[0].nbytes
-
-
-def unbroken(text: str) -> str:
-    """Each instruction on one line: what a kernel says of itself is printed on lines of its own."""
-    return _METADATA.sub(lambda found: f"kernel_metadata={{{found[1]}}}", text)
 
 
 def _meets_host(i: Instruction) -> bool:

@@ -26,7 +26,15 @@ def test_every_kernel_has_a_budget_for_every_chip() -> None:
     assert {chip: set(of_chip) for chip, of_chip in BUDGETS.items()} == dict.fromkeys(CHIPS, titles)
 
 
-@pytest.mark.parametrize("only", ["attn.paged[8 of 2 heads", "attn.mla_paged[16 heads, decode"])
+@pytest.mark.parametrize(
+    "only",
+    [
+        "attn.paged[8 of 2 heads",
+        "attn.mla_paged[16 heads, decode",
+        "gemm.linear[fp8.block128, gate_up, 16 ",
+        "moe.fused[dense, qwen3-30b-a3b, width of 4 ranks, 16 ",
+    ],
+)
 def test_a_kernel_compiles_within_its_budget(only: str) -> None:
     (spec,) = aot.specs(only)
     used, wrong = aot.problems(spec, "v6e", BUDGETS["v6e"][spec.title])
