@@ -17,8 +17,8 @@ from sglang_tpu.aot import AotSpec
 from sglang_tpu.environment import OF_JAX, array, environment, wrap
 from sglang_tpu.weights import pack
 
-TOKENS = (16, 512, 4096)  # a decode step, and two chunks of prompts
 LINEARS = {"gate_up": (28672, 4096), "down": (4096, 14336)}  # out, in
+LINEAR_TOKENS = (("gate_up", 16), ("down", 512), ("down", 4096))
 LINEAR_FORMATS = (
     *("int8.token_channel", "int8.token_channel.asym", "fp8.token_channel", "fp8.block128"),
     *("int4.awq.g128", "int4.pack.g128", "int4.gptq.g32", "w4a8_fp8.g128", "mxfp4.g32", "nvfp4.g16"),
@@ -40,6 +40,7 @@ EXPERTS = {
     "qwen3-30b-a3b, width of 4 ranks": Model(2048, 192, 128, 128, 8),  # rows of no whole lanes
     "deepseek-v3, experts of 32 ranks": Model(7168, 2048, 8, 256, 8),
 }
+EXPERT_TOKENS = (16, 512, 4096)  # a decode step, and two chunks of prompts
 EXPERT_FORMATS = {
     "qwen3-30b-a3b": ("dense", "int8.token_channel", "int4.awq.g128", "fp8.block128"),
     "qwen3-30b-a3b, width of 4 ranks": ("dense",),
@@ -117,6 +118,6 @@ def _weight(
 
 
 AOT = (
-    *(_linear(fmt, name, n) for fmt in LINEAR_FORMATS for name in LINEARS for n in TOKENS),
-    *(_experts(fmt, name, n) for name, formats in EXPERT_FORMATS.items() for fmt in formats for n in TOKENS),
+    *(_linear(fmt, name, n) for fmt in LINEAR_FORMATS for name, n in LINEAR_TOKENS),
+    *(_experts(fmt, name, n) for name, formats in EXPERT_FORMATS.items() for fmt in formats for n in EXPERT_TOKENS),
 )

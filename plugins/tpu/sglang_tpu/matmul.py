@@ -43,9 +43,13 @@ class Tiles(NamedTuple):
 
 
 def whole(rows: int, columns: int, itemsize: int) -> Tiles:
-    """Tiles of rows that all meet one matrix: as few as VMEM allows."""
+    """Tiles of rows that all meet one matrix: as few as VMEM allows, or up to twice as many where those leave no row of the last one empty.
+
+    To fill rows up, and to cut a result, are copies.
+    """
     most = max(SUBLANES, ROWS_BYTES // (columns * itemsize) // SUBLANES * SUBLANES)
-    count = -(-rows // most)
+    fewest = -(-rows // most)
+    count = next((n for n in range(fewest, 2 * fewest) if rows % (n * SUBLANES) == 0), fewest)
     height = ceil_to(-(-rows // count), SUBLANES)
     return Tiles(height, jnp.zeros(count, jnp.int32), jnp.full(1, count, jnp.int32))
 
