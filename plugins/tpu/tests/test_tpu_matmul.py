@@ -91,6 +91,14 @@ def test_tall_products_are_cut_into_tiles_that_fit() -> None:
     assert 2048 <= tiles.height * tiles.expert.shape[0] < 2048 + matmul.SUBLANES * tiles.expert.shape[0]
 
 
+@pytest.mark.parametrize(("rows", "columns", "itemsize"), [(4096, 4096, 1), (4096, 14336, 2), (2048, 14336, 1)])
+def test_tiles_of_a_bucket_leave_no_row_over(rows: int, columns: int, itemsize: int) -> None:
+    """Else rows are filled up and results cut, and both copied."""
+    tiles = matmul.whole(rows, columns, itemsize)
+    assert tiles.height * tiles.expert.shape[0] == rows
+    assert tiles.height * columns * itemsize <= matmul.ROWS_BYTES
+
+
 @pytest.mark.parametrize("fmt", ["dense", "fp8.tensor.static", "int4.awq.g128"])
 def test_groups_meet_their_own_matrices_and_rows_of_none_are_zeros(fmt: str) -> None:
     sizes = torch.tensor([3, 0, 40, 0, 1], dtype=torch.int32)
