@@ -38,6 +38,7 @@ class AotSpec:
     args: tuple[Any, ...]  # trees of jax.ShapeDtypeStruct
     uncopied: int  # which of them must stay where and as they lie: a pool, weights
     donated: bool = False  # and is changed there
+    chips: tuple[str, ...] = tuple(CHIPS)
 
     @property
     def title(self) -> str:
@@ -119,7 +120,7 @@ def examine(
     used: dict[str, dict[str, dict[str, int]]] = {}
     wrong = []
     for spec in chosen:
-        for chip in chips:
+        for chip in [c for c in chips if c in spec.chips]:
             budget = None if budgets is None else budgets.get(chip, {}).get(spec.title, {})
             found, lines = problems(spec, chip, budget)
             wrong += [f"{chip} {spec.title}: {line}" for line in lines]

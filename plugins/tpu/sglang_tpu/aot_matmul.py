@@ -14,6 +14,7 @@ import torch
 from sglang_core.api.ops import OPS, ExpertSpec, PackedWeight
 from sglang_tpu import gemm, moe
 from sglang_tpu.aot import AotSpec
+from sglang_tpu.chips import CHIPS
 from sglang_tpu.environment import OF_JAX, array, environment, wrap
 from sglang_tpu.weights import pack
 
@@ -23,6 +24,11 @@ LINEAR_FORMATS = (
     *("int8.token_channel", "int8.token_channel.asym", "fp8.token_channel", "fp8.block128"),
     *("int4.awq.g128", "int4.pack.g128", "int4.gptq.g32", "w4a8_fp8.g128", "mxfp4.g32", "nvfp4.g16"),
 )
+
+
+def _chips(num_tokens: int) -> tuple[str, ...]:
+    """Every format is compiled for every chip, at one number of tokens; at the others for one chip."""
+    return tuple(CHIPS) if num_tokens == 512 else ("v6e",)
 
 
 class Model(NamedTuple):
@@ -57,7 +63,8 @@ def _linear(fmt: str, name: str, num_tokens: int) -> AotSpec:
             return array(gemm.linear(wrap(x), w))
 
     args = (jax.ShapeDtypeStruct((num_tokens, columns), jnp.bfloat16), packed_shapes(fmt, rows, columns))
-    return AotSpec(op="gemm.linear", case=f"{fmt}, {name}, {num_tokens} tokens", fn=run, args=args, uncopied=1)
+    case = f"{fmt}, {name}, {num_tokens} tokens"
+    return AotSpec(op="gemm.linear", case=case, fn=run, args=args, uncopied=1, chips=_chips(num_tokens))
 
 
 def _experts(fmt: str, name: str, num_tokens: int) -> AotSpec:
@@ -86,7 +93,8 @@ def _experts(fmt: str, name: str, num_tokens: int) -> AotSpec:
         jax.ShapeDtypeStruct(routed, jnp.int32),
         jax.ShapeDtypeStruct((model.num_experts,), jnp.int32),
     )
-    return AotSpec(op="moe.fused", case=f"{fmt}, {name}, {num_tokens} tokens", fn=run, args=args, uncopied=1)
+    case = f"{fmt}, {name}, {num_tokens} tokens"
+    return AotSpec(op="moe.fused", case=case, fn=run, args=args, uncopied=1, chips=_chips(num_tokens))
 
 
 def packed_shapes(fmt: str, rows: int, columns: int, num_experts: int | None = None) -> dict[str, Any]:
