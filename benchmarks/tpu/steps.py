@@ -173,9 +173,9 @@ def problems(step: CompiledStep, budget: Mapping[str, int] | None, hbm_bytes: in
     if budget is None:
         yield "has no budget; run with --write, and look at what it says"
         return
-    for what in BUDGETED:
-        if getattr(step, what) > budget[what]:
-            yield f"{getattr(step, what)} bytes of {what}, and its budget is {budget[what]}"
+    for what, most in budget.items():
+        if getattr(step, what) > most:
+            yield f"{getattr(step, what)} bytes of {what}, and its budget is {most}"
 
 
 def examine(case: Case, chip: str, budgets: Mapping[str, Any] | None) -> tuple[dict[str, Any], list[str]]:

@@ -26,6 +26,7 @@ from sglang_tpu.hlo import VMEM, Module
 
 SECTION = "kernels"  # of the budget file
 MODULES = ("sglang_tpu.attention_aot", "sglang_tpu.aot_matmul")  # each has a tuple AOT
+MANY = 4 << 20  # elements, of a tensor whose copies are looked for
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,15 +83,22 @@ def usage_of(compiled: Any) -> Usage:
 
 
 def copies(compiled: Any, spec: AotSpec) -> Iterator[str]:
-    """Copies in HBM as large as something that is to stay where it is, in words: a pool or a weight that XLA turns around in every step."""
+    """Copies in HBM of what is to stay where it is, in words: a pool or a weight that XLA turns around in every step.
+
+    They are known by their dims, in any order; small tables of a weight's are not looked for.
+    """
     import jax
 
-    held = {math.prod(x.shape) for x in jax.tree.leaves(spec.args[spec.uncopied])}
-    for name, dims, layout in re.findall(
+    held = {_known_by(x.shape) for x in jax.tree.leaves(spec.args[spec.uncopied]) if math.prod(x.shape) >= MANY}
+    for name, found, layout in re.findall(
         r"%?([\w.-]+) = \(?\w+\[([\d,]+)\](\S*) (?:copy|copy-start|transpose)\(", compiled.as_text()
     ):
-        if math.prod(int(d) for d in dims.split(",")) in held and f"S({VMEM})" not in layout:
-            yield f"{name} copies [{dims}]"
+        if _known_by(int(d) for d in found.split(",")) in held and f"S({VMEM})" not in layout:
+            yield f"{name} copies [{found}]"
+
+
+def _known_by(dims: Iterable[int]) -> tuple[int, ...]:
+    return tuple(sorted(d for d in dims if d > 1))
 
 
 def problems(spec: AotSpec, chip: str, budget: Mapping[str, int] | None) -> tuple[Usage | None, list[str]]:

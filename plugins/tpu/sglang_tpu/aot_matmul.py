@@ -18,17 +18,14 @@ from sglang_tpu.chips import CHIPS
 from sglang_tpu.environment import OF_JAX, array, environment, wrap
 from sglang_tpu.weights import pack
 
+FOR_ALL, ONE = 512, ("v6e",)  # tokens of linear layers that are compiled for all chips; the chip of everything else
 LINEARS = {"gate_up": (28672, 4096), "down": (4096, 14336)}  # out, in
-LINEAR_TOKENS = (("gate_up", 16), ("down", 512), ("down", 4096))
+LINEAR_TOKENS = (("gate_up", 16), ("down", 512))
 LINEAR_FORMATS = (
     *("int8.token_channel", "int8.token_channel.asym", "fp8.token_channel", "fp8.block128"),
     *("int4.awq.g128", "int4.pack.g128", "int4.gptq.g32", "w4a8_fp8.g128", "mxfp4.g32", "nvfp4.g16"),
 )
-
-
-def _chips(num_tokens: int) -> tuple[str, ...]:
-    """Every format is compiled for every chip, at one number of tokens; at the others for one chip."""
-    return tuple(CHIPS) if num_tokens == 512 else ("v6e",)
+LONG_FORMATS = ("int8.token_channel", "fp8.token_channel", "fp8.block128", "int4.awq.g128", "mxfp4.g32")
 
 
 class Model(NamedTuple):
@@ -46,7 +43,7 @@ EXPERTS = {
     "qwen3-30b-a3b, width of 4 ranks": Model(2048, 192, 128, 128, 8),  # rows of no whole lanes
     "deepseek-v3, experts of 32 ranks": Model(7168, 2048, 8, 256, 8),
 }
-EXPERT_TOKENS = (16, 512, 4096)  # a decode step, and two chunks of prompts
+EXPERT_TOKENS = (16, 512)  # a decode step, and a chunk of a prompt
 EXPERT_FORMATS = {
     "qwen3-30b-a3b": ("dense", "int8.token_channel", "int4.awq.g128", "fp8.block128"),
     "qwen3-30b-a3b, width of 4 ranks": ("dense",),
@@ -64,7 +61,8 @@ def _linear(fmt: str, name: str, num_tokens: int) -> AotSpec:
 
     args = (jax.ShapeDtypeStruct((num_tokens, columns), jnp.bfloat16), packed_shapes(fmt, rows, columns))
     case = f"{fmt}, {name}, {num_tokens} tokens"
-    return AotSpec(op="gemm.linear", case=case, fn=run, args=args, uncopied=1, chips=_chips(num_tokens))
+    chips = tuple(CHIPS) if num_tokens == FOR_ALL else ONE
+    return AotSpec(op="gemm.linear", case=case, fn=run, args=args, uncopied=1, chips=chips)
 
 
 def _experts(fmt: str, name: str, num_tokens: int) -> AotSpec:
@@ -94,7 +92,7 @@ def _experts(fmt: str, name: str, num_tokens: int) -> AotSpec:
         jax.ShapeDtypeStruct((model.num_experts,), jnp.int32),
     )
     case = f"{fmt}, {name}, {num_tokens} tokens"
-    return AotSpec(op="moe.fused", case=case, fn=run, args=args, uncopied=1, chips=_chips(num_tokens))
+    return AotSpec(op="moe.fused", case=case, fn=run, args=args, uncopied=1, chips=ONE)
 
 
 def packed_shapes(fmt: str, rows: int, columns: int, num_experts: int | None = None) -> dict[str, Any]:
@@ -127,5 +125,7 @@ def _weight(
 
 AOT = (
     *(_linear(fmt, name, n) for fmt in LINEAR_FORMATS for name, n in LINEAR_TOKENS),
+    *(_linear(fmt, "down", 4096) for fmt in LONG_FORMATS),
     *(_experts(fmt, name, n) for name, formats in EXPERT_FORMATS.items() for fmt in formats for n in EXPERT_TOKENS),
+    *(_experts("dense", name, 4096) for name in EXPERTS),
 )
