@@ -170,7 +170,8 @@ class Module:
             case opcode if opcode in WRITES_PART:
                 part = read[WRITES_PART[opcode]]
                 return part.hbm + (part.nbytes if i.arrays[0].space == HBM else 0)
-        stated = _READS.search(i.attributes)
+        # A copy of a kernel's result inherits what the kernel says.
+        stated = _READS.search(i.attributes) if i.opcode == "custom-call" else None
         taken = [a.nbytes for a in read] if stated is None else json.loads(stated[1])
         total: int = sum(n for n, a in zip(taken, read, strict=True) if a.space == HBM)
         return total + sum(a.hbm for n, a in enumerate(i.arrays) if n not in _aliased(i))

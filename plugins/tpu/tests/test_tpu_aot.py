@@ -24,8 +24,6 @@ BUDGETS = json.loads((Path(__file__).parents[3] / "benchmarks" / "tpu" / "budget
 def test_every_kernel_has_a_budget_for_every_chip() -> None:
     titles = {chip: {spec.title for spec in aot.specs() if chip in spec.chips} for chip in CHIPS}
     assert {chip: set(of_chip) for chip, of_chip in BUDGETS.items()} == titles
-    kinds = {frozenset(title.partition(", ")[0] for title in of_chip) for of_chip in titles.values()}
-    assert len(kinds) == 1
 
 
 @pytest.mark.parametrize(
