@@ -65,17 +65,19 @@ TPU_CONFORMANCE = JAX_PLATFORMS=cpu JAX_DISABLE_MOST_OPTIMIZATIONS=1 XLA_FLAGS=-
 	$(TPU_VENV)/bin/sglang-conformance run tpu:cpu --level ops --jobs 2 --num-threads 1
 test-tpu: $(TPU_VENV)/.installed
 	JAX_PLATFORMS=cpu $(TPU_VENV)/bin/python -m pytest -n 2 --dist loadfile plugins/tpu/tests
-	JAX_PLATFORMS=cpu $(TPU_VENV)/bin/python -m sglang_tpu.aot --check benchmarks/tpu/budgets.json
-	$(TPU_VENV)/bin/python benchmarks/tpu/steps.py --only "llama-3.1-8b num_hidden_layers" --chip v6e
+	JAX_PLATFORMS=cpu $(TPU_VENV)/bin/python -m sglang_tpu.aot --check benchmarks/tpu/budgets.json --chip v6e --only attn --only kv.write --only "16 tokens"
+	$(TPU_VENV)/bin/python benchmarks/tpu/steps.py --quick --chip v6e
 	$(TPU_CONFORMANCE) -k runtime. -k graph. -k norm.rms -k "norm.add_rms[" -k "act.gated[" -k rope.apply -k "embed.lookup[a part" -k sample. \
 	  -k moe.route -k "attn.paged[decode-" -k "attn.paged[prefill-" -k "attn.paged[mixed-" -k "attn.paged[padded" -k "attn.paged[window 16" \
 	  -k "attn.paged[soft cap-" -k "attn.paged[sinks-" -k "attn.paged[odd" -k "attn.mla_paged[decode-" -k "attn.mla_paged[mixed-" \
 	  -k "attn.mla_paged[padded" -k "kv.write[slots-" -k "kv.write_mla[slots-" -k "gemm.linear[int8" -k "gemm.linear[int4.awq.g128" \
 	  -k "gemm.linear[fp8.block128" -k "gemm.grouped[prefill" -k "gemm.grouped[int" -k "moe.fused[prefill" -k "moe.fused[remote" -k "moe.fused[int"
 
-# All of the suite but engines.
+# All of the suite but engines, and every kernel and every step of the budgets, for every chip: an hour and more.
 test-tpu-slow: $(TPU_VENV)/.installed
 	$(TPU_CONFORMANCE)
+	JAX_PLATFORMS=cpu $(TPU_VENV)/bin/python -m sglang_tpu.aot --check benchmarks/tpu/budgets.json
+	$(TPU_VENV)/bin/python benchmarks/tpu/steps.py
 
 $(TPU_VENV)/.installed: pyproject.toml plugins/tpu/pyproject.toml conformance/pyproject.toml
 	$(PYTHON) -m venv $(TPU_VENV)

@@ -141,11 +141,11 @@ def _part(parts: list[Tensor], spec: WeightSpec, device: torch.device, *, own: b
 
 
 def _load_dummy(wants: Wants, ctx: BuildContext, seed: int, advance: Callable[[int], None]) -> None:
-    if any(spec.dtype in CODES.values() for spec in wants.distinct()):
+    shapes_only = ctx.device.type == "meta"
+    if not shapes_only and any(spec.dtype in CODES.values() for spec in wants.distinct()):
         raise ConfigError(
             "load_format='dummy' draws floats, and config.json is of a quantised checkpoint; take out its quantization_config"
         )
-    shapes_only = ctx.device.type == "meta"
     for name in wants.wanted():
         advance(wants.give(name, _shape if shapes_only else lambda spec: dummy_part(spec, seed), ctx.device))
 

@@ -78,6 +78,18 @@ def test_on_the_meta_device_dummy_weights_are_shapes() -> None:
     }
 
 
+def test_shapes_of_a_quantised_model_are_dummy_weights_and_values_are_not() -> None:
+    """Codes have no values that could be drawn."""
+    fp8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+    quantised = CONFIG | {"hidden_size": 512, "intermediate_size": 256, "quantization_config": fp8}
+    on_meta = replace(build_context(), device=torch.device("meta"))
+    model = load_model(create_model(quantised), "", on_meta, load_format="dummy", progress=False)
+    codes = [x for x in model.buffers() if x.dtype == torch.float8_e4m3fn]
+    assert len(codes) == 4 * CONFIG["num_hidden_layers"] and all(x.is_meta for x in codes)
+    with pytest.raises(ConfigError, match="draws floats"):
+        load_model(create_model(quantised), "", build_context(), load_format="dummy", progress=False)
+
+
 def test_a_saved_dummy_is_the_dummy(tmp_path: Path) -> None:
     dummy = load_model(create_model(CONFIG), "", build_context(), load_format="dummy")
     assert torch.equal(logits(loaded(checkpoint(tmp_path))), logits(dummy))

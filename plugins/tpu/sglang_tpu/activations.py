@@ -15,6 +15,7 @@ from sglang_tpu.rounding import FP8_MAX, divided, to_fp8
 
 INT8_MAX, E2M1_MAX = 127.0, 6.0
 BLOCK = 128
+TILE_ROWS = 8
 
 
 class Rows(NamedTuple):
@@ -29,20 +30,18 @@ def quantized(x: jax.Array, fmt: Fmt, static_scale: jax.Array | None = None) -> 
     """x: [S, in] -> what a product with a weight in `fmt` sums. `static_scale`: float32[S or 1, 1], of static formats."""
     if fmt.activation == "as_is":
         return Rows(x)
-    dtype, x = x.dtype, x.astype(jnp.float32)
+    dtype = x.dtype
+    if fmt.activation == "fp8_block":
+        return _fp8_block(x)
+    if fmt.activation in ("nvfp4", "nvfp4_static"):
+        return _nvfp4(x, static_scale)
+    x = x.astype(jnp.float32)
     match fmt.activation:
         case "int8":
             scale = _scale(_amax(x), INT8_MAX)
             return Rows(jnp.clip(jnp.round(divided(x, scale)), -INT8_MAX, INT8_MAX).astype(jnp.int8), scale)
         case "int8_asym":
             return _int8_asym(x)
-        case "fp8_block":
-            padded = jnp.pad(x, ((0, 0), (0, -x.shape[1] % BLOCK)))
-            blocks = padded.reshape(x.shape[0], -1, BLOCK)
-            scale = _scale(_amax(blocks), FP8_MAX)
-            return Rows(to_fp8(divided(blocks, scale)).reshape(padded.shape)[:, : x.shape[1]], scale[..., 0])
-        case "nvfp4" | "nvfp4_static":
-            return _nvfp4(x, static_scale)
     if fmt.static:
         assert static_scale is not None
         scale = jnp.broadcast_to(static_scale, (x.shape[0], 1))
@@ -61,11 +60,22 @@ def _int8_asym(x: jax.Array) -> Rows:
     return Rows(codes.astype(jnp.int8), scale, zero.astype(jnp.int32))
 
 
+def _fp8_block(x: jax.Array) -> Rows:
+    """In the order that a TPU's memory has: tiles of 8 rows of a block. In any other, all of x would be copied as float32."""
+    tokens, columns = x.shape
+    padded = jnp.pad(x, ((0, -tokens % TILE_ROWS), (0, -columns % BLOCK)))
+    rows, wide = padded.shape
+    tiles = padded.reshape(-1, TILE_ROWS, wide // BLOCK, BLOCK).swapaxes(1, 2).astype(jnp.float32)
+    scale = _scale(_amax(tiles), FP8_MAX)
+    codes = to_fp8(divided(tiles, scale)).swapaxes(1, 2).reshape(rows, wide)
+    return Rows(codes[:tokens, :columns], scale[..., 0].swapaxes(1, 2).reshape(rows, -1)[:tokens])
+
+
 def _nvfp4(x: jax.Array, static_scale: jax.Array | None) -> Rows:
     """Codes with the scales of their groups: six bits at most, and so exact in bfloat16. The scale of a row remains."""
-    total = _scale(_amax(x), E2M1_MAX * FP8_MAX) if static_scale is None else static_scale
+    total = _scale(_amax(x.astype(jnp.float32)), E2M1_MAX * FP8_MAX) if static_scale is None else static_scale
     total = jnp.broadcast_to(total, (x.shape[0], 1))
-    groups = jnp.pad(x, ((0, 0), (0, -x.shape[1] % 16))).reshape(x.shape[0], -1, 16)
+    groups = jnp.pad(x, ((0, 0), (0, -x.shape[1] % 16))).reshape(x.shape[0], -1, 16).astype(jnp.float32)
     scale = to_fp8(divided(divided(_amax(groups), E2M1_MAX), total[..., None])).astype(jnp.float32)
     whole = scale * total[..., None]
     value = jnp.where(whole == 0, 0.0, _to_e2m1(divided(groups, jnp.where(whole == 0, 1.0, whole)))) * scale

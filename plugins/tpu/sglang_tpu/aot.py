@@ -22,10 +22,11 @@ from pathlib import Path
 from typing import Any
 
 from sglang_tpu.chips import CHIPS
+from sglang_tpu.hlo import VMEM, Module
 
 SECTION = "kernels"  # of the budget file
-MODULES = ("sglang_tpu.attention_aot",)  # each has a tuple AOT
-VMEM = "1"  # a memory space, as XLA numbers them
+MODULES = ("sglang_tpu.attention_aot", "sglang_tpu.aot_matmul")  # each has a tuple AOT
+MANY = 4 << 20  # elements, of a tensor whose copies are looked for
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,7 +37,9 @@ class AotSpec:
     case: str
     fn: Callable[..., Any]
     args: tuple[Any, ...]  # trees of jax.ShapeDtypeStruct
-    donated: int  # which of them the function changes where it is, and must not copy
+    uncopied: int  # which of them must stay where and as they lie: a pool, weights
+    donated: bool = False  # and is changed there
+    chips: tuple[str, ...] = tuple(CHIPS)
 
     @property
     def title(self) -> str:
@@ -51,9 +54,10 @@ class Usage:
     temporary: int
 
 
-def specs(only: str = "") -> list[AotSpec]:
-    """Of every module; with `only`, those whose title contains it."""
-    return [spec for name in MODULES for spec in importlib.import_module(name).AOT if only in spec.title]
+def specs(*only: str) -> list[AotSpec]:
+    """Of every module; with `only`, those whose title contains one of them."""
+    found = [spec for name in MODULES for spec in importlib.import_module(name).AOT]
+    return [spec for spec in found if not only or any(text in spec.title for text in only)]
 
 
 def compile_spec(spec: AotSpec, chip: str) -> Any:
@@ -67,36 +71,34 @@ def compile_spec(spec: AotSpec, chip: str) -> Any:
     placed = NamedSharding(mesh, PartitionSpec())
     args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed), spec.args)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        return jax.jit(spec.fn, donate_argnums=spec.donated).lower(*args).compile()
+        return jax.jit(spec.fn, donate_argnums=spec.uncopied if spec.donated else ()).lower(*args).compile()
 
 
 def usage_of(compiled: Any) -> Usage:
     """Raises LookupError where the program has no kernel: XLA would have taken over all of it."""
-    kernels = [line for line in compiled.as_text().splitlines() if 'custom_call_target="tpu_custom_call"' in line]
+    kernels = [i.vmem for i in Module(compiled.as_text()).instructions if i.target == "tpu_custom_call"]
     if not kernels:
         raise LookupError("no kernel in the program")
-    return Usage(
-        vmem=max(sum(scoped_vmem(line)) for line in kernels),
-        temporary=compiled.memory_analysis().temp_size_in_bytes,
-    )
-
-
-def scoped_vmem(instruction: str) -> Iterator[int]:
-    """Sizes of what an instruction has of VMEM for itself, as XLA notes it beside the instruction."""
-    for found in re.findall(r'"used_scoped_memory_configs":(\[[^\]]*\])', instruction):
-        yield from (int(each["size"]) for each in json.loads(found) if each["memory_space"] == VMEM)
+    return Usage(vmem=max(kernels), temporary=compiled.memory_analysis().temp_size_in_bytes)
 
 
 def copies(compiled: Any, spec: AotSpec) -> Iterator[str]:
-    """Copies as large as something that is donated, in words: a pool that XLA moves, or turns around, in every step."""
+    """Copies in HBM of what is to stay where it is, in words: a pool or a weight that XLA turns around in every step.
+
+    They are known by their dims, in any order; small tables of a weight's are not looked for.
+    """
     import jax
 
-    donated = {(math.prod(x.shape), x.dtype.itemsize) for x in jax.tree.leaves(spec.args[spec.donated])}
-    for name, dims in re.findall(
-        r"%?([\w.-]+) = \(?\w+\[([\d,]+)\]\S* (?:copy|copy-start|transpose)\(", compiled.as_text()
+    held = {_known_by(x.shape) for x in jax.tree.leaves(spec.args[spec.uncopied]) if math.prod(x.shape) >= MANY}
+    for name, found, layout in re.findall(
+        r"%?([\w.-]+) = \(?\w+\[([\d,]+)\](\S*) (?:copy|copy-start|transpose)\(", compiled.as_text()
     ):
-        if math.prod(int(d) for d in dims.split(",")) in {count for count, _ in donated}:
-            yield f"{name} copies [{dims}]"
+        if _known_by(int(d) for d in found.split(",")) in held and f"S({VMEM})" not in layout:
+            yield f"{name} copies [{found}]"
+
+
+def _known_by(dims: Iterable[int]) -> tuple[int, ...]:
+    return tuple(sorted(d for d in dims if d > 1))
 
 
 def problems(spec: AotSpec, chip: str, budget: Mapping[str, int] | None) -> tuple[Usage | None, list[str]]:
@@ -126,7 +128,7 @@ def examine(
     used: dict[str, dict[str, dict[str, int]]] = {}
     wrong = []
     for spec in chosen:
-        for chip in chips:
+        for chip in [c for c in chips if c in spec.chips]:
             budget = None if budgets is None else budgets.get(chip, {}).get(spec.title, {})
             found, lines = problems(spec, chip, budget)
             wrong += [f"{chip} {spec.title}: {line}" for line in lines]
@@ -140,22 +142,25 @@ def main(argv: list[str] | None = None) -> int:
     """0: all compiles, within its budgets. 1: not so."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--chip", choices=CHIPS, action="append", help="all by default")
-    parser.add_argument("--only", default="", metavar="TEXT", help="kernels whose title contains it")
+    parser.add_argument("--only", default=[], action="append", metavar="TEXT", help="kernels whose title contains it")
     target = parser.add_mutually_exclusive_group(required=True)
     target.add_argument("--check", type=Path, metavar="FILE")
     target.add_argument("--write", type=Path, metavar="FILE")
     args = parser.parse_args(argv)
     path = args.check or args.write
-    whole = json.loads(path.read_text()) if path.is_file() else {}
-    kept = whole.setdefault(SECTION, {})
-    used, wrong = examine(specs(args.only), args.chip or CHIPS, kept if args.check else None)
+    used, wrong = examine(specs(*args.only), args.chip or CHIPS, _read(path).get(SECTION, {}) if args.check else None)
     if args.write:
+        whole = _read(path)  # as it is by now
         for chip, of_chip in used.items():
-            kept.setdefault(chip, {}).update(of_chip)
+            whole.setdefault(SECTION, {}).setdefault(chip, {}).update(of_chip)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(whole, indent=1, sort_keys=True) + "\n")
     print("\n".join(wrong), file=sys.stderr)
     return 1 if wrong else 0
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text()) if path.is_file() else {}
 
 
 if __name__ == "__main__":

@@ -1,12 +1,11 @@
-"""Products at production sizes, to be compiled ahead of time: (title, function, abstract arguments).
+"""Products at production sizes, for `sglang_tpu.aot`.
 
-Linear layers are Llama-3.1-8B's, experts Qwen3-30B-A3B's and DeepSeek-V3's (of 8 and of 32 ranks).
+Linear layers are the widest and the deepest of Llama-3.1-8B, experts those of Qwen3-30B-A3B and DeepSeek-V3.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,62 +13,61 @@ import torch
 
 from sglang_core.api.ops import OPS, ExpertSpec, PackedWeight
 from sglang_tpu import gemm, moe
+from sglang_tpu.aot import AotSpec
+from sglang_tpu.chips import CHIPS
 from sglang_tpu.environment import OF_JAX, array, environment, wrap
 from sglang_tpu.weights import pack
 
-Case = tuple[str, Callable[..., Any], tuple[Any, ...]]
+FOR_ALL, ONE = 512, ("v6e",)  # tokens of linear layers that are compiled for all chips; the chip of everything else
+LINEARS = {"gate_up": (28672, 4096), "down": (4096, 14336)}  # out, in
+LINEAR_TOKENS = (("gate_up", 16), ("down", 512))
+LINEAR_FORMATS = (
+    *("int8.token_channel", "int8.token_channel.asym", "fp8.token_channel", "fp8.block128"),
+    *("int4.awq.g128", "int4.pack.g128", "int4.gptq.g32", "w4a8_fp8.g128", "mxfp4.g32", "nvfp4.g16"),
+)
+LONG_FORMATS = ("int8.token_channel", "fp8.token_channel", "fp8.block128", "int4.awq.g128", "mxfp4.g32")
 
-LINEARS = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}  # out, in
-LINEAR_FORMATS = {
-    "int8.token_channel": (1, 16, 128, 512),
-    "fp8.token_channel": (16, 512),
-    "fp8.block128": (16, 512),
-    "int4.awq.g128": (1, 16, 128, 512),
-    "int4.pack.g128": (16, 512),
-    "int4.gptq.g32": (16,),
-    "int8.token_channel.asym": (16,),
-    "w4a8_fp8.g128": (16,),
-    "mxfp4.g32": (16, 512),
-    "nvfp4.g16": (16, 512),
+
+class Model(NamedTuple):
+    """A layer of experts, or what one rank has of it."""
+
+    hidden: int
+    width: int
+    held: int
+    num_experts: int
+    top_k: int
+
+
+EXPERTS = {
+    "qwen3-30b-a3b": Model(2048, 768, 128, 128, 8),
+    "qwen3-30b-a3b, width of 4 ranks": Model(2048, 192, 128, 128, 8),  # rows of no whole lanes
+    "deepseek-v3, experts of 32 ranks": Model(7168, 2048, 8, 256, 8),
 }
-EXPERTS = {  # hidden size, width, experts held, experts in all, experts a token
-    "qwen3-30b-a3b": (2048, 768, 128, 128, 8),
-    "deepseek-v3.ep32": (7168, 2048, 8, 256, 8),
-}
+EXPERT_TOKENS = (16, 512)  # a decode step, and a chunk of a prompt
 EXPERT_FORMATS = {
     "qwen3-30b-a3b": ("dense", "int8.token_channel", "int4.awq.g128", "fp8.block128"),
-    "deepseek-v3.ep32": ("dense", "fp8.block128", "int8.token_channel"),
+    "qwen3-30b-a3b, width of 4 ranks": ("dense",),
+    "deepseek-v3, experts of 32 ranks": ("dense", "fp8.block128", "int8.token_channel"),
 }
-EXPERT_TOKENS = (1, 16, 128, 512)
 
 
-def cases() -> Iterator[Case]:
-    for fmt, tokens in LINEAR_FORMATS.items():
-        for name, (rows, columns) in LINEARS.items():
-            for num in tokens:
-                yield linear_case(f"gemm.linear[{fmt}, {name}, {num} tokens]", fmt, rows, columns, num)
-    for model, sizes in EXPERTS.items():
-        for fmt in EXPERT_FORMATS[model]:
-            for num in EXPERT_TOKENS:
-                yield experts_case(f"moe.fused[{fmt}, {model}, {num} tokens]", fmt, *sizes, num)
-
-
-def linear_case(title: str, fmt: str, rows: int, columns: int, num_tokens: int) -> Case:
-    shapes = packed_shapes(fmt, rows, columns)
+def _linear(fmt: str, name: str, num_tokens: int) -> AotSpec:
+    rows, columns = LINEARS[name]
 
     def run(x: jax.Array, tensors: dict[str, jax.Array]) -> jax.Array:
         w = _weight(fmt, tensors, rows, columns)
         with environment():
             return array(gemm.linear(wrap(x), w))
 
-    return title, run, (jax.ShapeDtypeStruct((num_tokens, columns), jnp.bfloat16), shapes)
+    args = (jax.ShapeDtypeStruct((num_tokens, columns), jnp.bfloat16), packed_shapes(fmt, rows, columns))
+    case = f"{fmt}, {name}, {num_tokens} tokens"
+    chips = tuple(CHIPS) if num_tokens == FOR_ALL else ONE
+    return AotSpec(op="gemm.linear", case=case, fn=run, args=args, uncopied=1, chips=chips)
 
 
-def experts_case(
-    title: str, fmt: str, hidden: int, width: int, held: int, num_experts: int, k: int, num_tokens: int
-) -> Case:
-    shape13, shape2 = (2 * width, hidden), (hidden, width)
-    shapes = [packed_shapes(fmt, *shape, held) for shape in (shape13, shape2)]
+def _experts(fmt: str, name: str, num_tokens: int) -> AotSpec:
+    model = EXPERTS[name]
+    stacks = ((2 * model.width, model.hidden), (model.hidden, model.width))
 
     def run(
         x: jax.Array,
@@ -78,22 +76,23 @@ def experts_case(
         ids: jax.Array,
         expert_map: jax.Array,
     ) -> jax.Array:
-        w13, w2 = (_weight(fmt, t, *shape, held) for t, shape in zip(tensors, (shape13, shape2), strict=True))
+        w13, w2 = (_weight(fmt, t, *stack, model.held) for t, stack in zip(tensors, stacks, strict=True))
         given = [wrap(each) for each in (x, weights, ids, expert_map)]
         with environment():
             return array(
                 moe.fused(given[0], w13, w2, given[1], given[2], ExpertSpec(activation="silu"), expert_map=given[3])
             )
 
-    routed = (num_tokens, k)
+    routed = (num_tokens, model.top_k)
     args = (
-        jax.ShapeDtypeStruct((num_tokens, hidden), jnp.bfloat16),
-        shapes,
+        jax.ShapeDtypeStruct((num_tokens, model.hidden), jnp.bfloat16),
+        [packed_shapes(fmt, *stack, model.held) for stack in stacks],
         jax.ShapeDtypeStruct(routed, jnp.float32),
         jax.ShapeDtypeStruct(routed, jnp.int32),
-        jax.ShapeDtypeStruct((num_experts,), jnp.int32),
+        jax.ShapeDtypeStruct((model.num_experts,), jnp.int32),
     )
-    return title, run, args
+    case = f"{fmt}, {name}, {num_tokens} tokens"
+    return AotSpec(op="moe.fused", case=case, fn=run, args=args, uncopied=1, chips=ONE)
 
 
 def packed_shapes(fmt: str, rows: int, columns: int, num_experts: int | None = None) -> dict[str, Any]:
@@ -122,3 +121,11 @@ def _weight(
         num_experts=num_experts,
         layout="canonical" if fmt == "dense" else "tpu.tiles",
     )
+
+
+AOT = (
+    *(_linear(fmt, name, n) for fmt in LINEAR_FORMATS for name, n in LINEAR_TOKENS),
+    *(_linear(fmt, "down", 4096) for fmt in LONG_FORMATS),
+    *(_experts(fmt, name, n) for name, formats in EXPERT_FORMATS.items() for fmt in formats for n in EXPERT_TOKENS),
+    *(_experts("dense", name, 4096) for name in EXPERTS),
+)

@@ -41,13 +41,14 @@ M = TypeVar("M")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CompiledStep:
-    """What one device holds and moves in a compiled step, in bytes of HBM, as the compiler laid it out."""
+    """What one device holds and moves in a compiled step, in bytes of HBM unless said otherwise, as the compiler laid it out."""
 
     name: str  # of the step function
     arguments: int  # weights, pools and inputs
     results: int  # without those that are arguments, changed where they are
     temporary: int
     code: int
+    vmem: int  # the most that an instruction finds in vector memory: what is kept there, and its own
     traffic: int  # read and written in one run
     num_state: int  # tensors that the step may change ...
     num_aliased: int  # ... and how many of them it changes where they are
@@ -92,6 +93,7 @@ class AotRuntime(TpuRuntime):
             results=memory.output_size_in_bytes - memory.alias_size_in_bytes,
             temporary=memory.temp_size_in_bytes,
             code=memory.generated_code_size_in_bytes,
+            vmem=module.vmem(),
             traffic=sum(module.traffic().values()),
             num_state=num_state,
             num_aliased=module.num_aliased(),

@@ -42,7 +42,8 @@ def _spec(case: str, spec: AttnSpec | MLASpec, tokens: int, max_extend: int, pag
         case=case,
         fn=partial(step, facts),
         args=(queries, new, leaves, plan, sinks),
-        donated=2,
+        uncopied=2,
+        donated=True,
     )
 
 
@@ -53,7 +54,8 @@ def _write(case: str, heads: int, tokens: int) -> AotSpec:
         case=case,
         fn=write_step,
         args=((_array(tokens, heads, 128),) * 2, leaves, _ints(tokens)),
-        donated=1,
+        uncopied=1,
+        donated=True,
     )
 
 

@@ -1,18 +1,21 @@
 """What a compiled program moves: a reader of XLA's optimised HLO text, scheduled for one TPU core.
 
 XLA's own cost model is made for choosing between fusions and is unreliable on bytes. Here each instruction of the program that reads or
-writes HBM counts what it reads and writes, once; what is in vector memory (memory space 1 of a layout) counts nothing.
+writes HBM counts what it reads and writes, once; what is in vector memory (memory space 1 of a layout) counts nothing. A kernel that reads
+parts of its operands, or some of them several times, says so in its metadata.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
-HBM, HOST = 0, 5  # memory spaces, as layouts number them
+READS = "reads"  # in a kernel's metadata: bytes that it reads of each of its operands at most, where that is not all of them
+HBM, VMEM, HOST = 0, 1, 5  # memory spaces, as layouts number them
 BITS = {"pred": 8, "token": 0, "opaque": 0}
 FREE = {
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id"),
@@ -33,6 +36,9 @@ _TILE = re.compile(r"T\(([\d,*]+)\)")
 _SPACE = re.compile(r"S\((\d+)\)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _ALIASED = re.compile(r"output_to_operand_aliasing=\{(.*?)\}(?:, [a-z]|$)")
+_SCOPED = re.compile(r'"used_scoped_memory_configs":(\[[^\]]*\])')
+_METADATA = re.compile(r"kernel_metadata=\{\n(.*?)\n\}", re.DOTALL)
+_READS = re.compile(rf'"{READS}":"(\[[\d, ]*\])"')
 _CALLEE = re.compile(r"(?:calls|body|to_apply|branch_computations|called_computations)=\{?(%[\w.-]+(?:, %[\w.-]+)*)\}?")
 
 
@@ -67,6 +73,13 @@ class Instruction:
         found = re.search(r'custom_call_target="([^"]*)"', self.attributes)
         return "" if found is None else found[1]
 
+    @property
+    def vmem(self) -> int:
+        """Bytes of vector memory up to the end of what it has for itself: below lies what several instructions share."""
+        found = _SCOPED.search(self.attributes)
+        scopes = [] if found is None else json.loads(found[1])
+        return sum(int(scope["size"]) for scope in scopes if int(scope["memory_space"]) == VMEM)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Computation:
@@ -94,6 +107,7 @@ class Module:
     """The text of a compiled program (`jax.stages.Compiled.as_text`)."""
 
     def __init__(self, text: str) -> None:
+        text = _METADATA.sub(lambda found: f"kernel_metadata={{{found[1]}}}", text)  # printed on lines of its own
         self.header = text.partition("\n")[0]
         self.computations: dict[str, Computation] = {}
         body: dict[str, Instruction] = {}
@@ -119,6 +133,10 @@ class Module:
     def host_transfers(self) -> list[str]:
         """Instructions by which the program and the host would wait for each other, in words."""
         return [f"{i.opcode} {i.name} {i.target}".strip() for i in self.instructions if _meets_host(i)]
+
+    def vmem(self) -> int:
+        """Bytes of vector memory, of the instruction that takes most."""
+        return max(i.vmem for i in self.instructions)
 
     def traffic(self) -> dict[str, int]:
         """Bytes read from and written to HBM in one run, by instruction of the entry computation."""
@@ -152,7 +170,11 @@ class Module:
             case opcode if opcode in WRITES_PART:
                 part = read[WRITES_PART[opcode]]
                 return part.hbm + (part.nbytes if i.arrays[0].space == HBM else 0)
-        return sum(a.hbm for a in read) + sum(a.hbm for n, a in enumerate(i.arrays) if n not in _aliased(i))
+        # A copy of a kernel's result inherits what the kernel says.
+        stated = _READS.search(i.attributes) if i.opcode == "custom-call" else None
+        taken = [a.nbytes for a in read] if stated is None else json.loads(stated[1])
+        total: int = sum(n for n, a in zip(taken, read, strict=True) if a.space == HBM)
+        return total + sum(a.hbm for n, a in enumerate(i.arrays) if n not in _aliased(i))
 
     def _called(self, i: Instruction) -> list[Computation]:
         return [self.computations[name] for name in i.callees]

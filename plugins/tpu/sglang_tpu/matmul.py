@@ -9,6 +9,7 @@ On a host the kernel runs in Pallas' interpreter.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from functools import partial
 from typing import Any, NamedTuple
@@ -21,6 +22,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from sglang_core.api.ops import Fmt
 from sglang_tpu.activations import Rows
+from sglang_tpu.hlo import READS
 from sglang_tpu.weights import CHUNKS, LANES, PARTS, ceil_to, chunk_of
 
 SUBLANES = 32  # heights of tiles are multiples: 8-bit rows lie so in registers
@@ -41,9 +43,13 @@ class Tiles(NamedTuple):
 
 
 def whole(rows: int, columns: int, itemsize: int) -> Tiles:
-    """Tiles of rows that all meet one matrix: as few as VMEM allows."""
+    """Tiles of rows that all meet one matrix: as few as VMEM allows, or up to twice as many where those leave no row of the last one empty.
+
+    To fill rows up, and to cut a result, are copies.
+    """
     most = max(SUBLANES, ROWS_BYTES // (columns * itemsize) // SUBLANES * SUBLANES)
-    count = -(-rows // most)
+    fewest = -(-rows // most)
+    count = next((n for n in range(fewest, 2 * fewest) if rows % (n * SUBLANES) == 0), fewest)
     height = ceil_to(-(-rows // count), SUBLANES)
     return Tiles(height, jnp.zeros(count, jnp.int32), jnp.full(1, count, jnp.int32))
 
@@ -67,6 +73,9 @@ def product(
     total = tiles.expert.shape[0] * tiles.height
     columns = w["weight"].shape[-1] if _by_rows(fmt) else w["weight"].shape[-2] * 8
     width = out_features if fmt.is_dense else ceil_to(out_features, LANES)
+    by_rows = _by_rows(fmt) and columns % LANES == 0
+    if fmt.is_dense and not by_rows:  # XLA keeps a matrix of broken rows by columns: this takes it as it lies
+        w = {**w, "weight": w["weight"].swapaxes(1, 2)}
     given = {
         "x": _filled(rows.x, total, columns),
         "x_scale": None if rows.scale is None else _filled(rows.scale, total, rows.scale.shape[1]),
@@ -82,6 +91,7 @@ def product(
         height=tiles.height,
         block=_block(width, w["weight"].nbytes // (w["weight"].shape[0] * width), block_bytes),
         width=width,
+        by_rows=by_rows,
         dtype=jnp.dtype(dtype),
     )
     return made[:, :out_features]
@@ -103,7 +113,7 @@ def _block(width: int, column_bytes: int, block_bytes: int) -> int:
     return min(width, fits, MAX_BLOCK)
 
 
-@partial(jax.jit, static_argnames=("fmt", "height", "block", "width", "dtype"))
+@partial(jax.jit, static_argnames=("fmt", "height", "block", "width", "by_rows", "dtype"))
 def _product(
     given: dict[str, jax.Array],
     expert: jax.Array,
@@ -113,6 +123,7 @@ def _product(
     height: int,
     block: int,
     width: int,
+    by_rows: bool,
     dtype: Any,
 ) -> jax.Array:
     def of_rows(n: Any, t: Any, expert: Any, count: Any) -> tuple[Any, ...]:
@@ -131,14 +142,15 @@ def _product(
     for name, tensor in given.items():
         if name in ("x", "x_scale", "x_zero"):
             specs[name] = pl.BlockSpec((height, tensor.shape[1]), of_rows)
-        elif name == "weight" and _by_rows(fmt):
+        elif name == "weight" and by_rows:
             specs[name] = pl.BlockSpec((None, block, tensor.shape[2]), of_matrix)
         else:
             specs[name] = pl.BlockSpec((None, tensor.shape[1], block), of_columns)
     rows, columns = given["x"].shape
+    reads = {name: _reads(name, given[name], expert.shape[0], pl.cdiv(width, block)) for name in sorted(given)}
     call = partial(
         pl.pallas_call,
-        partial(_kernel, fmt=fmt),
+        partial(_kernel, fmt=fmt, by_rows=by_rows),
         out_shape=jax.ShapeDtypeStruct((rows, width), dtype),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
@@ -155,13 +167,22 @@ def _product(
         ),
         cost_estimate=pl.CostEstimate(
             flops=2 * rows * columns * width,
-            bytes_accessed=sum(tensor.nbytes for tensor in given.values()) + rows * width * dtype.itemsize,
+            bytes_accessed=sum(reads.values()) + rows * width * dtype.itemsize,
             transcendentals=0,
         ),
+        metadata={READS: json.dumps([expert.nbytes, count.nbytes, *reads.values()])},
         name=f"product_{fmt.name}",
     )
     made: jax.Array = lax.platform_dependent(expert, count, given, cpu=call(interpret=True), default=call())
     return made
+
+
+def _reads(name: str, tensor: jax.Array, num_tiles: int, num_blocks: int) -> int:
+    """Bytes that a call reads of a tensor at most. A block of rows or of a matrix stays while neighbours in the grid want it."""
+    if name in ("x", "x_scale", "x_zero"):
+        return tensor.nbytes * (num_blocks if num_tiles > 1 else 1)
+    matrices = tensor.shape[0]
+    return tensor.nbytes // matrices * min(matrices, num_tiles)
 
 
 def _narrow(given: Mapping[str, Any]) -> list[str]:
@@ -170,7 +191,15 @@ def _narrow(given: Mapping[str, Any]) -> list[str]:
 
 
 def _kernel(
-    expert: Any, count: Any, given: dict[str, Any], y: Any, total: Any, widened: dict[str, Any], *, fmt: Fmt
+    expert: Any,
+    count: Any,
+    given: dict[str, Any],
+    y: Any,
+    total: Any,
+    widened: dict[str, Any],
+    *,
+    fmt: Fmt,
+    by_rows: bool,
 ) -> None:
     del expert
     has_rows = pl.program_id(1) < count[0]
@@ -181,7 +210,8 @@ def _kernel(
         chunk = chunk_of(columns) if columns % CHUNKS[-1] == 0 else columns
         for name, table in widened.items():
             table[...] = _WIDE[given[name].dtype.name, name](given[name][...])
-        add = partial(_ADD[fmt.element], given | widened, total, chunk=chunk, fmt=fmt)
+        add_codes = _add_by_columns if fmt.is_dense and not by_rows else _ADD[fmt.element]
+        add = partial(add_codes, given | widened, total, chunk=chunk, fmt=fmt)
         total[...] = jnp.zeros_like(total)
         if columns == chunk:
             add(0)
@@ -244,6 +274,11 @@ def _add_plain(given: dict[str, Any], total: Any, i: Any, *, chunk: int, fmt: Fm
         at = _columns(i * groups + g, fmt.group)
         part = _dot(x[:, at], w[:, at], BY_ROWS) * given["scale"][_columns(i * groups + g, 1), :]
         total[...] += part * _column(given["x_scale"], i * groups + g)
+
+
+def _add_by_columns(given: dict[str, Any], total: Any, i: Any, *, chunk: int, fmt: Fmt) -> None:
+    """Of a dense matrix [in, out], whole: its rows do not divide into chunks."""
+    total[...] += _dot(given["x"][...], given["weight"][...])
 
 
 def _column(x: Any, i: Any) -> jax.Array:

@@ -40,7 +40,7 @@ def pack(w: PackedWeight, out: PackedWeight | None = None) -> PackedWeight:
         made = {}
         for i in range(w.num_experts):  # one at a time: codes lie open on the way
             for name, tensor in _packed(w.expert(i)).items():
-                stack = made.setdefault(name, torch.empty(w.num_experts, *tensor.shape, dtype=tensor.dtype))
+                stack = made.setdefault(name, tensor.new_empty(w.num_experts, *tensor.shape))
                 stack[i] = tensor
     if out is not None:
         for name, tensor in made.items():
@@ -116,7 +116,7 @@ def _as_bytes(x: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:
 
 
 def _padded(x: Tensor, rows: int, columns: int) -> Tensor:
-    made = torch.zeros(rows, columns, dtype=x.dtype)
+    made = x.new_zeros(rows, columns)
     made[: x.shape[0], : x.shape[1]] = x
     return made
 
@@ -142,7 +142,7 @@ def _words(packed: Tensor, chunk: int) -> Tensor:
     Of a chunk of columns, word i has in bits 16 h + 4 s the column (chunk / 4) s + 2 i + h.
     """
     code = torch.stack([packed & 15, packed >> 4], dim=-1).view(packed.shape[0], -1, PARTS, chunk // 8, HALVES)
-    word = torch.zeros(packed.shape[0], code.shape[1], chunk // 8, dtype=torch.int32)
+    word = code.new_zeros(packed.shape[0], code.shape[1], chunk // 8, dtype=torch.int32)
     for part in range(PARTS):
         for half in range(HALVES):
             word |= code[:, :, part, :, half].int() << (16 * half + 4 * part)
@@ -152,7 +152,7 @@ def _words(packed: Tensor, chunk: int) -> Tensor:
 def _from_words(words: Tensor, chunk: int) -> Tensor:
     """The inverse of `_words`."""
     word = words.T.reshape(words.shape[1], -1, chunk // 8)
-    code = torch.empty(*word.shape[:2], PARTS, chunk // 8, HALVES, dtype=torch.uint8)
+    code = word.new_empty(*word.shape[:2], PARTS, chunk // 8, HALVES, dtype=torch.uint8)
     for part in range(PARTS):
         for half in range(HALVES):
             code[:, :, part, :, half] = (word >> (16 * half + 4 * part)) & 15

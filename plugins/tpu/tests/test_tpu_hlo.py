@@ -52,6 +52,16 @@ def test_what_the_run_before_has_brought_is_not_counted() -> None:
     assert Module(POOL).traffic().keys() - Module(text).traffic().keys() == {"ahead"}
 
 
+def test_a_kernel_says_what_it_reads_of_its_operands() -> None:
+    """On lines of its own. Of what is in vector memory nothing counts still."""
+    said = 'frontend_attributes={kernel_metadata={\n"reads":"[9999, 1000]"\n}}, custom_call_target="tpu_custom_call"'
+    text = POOL.replace('custom_call_target="tpu_custom_call"', said)
+    assert Module(text).traffic()["made"] == 1000 + 8 * 128 * 4
+    copied = said.partition(", custom_call_target")[0]  # inherited by a copy of its result, which reads all of that
+    text = text.replace("  ROOT %out", f"  %again = f32[8,128]{{1,0:T(8,128)}} copy(%made), {copied}\n  ROOT %out")
+    assert Module(text).traffic()["again"] == 2 * 8 * 128 * 4
+
+
 def test_a_loop_counts_as_often_as_it_runs() -> None:
     text = """HloModule loop
 

@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import math
+from functools import partial
+from itertools import groupby
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 
@@ -9,10 +16,12 @@ pytest.importorskip("jax")
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
 from sglang_tpu import gemm, matmul, moe
 from sglang_tpu.activations import quantized
 from sglang_tpu.environment import to_jax, to_torch
 from sglang_tpu.groups import grouping
+from sglang_tpu.hlo import READS
 from sglang_tpu.kernels import QUANTISED
 from sglang_tpu.rounding import divided, to_fp8
 from sglang_tpu.weights import pack, unpack
@@ -82,6 +91,14 @@ def test_tall_products_are_cut_into_tiles_that_fit() -> None:
     assert 2048 <= tiles.height * tiles.expert.shape[0] < 2048 + matmul.SUBLANES * tiles.expert.shape[0]
 
 
+@pytest.mark.parametrize(("rows", "columns", "itemsize"), [(4096, 4096, 1), (4096, 14336, 2), (2048, 14336, 1)])
+def test_tiles_of_a_bucket_leave_no_row_over(rows: int, columns: int, itemsize: int) -> None:
+    """Else rows are filled up and results cut, and both copied."""
+    tiles = matmul.whole(rows, columns, itemsize)
+    assert tiles.height * tiles.expert.shape[0] == rows
+    assert tiles.height * columns * itemsize <= matmul.ROWS_BYTES
+
+
 @pytest.mark.parametrize("fmt", ["dense", "fp8.tensor.static", "int4.awq.g128"])
 def test_groups_meet_their_own_matrices_and_rows_of_none_are_zeros(fmt: str) -> None:
     sizes = torch.tensor([3, 0, 40, 0, 1], dtype=torch.int32)
@@ -100,6 +117,41 @@ def test_matrices_that_no_row_meets_are_not_read() -> None:
     assert set(to_torch(at.tiles.expert).tolist()) == {2, 6} and int(at.tiles.count[0]) == 2
     placed, source = to_torch(at.place), to_torch(at.source)
     assert [int(source[placed[i]]) for i in (0, 1, 2, 3, 5)] == [0, 1, 2, 3, 5]
+
+
+@pytest.mark.parametrize("fmt", ["dense", "fp8.block128"])
+@pytest.mark.parametrize("group", [[0, 0, 1, 1, 2, 6], [*range(7)] * 9, [4] * 80], ids=["few", "all", "one"])
+def test_a_product_reads_no_more_than_it_says(fmt: str, group: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its grid is walked as a TPU does: a block is fetched where the one before it was another."""
+    calls: list[tuple[dict[str, Any], dict[str, jax.Array]]] = []
+
+    def recorded(*args: Any, **facts: Any) -> Any:
+        kernel = pl.pallas_call(*args, **facts)
+        return lambda expert, count, given: calls.append((facts, given)) or kernel(expert, count, given)
+
+    monkeypatch.setattr(matmul, "pl", SimpleNamespace(**{**vars(pl), "pallas_call": recorded}))
+    w = made(fmt, 7, 2048, 256)
+    gemm.grouped(rows(len(group), 256), w if fmt == "dense" else pack(w), torch.bincount(torch.tensor(group)).int())
+    facts, given = calls[0]
+    at = grouping(to_jax(torch.tensor(sorted(group), dtype=torch.int32)), 7).tiles
+    num_blocks, num_tiles = facts["grid_spec"].grid
+    assert num_blocks == 2
+    said = dict(zip(sorted(given), json.loads(facts["metadata"][READS])[2:], strict=True))
+    for name, spec in facts["grid_spec"].in_specs[0].items():
+        index = partial(spec.index_map, expert=to_torch(at.expert).numpy(), count=to_torch(at.count).numpy())
+        wanted = [[int(i) for i in index(n, t)] for n in range(num_blocks) for t in range(num_tiles)]
+        block = math.prod(size or 1 for size in spec.block_shape) * given[name].dtype.itemsize
+        assert len(list(groupby(wanted))) * block <= said[name], name
+    assert (said["weight"] < given["weight"].nbytes) == (len(set(group)) == 4)
+
+
+@pytest.mark.parametrize("columns", [128, 96, 192])
+def test_dense_stacks_of_any_width_are_the_op(columns: int) -> None:
+    """Of rows that are not whole lanes a kernel reads columns."""
+    x, w = rows(12, columns), made("dense", 3, 200, columns)
+    sizes = torch.tensor([5, 0, 7], dtype=torch.int32)
+    y, body = gemm.grouped(x, w, sizes), OPS["gemm.grouped"].body(x, w, sizes).double()
+    assert error(y, body) < MOST[torch.float32]
 
 
 @pytest.mark.parametrize("fmt", ["dense", "int8.token_channel"])
