@@ -5,10 +5,8 @@ It brings FlashAttention-3, which reads all that changes from step to step on th
 
 from __future__ import annotations
 
-from sglang_triton.kernels import DTYPES, GRAPHS
-
 from sglang_core.api import Kernel, SelectionContext
-from sglang_cuda.optional import problem
+from sglang_cuda.optional import paged_attention, plain_heads, problem
 
 PACKAGE, RELEASES = "sgl-kernel", ">=0.3.21,<0.3.22"
 ABOVE_FLASHINFER = 46  # made for Hopper
@@ -19,32 +17,13 @@ LONGEST_PAGE = 32
 
 
 def kernels() -> list[Kernel]:
-    missing = problem(PACKAGE, RELEASES)
-
-    def attention(ctx: SelectionContext) -> str | None:
-        return missing or attention_limits(ctx)
-
-    def write(ctx: SelectionContext) -> str | None:
-        return missing or (None if ctx.site.dtype in DTYPES else f"takes no {ctx.site.dtype}")
-
-    module = "sglang_cuda.sgl_kernel_attention"
-    listed = {
-        "attn.paged": (f"{module}:paged", attention),
-        "attn.plan": (f"{module}:plan", attention),
-        "kv.write": ("sglang_triton.kv_write:kv_write", write),
-    }
-    return [
-        Kernel(
-            op,
-            provider="sgl_kernel",
-            fn=fn,
-            device=("cuda",),
-            priority=ABOVE_FLASHINFER,
-            supports=supports,
-            features=GRAPHS,
-        )
-        for op, (fn, supports) in listed.items()
-    ]
+    return paged_attention(
+        "sgl_kernel",
+        "sglang_cuda.sgl_kernel_attention",
+        missing=problem(PACKAGE, RELEASES),
+        limits=attention_limits,
+        priority=ABOVE_FLASHINFER,
+    )
 
 
 def attention_limits(ctx: SelectionContext) -> str | None:
@@ -54,15 +33,6 @@ def attention_limits(ctx: SelectionContext) -> str | None:
         return f"is called on {HOPPER}, not on {ctx.device.path}"
     if dtype not in ("bfloat16", "float16") or spec.kv_dtype not in ("auto", dtype):
         return f"is called in bfloat16 and float16, not on {dtype} with keys in {spec.kv_dtype}"
-    if spec.head_dim != spec.v_head_dim or spec.head_dim not in HEAD_DIMS:
-        return f"is called for heads of {', '.join(map(str, HEAD_DIMS))}, not {spec.head_dim} and {spec.v_head_dim}"
     if ctx.page_size > LONGEST_PAGE:
         return f"is called for pages of at most {LONGEST_PAGE}, not {ctx.page_size}; set --page-size"
-    unknown = {
-        "windows": spec.window,
-        "sinks": spec.has_sinks,
-        "trees of drafts": spec.tree,
-        "cross attention": spec.cross,
-    }
-    found = [name for name, there in unknown.items() if there]
-    return f"is not called for {', '.join(found)}" if found else None
+    return plain_heads(ctx, HEAD_DIMS)
