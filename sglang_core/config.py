@@ -150,6 +150,13 @@ class ParallelArgs:
     """How the model is spread over ranks."""
 
     tp_size: int = setting(1, "ranks that share each layer", common=True, low=1, aliases=("tensor-parallel-size", "tp"))
+    ep_size: int = setting(
+        1,
+        "groups of those ranks that experts are dealt to, whole; 1: every rank has a share of each expert",
+        common=True,
+        low=1,
+        aliases=("expert-parallel-size", "ep"),
+    )
     dist_timeout: int = setting(600, "seconds a collective may take before the engine is declared dead", low=1)
 
 

@@ -66,6 +66,7 @@ class Case:
     fmt: str = ""  # of the checkpoint's linear layers and experts; "" for bfloat16
     chips: tuple[str, ...]
     num_devices: int = 1  # as many ranks
+    dealt: bool = False  # experts are whole, each on one rank (--ep-size); else every rank has a share of each
     num_reqs: int = 8
     length: int = 1024
     prompt: int = 256
@@ -73,7 +74,7 @@ class Case:
 
     @property
     def name(self) -> str:
-        over = [f"on {self.num_devices}"] if self.num_devices > 1 else []
+        over = [f"on {self.num_devices}" + ", experts dealt" * self.dealt] if self.num_devices > 1 else []
         fmt = [self.fmt] if self.fmt else []
         return " ".join([self.config, *fmt, *(f"{key}={value}" for key, value in self.changes.items()), *over])
 
@@ -99,6 +100,8 @@ CASES = (
     Case(config="deepseek-v3", changes=DEEPSEEK, chips=LARGE, quick=True),
     Case(config="deepseek-v3", fmt="fp8.block128", changes=DEEPSEEK, chips=ALL),
     *(Case(config="deepseek-v3", changes=DEEPSEEK, chips=ALL, num_devices=n) for n in (4, 8)),
+    Case(config="qwen3-30b-a3b", changes=QWEN, chips=ALL, num_devices=4, dealt=True),
+    Case(config="deepseek-v3", changes=DEEPSEEK, chips=ALL, num_devices=8, dealt=True),
 )
 
 
@@ -120,6 +123,7 @@ def compiled(case: Case, chip: str, title: str) -> tuple[list[CompiledStep], int
             chunked_prefill_size=max(num_tokens, LEAST_CHUNK),
             mem_fraction_static=1.0,
             tp_size=case.num_devices,
+            ep_size=case.num_devices if case.dealt else 1,
         )
         bucket = Bucket(
             num_tokens=num_tokens,
@@ -137,7 +141,7 @@ def compiled(case: Case, chip: str, title: str) -> tuple[list[CompiledStep], int
 
 
 def least_traffic(rank: Rank, num_tokens: int) -> int:
-    """Bytes that a rank must read for a decode step over full pools, each of whose tokens meets experts of its own.
+    """Bytes that a rank must read for a decode step over full pools, each of whose tokens meets experts of its own, as many as can be the rank's.
 
     Weights but an embedding that is only looked up in, and the pools.
     """
@@ -151,9 +155,9 @@ def least_traffic(rank: Rank, num_tokens: int) -> int:
     unmet = 0
     for layer in rank.model.modules():
         if isinstance(layer, Experts):
-            met = min(layer.num_experts, num_tokens * layer.moe.route.top_k)
+            met = min(layer.num_held, num_tokens * layer.moe.route.top_k)
             stacks = nbytes([*layer.w13.buffers(), *layer.w2.buffers()])
-            unmet += stacks * (layer.num_experts - met) // layer.num_experts
+            unmet += stacks * (layer.num_held - met) // layer.num_held
     return count_weight_bytes(rank.model) - embedding - unmet + pools
 
 

@@ -41,9 +41,9 @@ _GROUPS = (
         "--data-parallel-size --dp-size --dp --load-balance-method --enable-dp-attention --enable-dp-lm-head",
     ),
     (
-        "only tensor parallelism on one machine so far (--tp-size)",
+        "only tensor and expert parallelism on one machine so far (--tp-size, --ep-size)",
         "--pipeline-parallel-size --pp-size --pp --pp-max-micro-batch-size --pp-async-batch-depth "
-        "--expert-parallel-size --ep-size --ep --attention-context-parallel-size --attn-cp-size "
+        "--attention-context-parallel-size --attn-cp-size "
         "--moe-data-parallel-size --moe-dp-size --moe-dense-tp-size --nnodes --node-rank --dist-init-addr "
         "--nccl-init-addr --nccl-port --gpu-id-step --enable-dynamic-chunking",
     ),

@@ -247,6 +247,7 @@ def fit_table(
         num_rows=_required(settled.schedule.max_running_requests),
         itemsize=getattr(torch, settled.model.dtype).itemsize,
         tp_size=tp.size,
+        ep_size=settled.parallel.ep_size,
     )
     return FitTable(
         device=resolved.device.info.label,
@@ -290,6 +291,7 @@ def build_context(resolved: Resolved, table: OpTable, device: torch.device, tp: 
         page_size=_page_size(settled),
         kv_dtype=settled.cache.kv_cache_dtype,
         tp=tp,
+        ep_size=settled.parallel.ep_size,
         lora=None if resolved.lora is None else resolved.lora.spec,
     )
 

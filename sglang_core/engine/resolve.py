@@ -12,7 +12,7 @@ from sglang_core.backend.devices import ChosenDevice, open_device
 from sglang_core.backend.interface import DefaultsContext
 from sglang_core.backend.kv_dtypes import KV_DTYPES
 from sglang_core.backend.providers import Providers
-from sglang_core.config import EngineConfig, all_settings
+from sglang_core.config import EngineConfig, ParallelArgs, all_settings
 from sglang_core.engine.lora_setup import LoraSetup, lora_setup
 from sglang_core.errors import ConfigError, PluginError
 from sglang_core.layers.causal_lm import CausalLM
@@ -20,6 +20,7 @@ from sglang_core.layers.kv_scheme import KVScheme
 from sglang_core.layers.model_config import ModelConfig
 from sglang_core.layers.quant_config import online_quant_config
 from sglang_core.models.registry import model_class
+from sglang_core.parallel.groups import shard_experts
 from sglang_core.weights.checkpoint import read_config, resolve_folder
 
 log = logging.getLogger(__name__)
@@ -67,6 +68,7 @@ def resolve(config: EngineConfig, device: ChosenDevice | None = None) -> Resolve
     from_plugins = Providers().named("sglang_models")
     cls = model_class(hf_config, trust_remote_code=config.model.trust_remote_code, extra=from_plugins)
     model = cls.read_config(hf_config)
+    _check_experts(config.parallel, model)
     wanted = config.model
     quantization = online_quant_config(wanted.quantization, model.quantization, head=wanted.quantize_lm_head)
     model = model.replace(quantization=quantization)
@@ -86,6 +88,15 @@ def resolve(config: EngineConfig, device: ChosenDevice | None = None) -> Resolve
         served_model_name=settled.model.served_model_name or settled.model.model_path,
         lora=lora_setup(settled.lora),
     )
+
+
+def _check_experts(parallel: ParallelArgs, model: ModelConfig) -> None:
+    """Raises ConfigError for experts that cannot be dealt as asked, before anything is opened or loaded."""
+    if parallel.ep_size == 1:
+        return
+    if model.moe is None:
+        raise ConfigError(f"ep_size={parallel.ep_size}: {model.architecture} has no experts to deal; drop --ep-size")
+    shard_experts(model.moe.route.num_experts, parallel.ep_size, 0, parallel.tp_size)
 
 
 def _with_defaults(config: EngineConfig, device: ChosenDevice, hf_config: Mapping[str, Any]) -> EngineConfig:

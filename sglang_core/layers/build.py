@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -33,6 +33,7 @@ class BuildContext:
     page_size: int
     kv_dtype: str = "auto"  # of the KV pools; auto: that of the activations
     tp: Communicator = field(default_factory=LocalCommunicator)
+    ep_size: int = 1  # groups of the tensor-parallel ranks that experts are dealt to
     rope_tables: dict[RopeSpec, Tensor] = field(default_factory=dict, repr=False)  # shared by the layers of one model
     lora: LoraSpec | None = None  # room for adapters; None: none can be loaded
 
@@ -107,6 +108,10 @@ class Layer(Module):
     def weights(self, prefix: str) -> list[WeightSpec]:
         """What it wants from the checkpoint; `prefix` is its own name in the model, without a final dot."""
         return []
+
+    def held_elsewhere(self, prefix: str) -> Iterator[str]:
+        """Names of the checkpoint's tensors that are other ranks' alone."""
+        return iter(())
 
     def place(self, index: int, part: Tensor) -> Tensor:
         """Where part `index` waits for `load`: as it came, or copied to where it belongs, so that nothing is held twice."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -20,22 +21,23 @@ from sglang_core.layers.stored import DENSE, Ranges, Stored, StoredTensor, check
 from sglang_core.ops.formats import Fmt
 from sglang_core.ops.quant import dequantize, quantize
 from sglang_core.ops.weight import PackedWeight
-from sglang_core.parallel.groups import aligned_shard
+from sglang_core.parallel.groups import aligned_shard, shard_experts
 
 EXPERT_NAMES = ("gate_proj", "up_proj", "down_proj")
 
 
 class Experts(Layer):
-    """The experts' matrices as two stacks, in any format; each rank holds its share of every expert's width.
+    """The experts' matrices as two stacks, in any format. A rank holds its share of every expert's width, or experts whole (`ep_size`).
 
     The checkpoint keeps three matrices an expert, `{i}.{gate, up, down}` below this layer's name. Each tensor of them goes into
     its place in the stacks as it is read.
     """
 
-    w13: PackedWeight  # [X, 2F, M], gate then up
+    w13: PackedWeight  # [X, 2F, M], gate then up; X and F are what this rank holds
     w2: PackedWeight  # [X, M, F]
     bias13: Tensor | None  # [X, 2F]
     bias2: Tensor | None  # [X, M]
+    expert_map: Tensor | None  # int32 over all experts: which of these each is, -1 where another rank holds it
     copies = True
     takes_adapters = True
     lora: ExpertSlots | None
@@ -46,27 +48,35 @@ class Experts(Layer):
         self.num_experts = moe.route.num_experts
         self.register_buffer("bias13", None, persistent=False)
         self.register_buffer("bias2", None, persistent=False)
-        self._arriving: list[tuple[int, int, StoredTensor]] = []  # of each part: expert, which of the three, tensor
+        self.register_buffer("expert_map", None, persistent=False)
+        self._arriving: list[
+            tuple[int, int, StoredTensor]
+        ] = []  # of each part: expert (of those held), which of the three, tensor
         self._stacks: tuple[Assembly, Assembly] | None = None  # while they are being filled
 
     def bind(self, ctx: BuildContext) -> None:
-        self.dtype, self.tp_rank, moe = ctx.dtype, ctx.tp.rank, self.moe
+        self.dtype, self.device, moe = ctx.dtype, ctx.device, self.moe
+        shard = shard_experts(self.num_experts, ctx.ep_size, ctx.tp.rank, ctx.tp.size)
+        self.experts, self.adds_bias = (
+            shard.experts,
+            shard.rank == 0,
+        )  # results of the ranks that share an expert are summed
         self.stored13, self.stored2 = self._stored_formats()
         formats = self.stored13.fmt, self.stored2.fmt
         unit = math.lcm(self.stored13.row_step(self.hidden_size), self.stored2.column_step(moe.intermediate_size))
         what = "intermediate_size of an expert"
-        self.held = aligned_shard(moe.intermediate_size, ctx.tp.rank, ctx.tp.size, unit, what)
+        self.held = aligned_shard(moe.intermediate_size, shard.rank, shard.num_ranks, unit, what)
         quantised = next((fmt for fmt in formats if not fmt.is_dense), DENSE.fmt)
         self.lora = None
         if self.takes_adapters and (spec := covered(ctx.lora, self.names)) is not None:
-            self.lora = ExpertSlots(spec, self._targets(), ctx.dtype)
+            self.lora = ExpertSlots(spec, self._targets(), ctx.dtype, self.experts)
         site = OpSite(
             op="moe.fused" if self.lora is None else "lora.experts",
             layer=type(self).__name__,
             dtype=dtype_name(ctx.dtype),
             fmt=quantised.name,
             spec=moe.experts,
-            dims={"X": self.num_experts, "K": moe.route.top_k, "M": self.hidden_size, "F": self.width},
+            dims={"X": len(self.experts), "K": moe.route.top_k, "M": self.hidden_size, "F": self.width},
         )
         unlike = "" if formats[0] == formats[1] else "its matrices are stored unlike"
         online = self.stored13.online
@@ -90,16 +100,20 @@ class Experts(Layer):
         """F on this rank."""
         return self.held[1] - self.held[0]
 
+    @property
+    def num_held(self) -> int:
+        """X on this rank."""
+        return len(self.experts)
+
     def _targets(self) -> list[Target]:
         size, hidden = self.moe.intermediate_size, self.hidden_size
         targets = []
         for i in range(self.num_experts):
             gate, up, down = (f"{self.name}.{i}.{name}" for name in self.names)
+            every, share = ((0, hidden), self.held) if i in self.experts else ((0, 0), (0, 0))
             for name in (gate, up):
-                whole = Target(name=name, in_features=hidden, out_features=size, columns=(0, hidden), rows=(self.held,))
-                targets.append(whole)
-            rows = ((0, hidden),)
-            targets.append(Target(name=down, in_features=size, out_features=hidden, columns=self.held, rows=rows))
+                targets.append(Target(name=name, in_features=hidden, out_features=size, columns=every, rows=(share,)))
+            targets.append(Target(name=down, in_features=size, out_features=hidden, columns=share, rows=(every,)))
         return targets
 
     def _stored_formats(self) -> tuple[Stored, Stored]:
@@ -124,7 +138,7 @@ class Experts(Layer):
 
     def _stack_bytes(self, fmt13: Fmt, fmt2: Fmt) -> int:
         one = self._bytes_of_gate(fmt13) + self._bytes_of_gate(fmt13, first=False) + self._bytes_of_down(fmt2)
-        return self.num_experts * one
+        return self.num_held * one
 
     def _bytes_of_gate(self, fmt: Fmt, *, first: bool = True) -> int:
         """Of one expert; not `first`: of its up matrix, which shares some with the gate's."""
@@ -137,15 +151,21 @@ class Experts(Layer):
     def weights(self, prefix: str) -> list[WeightSpec]:
         specs, self._arriving = [], []
         sizes = self._bytes_of_gate(self.fmt), self._bytes_of_gate(self.fmt, first=False), self._bytes_of_down(self.fmt)
-        for i in range(self.num_experts):
+        for i in self.experts:
             for which, name in enumerate(self.names):
                 for n, (t, dim, part) in enumerate(self._reads[which]):
                     held = 0 if n else sizes[which]  # a matrix's first tensor stands for all of it
                     at = f"{prefix}.{i}.{name}.{t.suffix}"
                     scale = (self.moe.intermediate_size if which == 2 else self.hidden_size) ** -0.5
                     specs.append(WeightSpec.of(at, t.shape, t.dtype, dim=dim, ranges=part, scale=scale, held=held))
-                    self._arriving.append((i, which, t))
+                    self._arriving.append((i - self.experts.start, which, t))
         return specs
+
+    def held_elsewhere(self, prefix: str) -> Iterator[str]:
+        for i in range(self.num_experts):
+            if i not in self.experts:
+                for name, tensors in zip(self.names, self._reads, strict=True):
+                    yield from (f"{prefix}.{i}.{name}.{t.suffix}" for t, _, _ in tensors)
 
     def _matrix_reads(self, stored: Stored, *, down: bool) -> list[tuple[StoredTensor, int, Ranges]]:
         """Of one expert's matrix: each tensor, and the part of it that this rank reads."""
@@ -164,7 +184,7 @@ class Experts(Layer):
     def _stack(self, which: int) -> Assembly:
         """w13's or w2's."""
         if self._stacks is None:
-            m, f, num = self.hidden_size, self.width, self.num_experts
+            m, f, num = self.hidden_size, self.width, self.num_held
             self._stacks = (
                 Assembly(self.stored13.fmt, 2 * f, m, where=self.name, num_experts=num, quantize=self._quantize),
                 Assembly(self.stored2.fmt, m, f, where=self.name, num_experts=num, quantize=self._quantize),
@@ -176,6 +196,10 @@ class Experts(Layer):
         stacks, self._stacks = self._stacks, None
         w13, w2 = (self._packed(stack.weight()) for stack in stacks)
         self.w13, self.w2 = w13, w2
+        if self.num_held < self.num_experts:
+            self.expert_map = torch.full((self.num_experts,), -1, dtype=torch.int32, device=self.device)
+            held = torch.arange(self.num_held, dtype=torch.int32, device=self.device)
+            self.expert_map[self.experts.start : self.experts.stop] = held
 
     def _packed(self, w: PackedWeight) -> PackedWeight:
         if w.fmt != self.fmt.name:
@@ -186,7 +210,16 @@ class Experts(Layer):
         """h: [T, M], weights: float32[T, K], ids: int32[T, K] -> [T, M], this rank's part of the sum over ranks."""
         adapters = () if self.lora is None else (self.lora.adapters, self.lora.spec.rows.tokens)
         y: Tensor = self._fused(
-            h, self.w13, self.w2, weights, ids, self.moe.experts, *adapters, bias13=self.bias13, bias2=self.bias2
+            h,
+            self.w13,
+            self.w2,
+            weights,
+            ids,
+            self.moe.experts,
+            *adapters,
+            bias13=self.bias13,
+            bias2=self.bias2,
+            expert_map=self.expert_map,
         )
         return y
 
@@ -231,28 +264,37 @@ class StackedExperts(Experts):
         m, f, (start, stop) = self.hidden_size, self.moe.intermediate_size, self.held
         up, down = self._tensors()
         pairs = ((2 * start, 2 * stop),)
-        self._parts = [(t, 0, *t.part(pairs, (0, m), (2 * f, m), self.stored13.fmt)) for t in up]
-        self._parts += [(t, 1, *t.part(((0, m),), self.held, (m, f), self.stored2.fmt)) for t in down]
+        parts = [(t, 0, *t.part(pairs, (0, m), (2 * f, m), self.stored13.fmt)) for t in up]
+        parts += [(t, 1, *t.part(((0, m),), self.held, (m, f), self.stored2.fmt)) for t in down]
+        self._parts = [(t, which, *self._of_experts(t, dim, part)) for t, which, dim, part in parts]
+
+    def _of_experts(self, t: StoredTensor, dim: int, part: Ranges) -> tuple[int, Ranges, int]:
+        """What is read of a tensor of all experts, a range along one dim: experts, if they are held whole. And where ours begin in that."""
+        first, stop = self.experts.start, self.experts.stop
+        whole = part == ((0, t.shape[dim]),)
+        return (0, ((first, stop),), 0) if whole else (dim, part, first)
 
     def weights(self, prefix: str) -> list[WeightSpec]:
         m, f = self.hidden_size, self.moe.intermediate_size
         of_stack = 2 * self._bytes_of_gate(self.fmt), self._bytes_of_down(self.fmt)
         specs = []
-        for t, which, dim, part in self._parts:
-            held = {"weight": self.num_experts * of_stack[which], "scale": 0}.get(
-                t.name
-            )  # a weight stands for its scales
+        for t, which, dim, part, _ in self._parts:
+            held = {"weight": self.num_held * of_stack[which], "scale": 0}.get(t.name)  # a weight stands for its scales
             scale = 0.1 if t.name == "bias" else (m, f)[which] ** -0.5
             at = f"{prefix}.{t.suffix}"
             specs.append(WeightSpec.of(at, t.shape, t.dtype, dim=dim, ranges=part, scale=scale, held=held))
         return specs
 
+    def held_elsewhere(self, prefix: str) -> Iterator[str]:
+        return iter(())  # each tensor has experts of all ranks
+
     def place(self, index: int, part: Tensor) -> Tensor:
-        t, which, _, _ = self._parts[index]
+        t, which, _, _, first = self._parts[index]
+        part = part[first : first + self.num_held]
         if t.name == "bias":
             return part.clone() if which == 1 else torch.cat([part[:, 0::2], part[:, 1::2]], dim=1)
         stored, stack = (self.stored13, self.stored2)[which], self._stack(which)
-        for expert in range(self.num_experts):
+        for expert in range(self.num_held):
             matrix = part[expert].t() if stored.layout == "dense" else part[expert].flatten(1)
             if which == 1:
                 at = stack.take(stored, t, matrix, self.hidden_size, expert=expert)
@@ -264,4 +306,4 @@ class StackedExperts(Experts):
     def load(self, parts: list[Tensor]) -> None:
         super().load(parts)
         self.bias13, bias2 = (p for p, (t, *_) in zip(parts, self._parts, strict=True) if t.name == "bias")
-        self.bias2 = bias2 if self.tp_rank == 0 else None  # ranks' results are summed
+        self.bias2 = bias2 if self.adds_bias else None

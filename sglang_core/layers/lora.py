@@ -198,7 +198,7 @@ class EmbeddingSlots(AdapterSlots):
 
 
 class ExpertSlots(AdapterSlots):
-    """Of a layer of experts: `targets` are gate, up and down of expert 0, then of expert 1, and so on."""
+    """Of a layer of experts: `targets` are gate, up and down of expert 0, then of expert 1, and so on; this rank holds `experts` of them."""
 
     KINDS: ClassVar[int] = 3
 
@@ -208,9 +208,14 @@ class ExpertSlots(AdapterSlots):
     b2: Tensor
     scale: Tensor
 
+    def __init__(self, spec: LoraSpec, targets: list[Target], dtype: torch.dtype, experts: range) -> None:
+        super().__init__(spec, targets, dtype)
+        self.experts = experts
+
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        gate, down, rank = self.targets[0], self.targets[2], self.spec.max_rank
-        each = (self.spec.num_slots, len(self.targets) // self.KINDS)
+        first = self.experts.start * self.KINDS
+        gate, down, rank = self.targets[first], self.targets[first + 2], self.spec.max_rank
+        each = (self.spec.num_slots, len(self.experts))
         hidden, width = gate.in_features, gate.num_rows
         return {
             "a13": (*each, 2 * rank, hidden),
@@ -221,7 +226,7 @@ class ExpertSlots(AdapterSlots):
 
     @property
     def scale_shape(self) -> tuple[int, ...]:
-        return (self.spec.num_slots, len(self.targets) // self.KINDS, self.KINDS)
+        return (self.spec.num_slots, len(self.experts), self.KINDS)
 
     def put(self, slot: int, pairs: Mapping[str, Pair]) -> None:
         max_rank = self.spec.max_rank
@@ -229,7 +234,9 @@ class ExpertSlots(AdapterSlots):
             if (pair := pairs.get(target.name)) is None:
                 continue
             expert, kind = divmod(i, self.KINDS)
-            at, rank, rows = (slot, expert), pair.b.shape[1], target.num_rows
+            if expert not in self.experts:
+                continue
+            at, rank, rows = (slot, expert - self.experts.start), pair.b.shape[1], target.num_rows
             if kind == 2:
                 self.a2[at][:rank].copy_(pair.a)
                 self.b2[at][:, :rank].copy_(pair.b)

@@ -10,7 +10,7 @@ from sglang_core.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ParallelContext:
-    """The groups of this rank. Only tensor parallelism yet."""
+    """The groups of this rank. Experts are dealt within the tensor-parallel one (`shard_experts`)."""
 
     tp: Communicator = field(default_factory=LocalCommunicator)
 
@@ -67,6 +67,31 @@ def ragged_shard(size: int, rank: int, num_ranks: int) -> tuple[int, int]:
 def padded_part(size: int, num_ranks: int) -> int:
     """Length of every rank's part once `size` is padded up to divide."""
     return -(-size // num_ranks)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExpertShard:
+    """What a rank holds of a layer of experts: some of them, and of each the share of `rank` among `num_ranks`."""
+
+    experts: range
+    rank: int
+    num_ranks: int
+
+
+def shard_experts(num_experts: int, ep_size: int, rank: int, num_ranks: int) -> ExpertShard:
+    """Deal whole experts to `ep_size` groups of adjacent ranks; the ranks of a group share the width of each of theirs.
+
+    Raises ConfigError where ranks or experts do not divide, naming the sizes that do.
+    """
+    if num_ranks % ep_size or num_experts % ep_size:
+        sizes = [n for n in range(1, num_ranks + 1) if num_ranks % n == 0 and num_experts % n == 0]
+        raise ConfigError(
+            f"ep_size={ep_size} does not divide tp_size={num_ranks} and the {num_experts} experts; "
+            f"set --ep-size to {' or '.join(map(str, sizes))}"
+        )
+    in_group = num_ranks // ep_size
+    first, stop = even_shard(num_experts, rank // in_group, ep_size, "experts")
+    return ExpertShard(experts=range(first, stop), rank=rank % in_group, num_ranks=in_group)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

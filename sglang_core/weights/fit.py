@@ -14,7 +14,9 @@ from sglang_core.weights.pool_sizes import PoolSizes
 GIB = 2**30
 
 
-def activation_bytes(cfg: ModelConfig, *, num_tokens: int, num_rows: int, itemsize: int, tp_size: int = 1) -> int:
+def activation_bytes(
+    cfg: ModelConfig, *, num_tokens: int, num_rows: int, itemsize: int, tp_size: int = 1, ep_size: int = 1
+) -> int:
     """An upper guess of what one step holds at once: `num_tokens` through the widest layer, `num_rows` rows of logits.
 
     Counts what unfused ops keep: the stream and its residual, a layer's widest tensors twice (input and result) and once more
@@ -24,7 +26,8 @@ def activation_bytes(cfg: ModelConfig, *, num_tokens: int, num_rows: int, itemsi
     mlp = 3 * cfg.intermediate_size // tp_size
     if cfg.moe is not None:  # a row for each expert that a token visits, in and out
         k, moe = cfg.moe.route.top_k, cfg.moe
-        mlp = max(mlp, 3 * (k * moe.intermediate_size + moe.shared_size) // tp_size + 3 * k * cfg.hidden_size)
+        experts = 3 * k * moe.intermediate_size * ep_size // tp_size  # all rows may visit one rank's experts
+        mlp = max(mlp, experts + 3 * moe.shared_size // tp_size + 3 * k * cfg.hidden_size)
     per_token = 3 * cfg.hidden_size * itemsize + max(attention, mlp) * (itemsize + 4)
     return num_tokens * per_token + num_rows * cfg.vocab_size * (itemsize + 2 * 4)
 

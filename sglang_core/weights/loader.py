@@ -84,6 +84,7 @@ class Wants:
         self.layers: list[Layer] = []
         self.parts: list[list[Tensor | None]] = []
         self.specs: dict[str, list[tuple[int, int, WeightSpec]]] = {}  # name -> (layer, its part, spec)
+        self.elsewhere: set[str] = set()  # names of what other ranks want
         self._left_out: set[int] = set()
         self._names: list[str] = []  # of the layers
         for prefix, layer in named_layers(model):
@@ -91,6 +92,7 @@ class Wants:
             specs = layer.weights(prefix)
             for i, spec in enumerate(specs):
                 self.specs.setdefault(spec.name, []).append((len(self.layers), i, spec))
+            self.elsewhere.update(layer.held_elsewhere(prefix))
             self.layers.append(layer)
             self.parts.append([None] * len(specs))
 
@@ -189,7 +191,7 @@ def _match(model: CausalLM, wants: Wants, checkpoint: Checkpoint) -> dict[str, s
         name = model.parameter_name(kv_scale_name(stored))
         if name is None or name.endswith(IGNORED + unread) or (name == "lm_head.weight" and model.cfg.tie_embeddings):
             continue
-        if is_attention_scale(name) and name not in wants.specs:
+        if name in wants.elsewhere or (is_attention_scale(name) and name not in wants.specs):
             continue
         if name not in wants.specs or name in taken:
             unexpected.append(stored)

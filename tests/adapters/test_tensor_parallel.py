@@ -23,9 +23,10 @@ def test_two_ranks_give_the_logits_of_one(checkpoints: Path, tmp_path: Path) -> 
     pairs = []
     for case, name in cases:
         folder, _ = save(case, name, tmp_path / f"{case}-{name}")
-        pairs.append(f"{reference(case, checkpoints).folder}:{folder}")
+        pairs.append(f"{reference(case, checkpoints).folder}:{folder}:1")
     base = reference("qwen3-moe", checkpoints).folder
-    pairs.append(f"{base}:{save_expert_adapter(base, tmp_path / 'experts')[0]}")
+    experts, *_ = save_expert_adapter(base, tmp_path / "experts")
+    pairs += [f"{base}:{experts}:{ep_size}" for ep_size in (1, 2)]
     out = tmp_path / "logits.safetensors"
     env = os.environ | {"PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
     args = [sys.executable, str(Path(__file__).with_name("tp_worker.py"))]
@@ -47,6 +48,6 @@ def test_two_ranks_give_the_logits_of_one(checkpoints: Path, tmp_path: Path) -> 
     assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(outputs)
     shared = load_file(out)
     for pair in pairs:
-        alone = logits(*pair.split(":"), None)
+        alone = logits(*pair.split(":")[:2], "1", None)
         scale = max(1.0, float(alone.abs().max()))
         assert float((shared[pair] - alone).abs().max()) < BOUND * scale, pair

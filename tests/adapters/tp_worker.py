@@ -1,4 +1,4 @@
-"""One rank of a tensor-parallel run with adapters: python tp_worker.py RANK SIZE STORE OUT BASE:ADAPTER... writes logits."""
+"""One rank of a tensor-parallel run with adapters: python tp_worker.py RANK SIZE STORE OUT BASE:ADAPTER:EP_SIZE... writes logits."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from tests.adapters.peft_adapters import TOKENS
 from tests.models.harness import Row
 
 
-def logits(base: str, adapter: str, tp: Communicator | None) -> torch.Tensor:
+def logits(base: str, adapter: str, ep_size: str, tp: Communicator | None) -> torch.Tensor:
     """Of a req with the adapter and one without, in one step."""
-    adapted = Adapted(Path(base), {"a": Path(adapter)}, tp=tp)
+    adapted = Adapted(Path(base), {"a": Path(adapter)}, tp=tp, ep_size=int(ep_size))
     return torch.cat(adapted.step([(Row(), TOKENS, "a"), (Row(), TOKENS[:3], None)]))
 
 

@@ -70,6 +70,20 @@ def test_no_model_path_says_what_to_give() -> None:
         settled(model_path="")
 
 
+def test_experts_that_cannot_be_dealt_are_refused_at_once(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"ep_size=2: Qwen3ForCausalLM has no experts to deal; drop --ep-size"):
+        settled(ep_size=2, tp_size=2)
+    config = json.loads((demo.path() / "config.json").read_text())
+    experts = {"model_type": "qwen3_moe", "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
+    (tmp_path / "config.json").write_text(json.dumps(config | experts | {"architectures": ["Qwen3MoeForCausalLM"]}))
+    dummy = {"model_path": str(tmp_path), "load_format": "dummy"}
+    with pytest.raises(
+        ConfigError, match=r"ep_size=4 does not divide tp_size=4 and the 6 experts; set --ep-size to 1 or 2"
+    ):
+        settled(**dummy, ep_size=4, tp_size=4)
+    assert settled(**dummy, ep_size=2, tp_size=4).parallel.ep_size == 2
+
+
 def test_a_plugin_brings_an_architecture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = json.loads((demo.path() / "config.json").read_text()) | {"architectures": ["AcmeForCausalLM"]}
     (tmp_path / "config.json").write_text(json.dumps(config))

@@ -77,6 +77,24 @@ def test_ranks_hold_shares_of_every_expert_and_sum_to_the_whole() -> None:
         experts(create_model(CONFIG)).bind(build_context(tp=Ranked(0, 5)))
 
 
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_ranks_hold_whole_experts_and_sum_to_the_whole(num_ranks: int) -> None:
+    """Over four ranks two share the two experts of each group."""
+    h, weights = torch.randn(5, 32), torch.rand(5, 2)
+    ids = torch.tensor([[0, 3], [1, 2], [3, 1], [2, 0], [0, 1]], dtype=torch.int32)
+    total: Tensor = torch.zeros(5, 32)
+    for rank in range(num_ranks):
+        ctx = build_context(tp=Ranked(rank, num_ranks), ep_size=2)
+        part = experts(load_model(create_model(CONFIG | {"num_key_value_heads": 4}), "", ctx, load_format="dummy"))
+        assert (part.num_held, part.width, part.w13.num_experts) == (2, 48 // num_ranks, 2)
+        first = rank // (num_ranks // 2) * 2
+        assert part.experts == range(first, first + 2)
+        total = total + part(h, weights, ids)
+    torch.testing.assert_close(total, experts(dummy(CONFIG))(h, weights, ids))
+    with pytest.raises(ConfigError, match="ep_size=2 does not divide tp_size=3"):
+        experts(create_model(CONFIG)).bind(build_context(tp=Ranked(0, 3), ep_size=2))
+
+
 def test_bytes_are_counted_before_loading() -> None:
     model = create_model(CONFIG)
     bind_model(model, build_context())

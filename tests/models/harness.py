@@ -35,6 +35,7 @@ def build_context(
     dtype: torch.dtype = torch.float32,
     kv_dtype: str = "auto",
     tp: Communicator | None = None,
+    ep_size: int = 1,
 ) -> BuildContext:
     backend = CpuBackend()
     return BuildContext(
@@ -45,6 +46,7 @@ def build_context(
         page_size=PAGE_SIZE,
         kv_dtype=kv_dtype,
         tp=tp or LocalCommunicator(),
+        ep_size=ep_size,
     )
 
 

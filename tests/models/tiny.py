@@ -59,7 +59,7 @@ QWEN3_NEXT = {
 }
 GPT_OSS = {
     "head_dim": 24,
-    "num_local_experts": 5,
+    "num_local_experts": 6,
     "num_experts_per_tok": 2,
     "sliding_window": 6,
     "swiglu_limit": 1.5,
@@ -137,7 +137,7 @@ CASES: dict[str, Case] = {
     "qwen3": Case("Qwen3Config", "Qwen3ForCausalLM", {"head_dim": 24, "tie_word_embeddings": True}),
     "qwen3-bias": Case("Qwen3Config", "Qwen3ForCausalLM", {"head_dim": 16, "attention_bias": True}),
     "mixtral": Case(
-        "MixtralConfig", "MixtralForCausalLM", {"num_local_experts": 5, "num_experts_per_tok": 2, "sliding_window": 8}
+        "MixtralConfig", "MixtralForCausalLM", {"num_local_experts": 6, "num_experts_per_tok": 2, "sliding_window": 8}
     ),
     "qwen2-moe": Case(
         "Qwen2MoeConfig",

@@ -1,4 +1,4 @@
-"""One rank of a tensor-parallel run: python tp_worker.py RANK SIZE STORE OUT FOLDER... writes logits to OUT as safetensors."""
+"""One rank of a tensor-parallel run: python tp_worker.py RANK SIZE STORE OUT FOLDER:EP_SIZE... writes logits to OUT as safetensors."""
 
 from __future__ import annotations
 
@@ -20,21 +20,23 @@ from tests.models.harness import Stepper, build_context, load
 TOKENS = [list(range(3, 40)), [7, 5, 120]]
 
 
-def logits(folder: Path, tp: Communicator | None) -> torch.Tensor:
+def logits(folder: Path, tp: Communicator | None, ep_size: int = 1) -> torch.Tensor:
     """A prefill of two reqs, both sources of weights."""
-    dummy = load_model(create_model(read_config(folder)), folder, build_context(tp=tp), load_format="dummy", seed=3)
+    ctx = build_context(tp=tp, ep_size=ep_size)
+    dummy = load_model(create_model(read_config(folder)), folder, ctx, load_format="dummy", seed=3)
     rows = []
-    for model in (load(folder, tp=tp), dummy):
+    for model in (load(folder, tp=tp, ep_size=ep_size), dummy):
         rows += [Stepper(model).logits(tokens) for tokens in TOKENS]
     return torch.cat(rows)
 
 
-def main(rank: int, size: int, store: str, out: str, *folders: str) -> None:
+def main(rank: int, size: int, store: str, out: str, *cases: str) -> None:
     torch.set_num_threads(1)
     backend = CpuBackend()
     runtime = backend.create_runtime(RuntimeContext(devices=(backend.probe()[0],), rank=rank, world_size=size))
     tp = runtime.communicator(range(size), rank, dist.FileStore(store, size))
-    results = {Path(folder).name: logits(Path(folder), tp) for folder in folders}
+    asked = [case.rsplit(":", 1) for case in cases]
+    results = {f"{Path(folder).name}:{ep_size}": logits(Path(folder), tp, int(ep_size)) for folder, ep_size in asked}
     if rank == 0:
         save_file(results, out)
     tp.barrier()

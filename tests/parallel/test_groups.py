@@ -11,6 +11,7 @@ from sglang_core.parallel.groups import (
     even_shard,
     padded_part,
     ragged_shard,
+    shard_experts,
     shard_heads,
     tp_ranks,
 )
@@ -49,6 +50,25 @@ def test_heads_that_do_not_divide_name_the_sizes_that_do(heads: int, kv: int, ra
         shard_heads(heads, kv, 0, ranks)
     for size in map(int, str(raised.value).rsplit("one of ", 1)[1].split(", ")):
         shard_heads(heads, kv, size - 1, size)
+
+
+@given(st.sampled_from([1, 2, 3, 4, 6]), st.sampled_from([1, 2, 4]), st.integers(1, 5))
+def test_each_part_of_an_expert_is_held_once(ep_size: int, in_group: int, each: int) -> None:
+    ranks, num_experts = ep_size * in_group, ep_size * each
+    shards = [shard_experts(num_experts, ep_size, rank, ranks) for rank in range(ranks)]
+    held = sorted((expert, shard.rank) for shard in shards for expert in shard.experts)
+    assert held == [(expert, part) for expert in range(num_experts) for part in range(in_group)]
+    assert {shard.num_ranks for shard in shards} == {in_group}
+
+
+@pytest.mark.parametrize(("experts", "ep_size", "ranks"), [(8, 3, 4), (6, 4, 4), (8, 8, 4)])
+def test_experts_that_cannot_be_dealt_name_the_sizes_that_can(experts: int, ep_size: int, ranks: int) -> None:
+    with pytest.raises(
+        ConfigError, match=rf"ep_size={ep_size} does not divide tp_size={ranks} and the {experts} experts"
+    ) as raised:
+        shard_experts(experts, ep_size, 0, ranks)
+    for size in map(int, str(raised.value).rsplit("--ep-size to ", 1)[1].split(" or ")):
+        shard_experts(experts, size, ranks - 1, ranks)
 
 
 def test_tp_groups_are_adjacent_ranks() -> None:

@@ -74,6 +74,17 @@ def test_ranks_hold_shares_of_every_expert(kind: str, tmp_path: Path) -> None:
     assert torch.equal(torch.cat([quant.dequantize(layer.w2) for layer in ranks], dim=2), w2)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_ranks_hold_whole_experts(kind: str, tmp_path: Path) -> None:
+    write(tmp_path, kind, config=MOE | {"num_experts": 4, "num_key_value_heads": 4})
+    whole = experts_of(load(tmp_path))
+    ranks = [experts_of(load(tmp_path, tp=Ranked(r, 2), ep_size=2)) for r in range(2)]
+    assert [layer.width for layer in ranks] == [256, 256]
+    for name in ("w13", "w2"):
+        parts = [quant.dequantize(getattr(layer, name)) for layer in ranks]
+        assert torch.equal(torch.cat(parts), quant.dequantize(getattr(whole, name)))
+
+
 def test_bytes_are_those_that_ranks_hold(tmp_path: Path) -> None:
     for kind in KINDS:
         folder = tmp_path / kind.replace(" ", "-")
@@ -155,6 +166,19 @@ def test_ranks_of_gpt_oss_cut_between_groups(gpt_oss: Any) -> None:
     torch.testing.assert_close(total, whole(h, weights, ids), rtol=1e-4, atol=1e-4)
     with pytest.raises(ConfigError, match="has 3 parts of 32 that share a scale, too few for tp_size=4"):
         load(folder, tp=Ranked(0, 4))
+
+
+@pytest.mark.parametrize("stored", ["mxfp4", "floats"])
+def test_ranks_of_gpt_oss_hold_whole_experts(gpt_oss: Any, stored: str) -> None:
+    packed, _, _ = gpt_oss
+    folder = packed if stored == "mxfp4" else reference("gpt-oss", packed.parent).folder
+    whole = experts_of(load(folder))
+    h, weights = torch.randn(4, 64), torch.rand(4, 2)
+    ids = torch.tensor([[0, 3], [1, 2], [3, 1], [4, 0]], dtype=torch.int32)
+    ranks = [experts_of(load(folder, tp=Ranked(r, 4), ep_size=2)) for r in range(4)]  # each expert is shared by two
+    assert [layer.width for layer in ranks] == ([64, 32] if stored == "mxfp4" else [48, 48]) * 2
+    total = sum(layer(h, weights, ids) for layer in ranks)
+    torch.testing.assert_close(total, whole(h, weights, ids), rtol=1e-4, atol=1e-4)
 
 
 def test_stacks_in_other_formats_are_refused(gpt_oss: Any) -> None:

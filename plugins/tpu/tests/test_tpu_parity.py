@@ -14,7 +14,14 @@ from sglang_core import Engine
 from tests.models.tiny import NUM_NEW, PROMPT_LENS, Reference, reference
 
 BOUND = 1e-4  # float32 on both sides: only the order of sums differs
-CASES = [("llama31", 1), ("qwen3-moe", 1), ("deepseek-v2-lite", 1), ("llama31", 4), ("qwen3-moe", 2)]
+CASES = [  # model, --tp-size, --ep-size
+    ("llama31", 1, 1),
+    ("qwen3-moe", 1, 1),
+    ("deepseek-v2-lite", 1, 1),
+    ("llama31", 4, 1),
+    ("qwen3-moe", 2, 1),
+    ("qwen3-moe", 4, 2),
+]
 
 
 @pytest.fixture(scope="module", params=CASES, ids=lambda case: "-".join(map(str, case)))
@@ -22,7 +29,7 @@ def ready(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[Engine, Reference]]:
     """Over four ranks two have each KV head, and over two or four the last has fewer rows of the vocabulary."""
-    name, tp_size = request.param
+    name, tp_size, ep_size = request.param
     ref = reference(name, tmp_path_factory.mktemp(name))
     with Engine(
         model_path=str(ref.folder),
@@ -36,6 +43,7 @@ def ready(
         max_total_tokens=128,
         page_size=8,
         tp_size=tp_size,
+        ep_size=ep_size,
     ) as engine:
         yield engine, ref
 
