@@ -153,9 +153,20 @@ class ParallelArgs:
     ep_size: int = setting(
         1,
         "groups of those ranks that experts are dealt to, whole; 1: every rank has a share of each expert",
-        common=True,
         low=1,
         aliases=("expert-parallel-size", "ep"),
+    )
+    dp_size: int = setting(
+        1,
+        "replicas of the engine, each on devices of its own; a request goes to one",
+        common=True,
+        low=1,
+        aliases=("data-parallel-size", "dp"),
+    )
+    load_balance_method: str = setting(
+        "total_requests",
+        "the replica that a request goes to: with the fewest requests, the fewest tokens of them, or the next",
+        choices=("total_requests", "total_tokens", "round_robin"),
     )
     dist_timeout: int = setting(600, "seconds a collective may take before the engine is declared dead", low=1)
 

@@ -14,8 +14,8 @@ from sglang_core.backend.discovery import (
     load_backend,
     plugin_entries,
 )
-from sglang_core.backend.interface import Backend, DeviceInfo, MeshContext
-from sglang_core.errors import DeviceError, PluginError, SglangError
+from sglang_core.backend.interface import Backend, DeviceInfo
+from sglang_core.errors import DeviceError, SglangError
 
 AUTO = "auto"
 
@@ -62,26 +62,6 @@ def open_device(device: str) -> ChosenDevice:
             return _chosen(backend, info, f"{device!r} was asked for")
     known = ", ".join(f"{name}:{info.index} ({info.path})" for info in infos)
     raise DeviceError(f"device {device!r} is not here; {name!r} has {known}")
-
-
-def driven_by_one_process(device: ChosenDevice, num_ranks: int) -> tuple[DeviceInfo, ...]:
-    """The devices of a mesh, one a rank, where its backend drives them from one process; else the one that each rank's process opens.
-
-    Raises DeviceError where the mesh has too few, PluginError where the backend gives another number than it was asked for.
-    """
-    if num_ranks == 1:
-        return (device.info,)
-    mesh = tuple(device.backend.mesh(MeshContext(device=device.info, num_ranks=num_ranks)))
-    if len(mesh) not in (0, num_ranks):
-        raise PluginError(
-            f"backend {device.backend.name!r} gives {len(mesh)} devices for {num_ranks} ranks; its mesh() must give one a rank, or none"
-        )
-    return mesh or (device.info,)
-
-
-def num_processes(device: str, num_ranks: int) -> int:
-    """How many processes so many ranks are on what `--device` means. Raises as `open_device` and `driven_by_one_process`."""
-    return num_ranks if num_ranks == 1 else num_ranks // len(driven_by_one_process(open_device(device), num_ranks))
 
 
 def installed_backends() -> list[InstalledBackend]:

@@ -73,7 +73,9 @@ class RuntimeContext:
 
     devices: tuple[DeviceInfo, ...]  # a rank each
     rank: int = 0  # of this process
-    world_size: int = 1  # processes
+    world_size: int = 1  # processes that meet in its collectives
+    share: int = 0  # which of the `num_shares` processes of the server that open the same devices, as they share a host
+    num_shares: int = 1
     num_threads: int | None = None  # host threads it may compute with; None: as it sees fit
     dist_timeout: float = 600.0  # seconds a collective may take before it raises
     watched: bool = False  # every op of a step is looked at as it runs: steps must call them, where the device can
@@ -224,11 +226,15 @@ class Backend(ABC):
         """The devices here, best first. Cheap, opens no context, never raises; empty where there are none."""
 
     def mesh(self, ctx: MeshContext) -> tuple[DeviceInfo, ...]:
-        """The devices that one process drives, one a rank; empty where each rank is a process of its own, on the device asked for.
+        """The devices that one process drives, one a rank; empty where each rank is a process of its own.
 
         Cheap, and opens none. Raises DeviceError where it has fewer.
         """
         return ()
+
+    def shared_by_ranks(self, info: DeviceInfo) -> bool:
+        """Whether several ranks may open it, as they share a host's cores. Else each takes one of its own: the next of the same path."""
+        return False
 
     @abstractmethod
     def create_runtime(self, ctx: RuntimeContext) -> DeviceRuntime: ...

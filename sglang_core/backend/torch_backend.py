@@ -15,5 +15,8 @@ class TorchBackend(Backend):
 
         return TorchRuntime(ctx, self.torch_device_of(ctx.devices[0]))
 
+    def shared_by_ranks(self, info: DeviceInfo) -> bool:
+        return self.torch_device == "cpu"
+
     def torch_device_of(self, info: DeviceInfo) -> str:
         return self.torch_device if self.torch_device == "cpu" else f"{self.torch_device}:{info.index}"

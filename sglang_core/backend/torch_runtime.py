@@ -43,12 +43,13 @@ class TorchRuntime(DeviceRuntime):
     def memory(self) -> MemoryInfo:
         """What this process may use of the host: what is available and what it holds already, within its cgroup's limit.
 
-        Not all the host's memory: a host is shared, and a share of what others hold is no headroom of ours.
+        Not all the host's memory: a host is shared, and a share of what others hold is no headroom of ours. Ranks that share it have equal parts.
         """
         available, own = psutil.virtual_memory().available, psutil.Process().memory_info().rss
         if limit := _cgroup_bytes("memory.max"):
             available = min(available, max(0, limit - _cgroup_bytes("memory.current")))
-        return MemoryInfo(total=available + own, free=available)
+        free = available // self.ctx.num_shares
+        return MemoryInfo(total=free + own, free=free)
 
     def synchronize(self) -> None:
         return

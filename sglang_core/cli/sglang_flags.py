@@ -37,8 +37,8 @@ _ONE_BY_ONE = {
 
 _GROUPS = (
     (
-        "only one engine a server so far: run several servers behind a load balancer",
-        "--data-parallel-size --dp-size --dp --load-balance-method --enable-dp-attention --enable-dp-lm-head",
+        "replicas (--dp-size) share no layer so far",
+        "--enable-dp-attention --enable-dp-lm-head",
     ),
     (
         "only tensor and expert parallelism on one machine so far (--tp-size, --ep-size)",

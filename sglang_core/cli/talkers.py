@@ -13,8 +13,7 @@ if TYPE_CHECKING:
     import httpx
 
     from sglang_core.config import EngineConfig
-    from sglang_core.engine.client import EngineClient
-    from sglang_core.engine.requests import GenerateChunk
+    from sglang_core.engine.requests import Client, GenerateChunk
 
 Message = dict[str, str]
 REPLY_TOKENS = 1024  # unless --max-new-tokens says otherwise
@@ -79,7 +78,7 @@ class HttpTalker:
 class EngineTalker:
     """Asks an engine that lives as long as the chat."""
 
-    def __init__(self, client: EngineClient, sampling: Mapping[str, Any]) -> None:
+    def __init__(self, client: Client, sampling: Mapping[str, Any]) -> None:
         from sglang_core.engine.native import parse_sampling_params
 
         self._client, self.name = client, client.info.served_model_name
@@ -88,9 +87,9 @@ class EngineTalker:
 
     @classmethod
     async def start(cls, config: EngineConfig, sampling: Mapping[str, Any]) -> EngineTalker:
-        from sglang_core.engine.client import EngineClient
+        from sglang_core.engine.replicas import start_client
 
-        return cls(await EngineClient.start(config), sampling)
+        return cls(await start_client(config), sampling)
 
     async def answer(self, messages: list[Message]) -> AsyncGenerator[str, None]:
         import msgspec

@@ -17,9 +17,10 @@ from rich.console import Console
 
 from sglang_core import __version__
 from sglang_core.backend.communicator import Communicator, LocalCommunicator
-from sglang_core.backend.devices import ChosenDevice, driven_by_one_process
+from sglang_core.backend.devices import ChosenDevice
 from sglang_core.backend.interface import DeviceRuntime, RuntimeContext
 from sglang_core.backend.kv_dtypes import KV_DTYPES
+from sglang_core.backend.placement import place
 from sglang_core.backend.pool import PoolSpec
 from sglang_core.backend.selection import Instrument, OpTable, parse_overrides
 from sglang_core.cache.page_allocator import PageAllocator
@@ -79,11 +80,14 @@ def build_engine(
     world_size: int,
     directory: Path | None,
     progress: bool,
+    replica: int = 0,
     device: ChosenDevice | None = None,
 ) -> EngineCore:
-    """Rank 0: its model and runner, and the scheduler over them. `device` stands for the config's."""
+    """Rank 0 of a replica: its model and runner, and the scheduler over them. `device` stands for the config's."""
     started = time.monotonic()
-    rank = build_rank(engine_config, 0, world_size=world_size, directory=directory, progress=progress, device=device)
+    rank = build_rank(
+        engine_config, 0, world_size=world_size, directory=directory, progress=progress, replica=replica, device=device
+    )
     rank.runner.warm_up(progress=progress)
     late_compiles = _count_late_compiles(rank.runtime)
     resolved, settled = rank.resolved, rank.resolved.config
@@ -160,9 +164,11 @@ def _on_free(rank: Rank, group: PoolGroup) -> Callable[[Sequence[int]], None] | 
     return functools.partial(rank.runner.poison, group) if rank.runtime.poisons_freed_pages else None
 
 
-def build_follower(config: EngineConfig, rank: int, *, world_size: int, directory: Path) -> tuple[ModelRunner, int]:
+def build_follower(
+    config: EngineConfig, rank: int, *, world_size: int, directory: Path, replica: int
+) -> tuple[ModelRunner, int]:
     """Another rank: its runner, and how many steps it may have in flight."""
-    built = build_rank(config, rank, world_size=world_size, directory=directory, progress=False)
+    built = build_rank(config, rank, world_size=world_size, directory=directory, progress=False, replica=replica)
     built.runner.warm_up(progress=False)
     return built.runner, scheduler_config(built.resolved).max_in_flight
 
@@ -174,34 +180,38 @@ def build_rank(
     world_size: int,
     directory: Path | None,
     progress: bool,
+    replica: int = 0,
     instrument: Instrument | None = None,
     device: ChosenDevice | None = None,
 ) -> Rank:
     """Open the device and load this rank's part of the model; or open a mesh, and load the part of each of its ranks.
 
-    `rank` and `world_size` are of processes. `instrument` is put around every op, to measure it.
+    `rank` and `world_size` are of the processes of a replica. `instrument` is put around every op, to measure it.
     """
     resolved = resolve(config, device)
     settled, device = resolved.config, resolved.device
-    devices = driven_by_one_process(device, settled.parallel.tp_size)
+    sizes = settled.parallel
+    placed = place(device, tp_size=sizes.tp_size, dp_size=sizes.dp_size, replica=replica, rank=rank)
     runtime = device.backend.create_runtime(
         RuntimeContext(
-            devices=devices,
+            devices=placed.devices,
             rank=rank,
             world_size=world_size,
+            share=placed.share,
+            num_shares=placed.num_shares,
             num_threads=settled.device.num_threads,
             dist_timeout=settled.parallel.dist_timeout,
             watched=instrument is not None or settled.device.verify_kernels > 0,
             strict_compile=settled.device.strict_compile,
         )
     )
-    groups = _tensor_parallel(runtime, rank, world_size, len(devices), directory)
+    groups = _tensor_parallel(runtime, rank, world_size, len(placed.devices), directory)
     verifier = None
     if settled.device.verify_kernels > 0:
         verifier = KernelVerifier(settled.device.verify_kernels, OPS, seed=settled.schedule.random_seed)
         instrument = verifier.instrument
     table = op_table(resolved, instrument)
-    if len(devices) > 1:
+    if len(placed.devices) > 1:
         check_mesh(resolved, table, build_context)
     contexts = [build_context(resolved, table, runtime.torch_device, tp) for tp in groups]
     model, ctx = resolved.model_class(resolved.model), contexts[0]

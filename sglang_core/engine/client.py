@@ -23,7 +23,7 @@ import msgspec
 import zmq
 import zmq.asyncio
 
-from sglang_core.backend.devices import num_processes
+from sglang_core.backend.placement import num_processes
 from sglang_core.config import EngineConfig
 from sglang_core.engine.adapter_names import check_adapter_name, unknown_adapter
 from sglang_core.engine.channel import QueueEnd, from_engine_address, to_engine_address
@@ -82,7 +82,7 @@ class _Answer:
 class EngineClient:
     """See `requests.Client`. Made by `start`; `close` ends the engine with it."""
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: EngineConfig, *, replica: int = 0) -> None:
         self.config = config
         self.tokenizer: Tokenizer | None = None
         self.info: EngineInfo
@@ -100,19 +100,26 @@ class EngineClient:
         self._dead: EngineDeadError | None = None
         self._silence = 0.0  # seconds that the engine, once ready, has said nothing
         self._link: _Link = (
-            _ThreadLink(config, self._on_message) if config.in_process else _ProcessLink(config, self._on_message)
+            _ThreadLink(config, self._on_message)
+            if config.in_process
+            else _ProcessLink(config, replica, self._on_message)
         )
         self._watcher: asyncio.Task[None] | None = None
 
     @classmethod
-    async def start(cls, config: EngineConfig) -> EngineClient:
-        """Start the engine and wait until it is ready. Raises ConfigError and its siblings with the engine's own words."""
-        client = cls(config)
+    async def start(
+        cls, config: EngineConfig, *, replica: int = 0, tokenizer: asyncio.Task[Tokenizer | None] | None = None
+    ) -> EngineClient:
+        """Start the engine and wait until it is ready. Raises ConfigError and its siblings with the engine's own words.
+
+        `tokenizer`: where several engines have one.
+        """
+        client = cls(config, replica=replica)
         try:
             client._link.start()
             client._watcher = asyncio.create_task(client._watch())
-            loading = asyncio.create_task(asyncio.to_thread(load_tokenizer, config))  # beside the model
-            ready = await asyncio.gather(asyncio.shield(client._ready), loading, return_exceptions=True)
+            loading = tokenizer or asyncio.create_task(asyncio.to_thread(load_tokenizer, config))  # beside the model
+            ready = await asyncio.gather(asyncio.shield(client._ready), asyncio.shield(loading), return_exceptions=True)
             for outcome in ready:
                 if isinstance(outcome, BaseException):
                     raise outcome
@@ -136,9 +143,7 @@ class EngineClient:
         self._check(request, input_ids)
         rid = request.rid or secrets.token_hex(12)
         if rid in self._groups:
-            raise RequestError(
-                f"rid {rid!r} is running already; choose another or wait for it", param="rid", code="duplicate_rid"
-            )
+            raise duplicate_rid(rid)
         news = asyncio.Event()
         answers = [self._answer(request, rid, index, len(input_ids), news) for index in range(request.sampling.n)]
         self._groups[rid] = answers
@@ -410,7 +415,13 @@ class EngineClient:
                 future.set_exception(EngineDeadError(cause))
 
 
-def load_tokenizer(config: EngineConfig) -> HFTokenizer | None:
+def duplicate_rid(rid: str) -> RequestError:
+    return RequestError(
+        f"rid {rid!r} is running already; choose another or wait for it", param="rid", code="duplicate_rid"
+    )
+
+
+def load_tokenizer(config: EngineConfig) -> Tokenizer | None:
     """The tokenizer that the config names, None with --skip-tokenizer-init."""
     if config.model.skip_tokenizer_init:
         return None
@@ -492,8 +503,9 @@ class _Link(ABC):
 class _ProcessLink(_Link):
     """Rank processes, reached over ZMQ."""
 
-    def __init__(self, config: EngineConfig, deliver: Callable[[FromEngine], None]) -> None:
-        self._ranks = Ranks(config, progress=config.server.log_level in ("debug", "info"))
+    def __init__(self, config: EngineConfig, replica: int, deliver: Callable[[FromEngine], None]) -> None:
+        progress = config.server.log_level in ("debug", "info") and replica == 0
+        self._ranks = Ranks(config, replica=replica, progress=progress)
         self._deliver = deliver
         self._context = zmq.asyncio.Context()
         self._outbox: Any = self._context.socket(zmq.PUSH)
@@ -558,9 +570,14 @@ class _ThreadLink(_Link):
         self._thread = threading.Thread(target=self._serve, name="engine", daemon=True)
 
     def start(self) -> None:
-        if num_processes(self._config.device.device, self._config.parallel.tp_size) > 1:
+        sizes = self._config.parallel
+        if sizes.dp_size > 1:
             raise ConfigError(
-                f"in_process=True runs one process, and tp_size={self._config.parallel.tp_size} makes as many; drop one of them"
+                f"in_process=True runs one engine, and dp_size={sizes.dp_size} makes as many; drop one of them"
+            )
+        if num_processes(self._config.device.device, tp_size=sizes.tp_size) > 1:
+            raise ConfigError(
+                f"in_process=True runs one process, and tp_size={sizes.tp_size} makes as many; drop one of them"
             )
         self._thread.start()
 

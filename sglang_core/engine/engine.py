@@ -13,7 +13,6 @@ from collections.abc import AsyncIterator, Coroutine, Iterable, Iterator, Sequen
 from typing import Any, TypedDict, TypeVar, Unpack
 
 from sglang_core.config import EngineConfig
-from sglang_core.engine.client import EngineClient
 from sglang_core.engine.native import (
     Count,
     Priority,
@@ -23,7 +22,8 @@ from sglang_core.engine.native import (
     checked_text,
     parse_sampling_params,
 )
-from sglang_core.engine.requests import EngineInfo, GenerateChunk, GenerateRequest
+from sglang_core.engine.replicas import start_client
+from sglang_core.engine.requests import Client, EngineInfo, GenerateChunk, GenerateRequest
 from sglang_core.errors import EngineDeadError, RequestError
 from sglang_core.types import LogprobParams
 
@@ -58,7 +58,7 @@ class Engine:
         self._thread = threading.Thread(target=_run, args=(self._loop,), name="engine-client", daemon=True)
         self._thread.start()
         try:
-            self._client = self._wait(EngineClient.start(config))
+            self._client = self._wait(start_client(config))
         except BaseException:  # Ctrl-C while the model loads, too
             _stop(self._loop, self._thread)
             raise
@@ -71,7 +71,7 @@ class Engine:
         return self._client.info
 
     @property
-    def client(self) -> EngineClient:
+    def client(self) -> Client:
         """The asyncio client; its calls belong on its own loop."""
         return self._client
 
@@ -267,7 +267,7 @@ def _stop(loop: asyncio.AbstractEventLoop, thread: threading.Thread) -> None:
     thread.join()
 
 
-def _abandon(client: EngineClient, loop: asyncio.AbstractEventLoop) -> None:
+def _abandon(client: Client, loop: asyncio.AbstractEventLoop) -> None:
     """From any thread, the loop's own included: kill the engine, and end the loop once it has cleaned up."""
     client.kill()
     if not loop.is_closed() and not sys.is_finalizing():

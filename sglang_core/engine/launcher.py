@@ -14,7 +14,7 @@ from pathlib import Path
 
 import msgspec
 
-from sglang_core.backend.devices import num_processes
+from sglang_core.backend.placement import num_processes
 from sglang_core.config import EngineConfig
 from sglang_core.engine.worker import Launch
 
@@ -22,17 +22,19 @@ from sglang_core.engine.worker import Launch
 class Ranks:
     """The engine processes of one replica. `directory` holds their sockets and goes with them."""
 
-    def __init__(self, config: EngineConfig, *, progress: bool) -> None:
+    def __init__(self, config: EngineConfig, *, replica: int = 0, progress: bool) -> None:
         self.directory = Path(tempfile.mkdtemp(prefix="sglang-core-"))  # mkdtemp makes it 0700
-        self._config, self._progress = config, progress
+        self._config, self._replica, self._progress = config, replica, progress
         self._processes: list[subprocess.Popen[bytes]] = []
 
     def start(self) -> None:
-        world_size = num_processes(self._config.device.device, self._config.parallel.tp_size)
+        sizes = self._config.parallel
+        world_size = num_processes(self._config.device.device, tp_size=sizes.tp_size, dp_size=sizes.dp_size)
         environment = self._environment(world_size)
         for rank in range(world_size):
             launch = Launch(
                 settings=self._config.flat(),
+                replica=self._replica,
                 rank=rank,
                 world_size=world_size,
                 directory=str(self.directory),
@@ -80,10 +82,10 @@ class Ranks:
 
     def _environment(self, world_size: int) -> dict[str, str]:
         """The parent's, with OpenMP kept to the cores a process may use, as it would else take all of them in every one."""
-        env = dict(os.environ)
-        if world_size > 1 and "OMP_NUM_THREADS" not in env:
+        env, processes = dict(os.environ), world_size * self._config.parallel.dp_size
+        if processes > 1 and "OMP_NUM_THREADS" not in env:
             cores = len(os.sched_getaffinity(0))
-            env["OMP_NUM_THREADS"] = str(max(1, cores // world_size))
+            env["OMP_NUM_THREADS"] = str(max(1, cores // processes))
         return env
 
 

@@ -78,9 +78,10 @@ class Tokenizer(Protocol):
 class Client(Protocol):
     """How server, CLI and `Engine` talk to a running engine. One asyncio loop owns a client."""
 
-    info: EngineInfo
-    tokenizer: Tokenizer | None
-
+    @property
+    def info(self) -> EngineInfo: ...
+    @property
+    def tokenizer(self) -> Tokenizer | None: ...
     @property
     def adapters(self) -> Mapping[str, str]:
         """LoRA adapters that requests may name now: name -> path."""
@@ -107,3 +108,5 @@ class Client(Protocol):
     @property
     def is_alive(self) -> bool: ...
     async def close(self) -> None: ...
+    def kill(self) -> None:
+        """`close` by force: at once, from any thread, waiting for nothing."""

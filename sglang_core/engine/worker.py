@@ -22,6 +22,7 @@ class Launch(msgspec.Struct, frozen=True, kw_only=True):
     """What a rank is told: the flat config, its place, and the directory where the sockets are."""
 
     settings: dict[str, object]
+    replica: int
     rank: int
     world_size: int
     directory: str
@@ -53,7 +54,13 @@ def _serve(launch: Launch, directory: Path) -> int:
 
     config = EngineConfig.from_flat(**launch.settings)
     if launch.rank == 0:
-        core = build_engine(config, world_size=launch.world_size, directory=directory, progress=launch.progress)
+        core = build_engine(
+            config,
+            world_size=launch.world_size,
+            directory=directory,
+            progress=launch.progress,
+            replica=launch.replica,
+        )
         end = ZmqEnd(directory)
         end.send(EngineReady(info=dict(core.info)))
         try:
@@ -63,7 +70,9 @@ def _serve(launch: Launch, directory: Path) -> int:
         finally:
             end.close()
         return 0
-    runner, max_in_flight = build_follower(config, launch.rank, world_size=launch.world_size, directory=directory)
+    runner, max_in_flight = build_follower(
+        config, launch.rank, world_size=launch.world_size, directory=directory, replica=launch.replica
+    )
     receiver = PlanReceiver(directory, launch.rank)
     in_flight: deque[object] = deque()
     while True:

@@ -14,10 +14,11 @@ QUESTION = "What is the capital of France?"
 
 
 def banner(info: EngineInfo, server: ServerArgs, url: str, stats: Mapping[str, float], has_chat: bool) -> str:
+    replicas = info.settings.get("dp_size", 1)
     lines = [
         f"sglang-core {info.version}: {info.served_model_name} ({info.architecture}, {info.dtype}) on {info.device}",
         f"context {info.context_length:,} tokens, KV pool {info.max_total_tokens:,} tokens, "
-        f"up to {info.max_running_requests} requests at once",
+        f"up to {info.max_running_requests} requests at once" + f", in each of {replicas} replicas" * (replicas > 1),
     ]
     if fallbacks := int(stats.get("fallbacks", 0)):
         lines.append(f"{fallbacks} ops fell back to another kernel; `sglang-core explain` says which and why")

@@ -20,7 +20,8 @@ import uvloop
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from sglang_core.config import EngineConfig
-from sglang_core.engine.client import EngineClient
+from sglang_core.engine.replicas import start_client
+from sglang_core.engine.requests import Client
 from sglang_core.errors import RequestError, SglangError
 from sglang_core.server.app import create_app
 from sglang_core.server.auth import is_loopback
@@ -105,7 +106,7 @@ class _Life:
         listening = asyncio.create_task(self.http.serve([self.sock]))
         listening.add_done_callback(lambda _: self.stop.set())
         try:
-            client = await _first(EngineClient.start(self.config), self.stop)
+            client = await _first(start_client(self.config), self.stop)
             if client is not None:
                 try:
                     await self._serve(client)
@@ -117,7 +118,7 @@ class _Life:
             await listening
         return self.status
 
-    async def _serve(self, client: EngineClient) -> None:
+    async def _serve(self, client: Client) -> None:
         app = create_app(client, self.config)
         serving: Serving = app.state.serving
         self.front.app = app

@@ -170,7 +170,7 @@ def test_flags_we_lack_are_flags_we_lack() -> None:
 
 
 @pytest.mark.parametrize(
-    "flag", ["--attention-backend", "--disable-cuda-graph", "--speculative-algorithm", "--dp-size"]
+    "flag", ["--attention-backend", "--disable-cuda-graph", "--speculative-algorithm", "--pp-size"]
 )
 def test_an_sglang_flag_we_lack_says_so(cli: Cli, flag: str) -> None:
     for argv in ([flag, "x"], [f"{flag}=x"]):

@@ -12,10 +12,11 @@ import pytest
 import torch
 
 from sglang_core import demo
-from sglang_core.backend import devices
+from sglang_core.backend import placement
 from sglang_core.backend.communicator import Communicator
-from sglang_core.backend.devices import ChosenDevice, driven_by_one_process, num_processes
+from sglang_core.backend.devices import ChosenDevice
 from sglang_core.backend.interface import DeviceInfo, DeviceRuntime, MemoryInfo, MeshContext, RuntimeContext
+from sglang_core.backend.placement import num_processes, place
 from sglang_core.backend.torch_backend import TorchBackend
 from sglang_core.backend.torch_runtime import TorchRuntime
 from sglang_core.config import EngineConfig
@@ -77,7 +78,7 @@ class MeshBackend(TorchBackend):
 def mesh(monkeypatch: pytest.MonkeyPatch) -> ChosenDevice:
     backend = MeshBackend()
     chosen = ChosenDevice(backend=backend, info=backend.probe()[0], reason="a test")
-    monkeypatch.setattr(devices, "open_device", lambda device: chosen)
+    monkeypatch.setattr(placement, "open_device", lambda device: chosen)
     return chosen
 
 
@@ -88,16 +89,16 @@ def build(device: ChosenDevice, **settings: Any) -> None:
 
 
 def test_a_mesh_is_one_process_and_others_are_one_a_rank(mesh: ChosenDevice) -> None:
-    assert [num_processes("mesh", ranks) for ranks in (1, 2, 8)] == [1, 1, 1]
-    assert driven_by_one_process(mesh, 1) == (mesh.info,)
+    assert [num_processes("mesh", tp_size=ranks) for ranks in (1, 2, 8)] == [1, 1, 1]
+    assert place(mesh, tp_size=1).devices == (mesh.info,)
     mesh.backend.num_given = 0  # type: ignore[attr-defined]
-    assert [num_processes("mesh", ranks) for ranks in (1, 2, 8)] == [1, 2, 8]
+    assert [num_processes("mesh", tp_size=ranks) for ranks in (1, 2, 8)] == [1, 2, 8]
 
 
 def test_a_mesh_of_another_size_is_the_plugins_error(mesh: ChosenDevice) -> None:
     mesh.backend.num_given = 3  # type: ignore[attr-defined]
     with pytest.raises(PluginError, match="backend 'mesh' gives 3 devices for 2 ranks"):
-        num_processes("mesh", 2)
+        num_processes("mesh", tp_size=2)
 
 
 def test_each_rank_is_loaded_once_the_one_before_is_taken(mesh: ChosenDevice) -> None:

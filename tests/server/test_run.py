@@ -33,15 +33,13 @@ from tests.server.fake_client import FakeClient
 
 options = json.loads(sys.argv[1])
 
-class Starter:
-    @staticmethod
-    async def start(config):
-        await asyncio.sleep(options["loading"])
-        if options["fails"]:
-            raise RuntimeError("no such model")
-        return FakeClient(delay=options["delay"])
+async def start_client(config):
+    await asyncio.sleep(options["loading"])
+    if options["fails"]:
+        raise RuntimeError("no such model")
+    return FakeClient(delay=options["delay"])
 
-run.EngineClient = Starter
+run.start_client = start_client
 sys.exit(run.serve(EngineConfig.from_flat(**options["settings"]), on_ready=lambda url: print("READY", url, flush=True)))
 """
 

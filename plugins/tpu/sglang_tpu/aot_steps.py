@@ -130,6 +130,9 @@ class AotBackend(TpuBackend):
         path, name = f"tpu/{self.chip.name}", self.chip.kind
         return [DeviceInfo(backend=self.name, path=path, name=name, total_memory=self.chip.hbm_bytes)]
 
+    def shared_by_ranks(self, info: DeviceInfo) -> bool:
+        return True  # none of them is there
+
     def mesh(self, ctx: MeshContext) -> tuple[DeviceInfo, ...]:
         return tuple(self.probe()) * ctx.num_ranks
 

@@ -76,6 +76,9 @@ class TpuBackend(Backend):
     def absent_reason(self) -> str:
         return "no TPU is on the PCI bus, and jax or torchax is not installed: pip install 'sglang-tpu[tpu]' brings both, and libtpu"
 
+    def shared_by_ranks(self, info: DeviceInfo) -> bool:
+        return info.path == HOST
+
     def mesh(self, ctx: MeshContext) -> tuple[DeviceInfo, ...]:
         """The device asked for and those after it; of the host, as many devices as are wanted."""
         if ctx.device.path == HOST:

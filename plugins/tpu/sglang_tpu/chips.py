@@ -6,12 +6,18 @@ libtpu is not asked: where it finds no TPU it looks for one over the network, an
 from __future__ import annotations
 
 import os
+from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from sglang_core.api import DeviceInfo
 
 GOOGLE = "0x1ae0"  # PCI vendor
 PCI = Path("/sys/bus/pci/devices")
 DEV = Path("/dev")
+# libtpu's: which chips of the host are this process's, how they lie, and how many processes work as one.
+VISIBLE, BOUNDS, PROCESSES = "TPU_VISIBLE_CHIPS", "TPU_CHIPS_PER_PROCESS_BOUNDS", "TPU_PROCESS_BOUNDS"
+SLICES = {1: "1,1,1", 2: "1,2,1", 4: "2,2,1"}  # numbers of chips that are a slice of a host
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -96,3 +102,18 @@ def openable(dev: Path = DEV) -> bool:
     """Whether this process may open a node of one of the two drivers that TPUs have had."""
     nodes = [*dev.glob("accel[0-9]*"), *(dev / "accel").glob("accel[0-9]*"), *(dev / "vfio").glob("[0-9]*")]
     return any(os.access(node, os.R_OK | os.W_OK) for node in nodes)
+
+
+def see_only(infos: Sequence[DeviceInfo], num_here: int, environ: MutableMapping[str, str] = os.environ) -> int:
+    """Has libtpu take the chips of these devices only, so that other processes (replicas) may have the others -> the first that JAX lists.
+
+    All of the host's, of `num_here` devices, where the user says which, and where they are no slice of it.
+    """
+    if len(infos) == num_here or any(name in environ for name in (VISIBLE, BOUNDS, PROCESSES)):
+        return 0
+    per_chip = CHIPS[infos[0].path.rpartition("/")[2]].per_chip
+    wanted = sorted({info.index // per_chip for info in infos})
+    if len(wanted) not in SLICES or len(wanted) * per_chip == num_here:
+        return 0
+    environ |= {VISIBLE: ",".join(map(str, wanted)), BOUNDS: SLICES[len(wanted)], PROCESSES: "1,1,1"}
+    return wanted[0] * per_chip

@@ -11,6 +11,7 @@ from pathlib import Path
 import jax
 
 from sglang_core.api import DeviceError, DeviceInfo
+from sglang_tpu import chips
 
 CACHE = "SGLANG_TPU_CACHE"
 HOST_DEVICES = "--xla_force_host_platform_device_count"
@@ -25,6 +26,7 @@ def open_devices(infos: Sequence[DeviceInfo]) -> list[jax.Device]:
     if emulated:
         log.warning("no TPU: %s stands in for %d, for tests", info.name, len(infos))
         _host_devices(len(infos))
+    first = 0 if emulated else chips.see_only(infos, len(chips.on_this_host()))
     _platforms(
         "cpu" if emulated else "tpu,cpu"
     )  # without, JAX tries all that are installed: libtpu looks for TPUs for minutes
@@ -32,23 +34,24 @@ def open_devices(infos: Sequence[DeviceInfo]) -> list[jax.Device]:
         found = jax.devices("cpu" if emulated else "tpu")
     except RuntimeError as e:
         raise DeviceError(
-            f"{info.label} ({info.name}) cannot be opened: {e}; one process has all TPUs of a host: see that no other runs"
+            f"{info.label} ({info.name}) cannot be opened: {e}; a TPU is one process's: see that no other has it"
         ) from e
-    opened = _emulated(found, len(infos)) if emulated else [_opened(each, found) for each in infos]
+    opened = _emulated(found, len(infos)) if emulated else [_opened(each, found, first) for each in infos]
     jax.config.update("jax_default_device", opened[0])  # where goes what is put on none by name
     return opened
 
 
-def _opened(info: DeviceInfo, found: Sequence[jax.Device]) -> jax.Device:
-    if info.index >= len(found):
+def _opened(info: DeviceInfo, found: Sequence[jax.Device], first: int) -> jax.Device:
+    index = info.index - first
+    if index >= len(found):
         raise DeviceError(
             f"{info.label}: JAX lists {len(found)} TPUs (TPU_VISIBLE_CHIPS may hide some); take one of those"
         )
-    if (kind := found[info.index].device_kind) != info.name:
+    if (kind := found[index].device_kind) != info.name:
         raise DeviceError(
             f"{info.label} is a {info.name} on the PCI bus, and JAX says {kind!r}: libtpu is of another release?"
         )
-    return found[info.index]
+    return found[index]
 
 
 def _emulated(found: Sequence[jax.Device], wanted: int) -> list[jax.Device]:

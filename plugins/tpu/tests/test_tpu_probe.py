@@ -67,6 +67,27 @@ def test_a_7x_is_two_devices(bus: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert [info.path for info in TpuBackend().probe()] == ["tpu/7x", "tpu/7x", "tpu/cpu"]
 
 
+def test_a_process_sees_the_chips_it_was_given_and_no_others(four_v6e: Path) -> None:
+    tpus = TpuBackend().probe()[:4]
+    for given, seen, bounds in (([1], "1", "1,1,1"), ([2, 3], "2,3", "1,2,1")):
+        environ: dict[str, str] = {}
+        assert chips.see_only([tpus[i] for i in given], 4, environ) == given[0]
+        assert environ == {chips.VISIBLE: seen, chips.BOUNDS: bounds, chips.PROCESSES: "1,1,1"}
+    for given, environ in ((tpus, {}), (tpus[:3], {}), (tpus[:1], {chips.VISIBLE: "3"})):
+        before = dict(environ)
+        assert chips.see_only(given, 4, environ) == 0 and environ == before, (
+            "all of them, no slice, and as the user says"
+        )
+
+
+def test_half_a_7x_is_one_chip(bus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "version", VERSIONS.__getitem__)
+    for slot in ("04", "05"):
+        plug(bus, slot, chips.GOOGLE, "0x0076")
+    environ: dict[str, str] = {}
+    assert chips.see_only(TpuBackend().probe()[2:4], 4, environ) == 2 and environ[chips.VISIBLE] == "1"
+
+
 def test_a_tpu_that_cannot_be_opened_says_why(four_v6e: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "/dev" in TpuBackend().probe()[0].problem
     nodes(four_v6e)

@@ -68,6 +68,9 @@ class XeonBackend(Backend):
 
     name = "xeon"
 
+    def shared_by_ranks(self, info: DeviceInfo) -> bool:
+        return True
+
     def probe(self) -> list[DeviceInfo]:
         cpuinfo = isa.read_cpuinfo()
         found = isa.detect(cpuinfo, platform.machine())

@@ -38,7 +38,7 @@ class XeonRuntime(TorchRuntime):
 
     def __init__(self, ctx: RuntimeContext) -> None:
         topology = read_topology()
-        self.cpus = place(topology, rank=ctx.rank, world_size=ctx.world_size, num_threads=ctx.num_threads)
+        self.cpus = place(topology, rank=ctx.share, world_size=ctx.num_shares, num_threads=ctx.num_threads)
         self.num_threads = ctx.num_threads or len(self.cpus)
         super().__init__(ctx, "cpu")
         torch.set_num_threads(self.num_threads)

@@ -19,6 +19,9 @@ class EmulatedNpuBackend(NpuBackend):
 
     name = "npu_emulated"
 
+    def shared_by_ranks(self, info: DeviceInfo) -> bool:
+        return True
+
     def probe(self) -> list[DeviceInfo]:
         try:
             versions = {"torch_npu": version("torch_npu")}
