@@ -33,9 +33,8 @@ class Launch(msgspec.Struct, frozen=True, kw_only=True):
 def main() -> int:
     launch = msgspec.json.decode(read_launch(), type=Launch)
     die_with_parent(Path(launch.directory))
-    logging.basicConfig(
-        level=launch.log_level.upper(), format=f"%(asctime)s rank {launch.rank} %(levelname)s %(name)s: %(message)s"
-    )
+    who = f"replica {launch.replica} " * (launch.settings.get("dp_size", 1) != 1) + f"rank {launch.rank}"
+    logging.basicConfig(level=launch.log_level.upper(), format=f"%(asctime)s {who} %(levelname)s %(name)s: %(message)s")
     directory = Path(launch.directory)
     try:
         return _serve(launch, directory)
