@@ -45,13 +45,13 @@ def mesh_of(num_ranks: int) -> Mesh:
     return Mesh(np.array(open_devices(host(num_ranks))), (AXIS,))
 
 
-def test_one_process_serves_and_finds_its_devices_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As a user starts it: nothing in the environment says that the host is two devices."""
+def test_a_process_a_replica_serves_and_finds_its_devices_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a user starts them: nothing in the environment says that the host is two devices."""
     monkeypatch.delenv("XLA_FLAGS")
     with Engine(device="cpu", in_process=True, **SETTINGS) as reference:
         expected = [answer["output_ids"] for answer in reference.generate(PROMPTS, GREEDY)]
-    with Engine(device="tpu:cpu", tp_size=2, **SETTINGS) as engine:
-        assert len(engine.client._link.pids) == 1  # type: ignore[attr-defined]
+    with Engine(device="tpu:cpu", tp_size=2, dp_size=2, **SETTINGS) as engine:
+        assert [len(each._link.pids) for each in engine.client.engines] == [1, 1]  # type: ignore[attr-defined]
         assert [answer["output_ids"] for answer in engine.generate(PROMPTS, GREEDY)] == expected
 
 
