@@ -1,27 +1,14 @@
-"""Packages with kernels that are used where they are installed: which releases their provider was written against. Imports none of them."""
+"""What providers of attention have in common that are used where their package is installed. Imports none of them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
 
-from packaging.specifiers import SpecifierSet
 from sglang_triton.kernels import DTYPES, GRAPHS
 
 from sglang_core.api import Kernel, SelectionContext
 
 Limits = Callable[[SelectionContext], str | None]
-
-
-def problem(package: str, releases: str) -> str:
-    """Why a package cannot be used: "" or a reason. `releases`: as in a requirement, ">=1.0,<1.1"."""
-    try:
-        found = version(package)
-    except PackageNotFoundError:
-        return f"{package} is not installed; pip install '{package}{releases}'"
-    if found not in SpecifierSet(releases, prereleases=True):
-        return f"it is written for {package} {releases}, and {found} is installed"
-    return ""
 
 
 def paged_attention(provider: str, module: str, *, missing: str, limits: Limits, priority: int) -> list[Kernel]:

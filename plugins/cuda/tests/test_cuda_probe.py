@@ -11,10 +11,10 @@ from typing import Any
 
 import pynvml
 import pytest
-from sglang_cuda import notes, nvml, optional
+from sglang_cuda import notes, nvml
 from sglang_cuda.backend import CudaBackend
 from sglang_cuda.nvml import Gpu, visible
-from sglang_triton.gpu import backend
+from sglang_triton.gpu import backend, optional
 
 from sglang_core.api import DefaultsContext
 

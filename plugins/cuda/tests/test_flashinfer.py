@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from flash_step import CPU, attend, bound, signature, spec_of, step
-from sglang_cuda import optional
+from sglang_triton.gpu import optional
 
 from sglang_core.api.ops import OPS
 
