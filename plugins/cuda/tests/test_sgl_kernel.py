@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from flash_step import CPU, attend, bound, conformance, signature, spec_of, step
+from flash_step import CPU, attend, bound, conformance, signature, spec_of, step, turned
 from sglang_triton.gpu import optional
 from torch import Tensor
 
@@ -76,6 +76,16 @@ def test_it_is_the_op(facts: dict[str, Any], reqs: list[tuple[int, int]]) -> Non
     written_already = (new[0], None, None)
     close(ops["attn.paged"].fn(*written_already, pool, 1, spec, plan, lse=True), want)
     assert isinstance(ops["attn.paged"].fn(*written_already, pool, 1, spec, plan), Tensor)
+
+
+@pytest.mark.usefixtures("installed")
+def test_heads_are_rotated_and_written_by_one_launch_before_it() -> None:
+    spec = spec_of()
+    ops = bound(spec)
+    assert [kernel.fn for kernel in ops["attn.rope_paged"].kernels] == ["sglang_cuda.sgl_kernel_attention:rope_paged"]
+    got, want = turned(ops, spec, [(0, 5), (7, 1)])
+    torch.testing.assert_close(got[0], want[0], rtol=2**-7, atol=2e-2)
+    torch.testing.assert_close(got[1], want[1], rtol=1e-3, atol=1e-2)
 
 
 @pytest.mark.usefixtures("installed")

@@ -1,4 +1,4 @@
-"""AITER as a provider of its own, as facts: `--kernel attn.ragged=aiter`. Imports neither it nor torch.
+"""AITER as a provider of its own, as facts: `--kernel attn.paged=aiter`, `--kernel attn.ragged=aiter`. Imports neither it nor torch.
 
 Its attention over packed rows is called where it is a kernel made for the chip: bfloat16, heads of 128, or of 192 with values of 128, no window and no
 soft cap. Its other functions are not called; docs/backends/gpu.md says why not, of each.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from math import isclose
 
-from sglang_triton.gpu.optional import problem
+from sglang_triton.gpu.optional import paged_attention, plain_heads, problem
 
 from sglang_core.api import Kernel, SelectionContext
 
@@ -16,6 +16,7 @@ PACKAGE, RELEASES, SOURCE = "amd-aiter", ">=0.1.21,<0.1.23", "https://github.com
 ABOVE_TRITON = 45
 LATENT = (192, 128)  # of latents, expanded
 HEADS = ((128, 128), LATENT)
+PAGED = (128,)
 OWN_SCALE = "rocm/gfx950"
 
 
@@ -31,7 +32,12 @@ def kernels() -> list[Kernel]:
         return absent or limits(ctx)
 
     fn = "sglang_rocm.aiter_attention:ragged"
-    return [Kernel("attn.ragged", provider="aiter", fn=fn, device=("rocm",), priority=ABOVE_TRITON, supports=supports)]
+    packed = Kernel("attn.ragged", provider="aiter", fn=fn, device=("rocm",), priority=ABOVE_TRITON, supports=supports)
+    module = "sglang_rocm.aiter_paged"
+    return [
+        packed,
+        *paged_attention("aiter", module, "rocm", missing=absent, limits=paged_limits, priority=ABOVE_TRITON),
+    ]
 
 
 def limits(ctx: SelectionContext) -> str | None:
@@ -46,3 +52,11 @@ def limits(ctx: SelectionContext) -> str | None:
     if heads == LATENT and ctx.device.path == OWN_SCALE and not isclose(spec.scale, heads[0] ** -0.5, rel_tol=1e-6):
         return f"scales heads of {heads[0]} by {heads[0] ** -0.5:.6f} on {OWN_SCALE}, whatever is asked for; this is {spec.scale:.6f}"
     return None
+
+
+def paged_limits(ctx: SelectionContext) -> str | None:
+    """Keys are copied out of the pool as they are."""
+    if reason := plain_heads(ctx, PAGED) or limits(ctx):
+        return reason
+    kept = ctx.site.spec.kv_dtype
+    return None if kept in ("auto", ctx.site.dtype) else f"is not called for keys in {kept}"

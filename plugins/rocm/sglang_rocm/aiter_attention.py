@@ -10,6 +10,11 @@ from torch import Tensor
 from sglang_core.api.ops import AttnSpec
 
 UNIT = 8  # numbers of 16 bits in the 16 bytes that its kernels load at a time
+REACH = 2**31  # bytes of keys: beyond, its kernels' offsets are not known to be wide enough
+
+
+def reaches_too_far(num_keys: int, spec: AttnSpec) -> bool:
+    return num_keys * spec.num_kv_heads * spec.head_dim * 2 >= REACH
 
 
 def ragged(
@@ -31,6 +36,9 @@ def ragged(
     ) -> None:  # fmt: skip
         """As `attention.attend_packed`."""
         if not k.shape[0]:
+            return
+        if reaches_too_far(k.shape[0], spec):
+            attention.attend_packed(q, k, v, cu_q, cu_k, o, sums, spec, max_q)
             return
         found = flash_attn_varlen_func(
             aligned(q),
