@@ -105,8 +105,9 @@ def test_a_bucket_has_zeros_where_there_is_no_req_and_keeps_its_buffers() -> Non
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.usefixtures("installed")
-def test_the_suite_finds_nothing_wrong_in_what_it_takes() -> None:
-    passed, failed = conformance(PROVIDER, "attn.paged", arch=90)
+@pytest.mark.parametrize("op", ["attn.paged", "attn.rope_paged"])
+def test_the_suite_finds_nothing_wrong_in_what_it_takes(op: str) -> None:
+    passed, failed = conformance(PROVIDER, op, arch=90)
     assert passed >= 28 and not failed, failed
 
 

@@ -20,7 +20,7 @@ from sglang_core.api import Pool
 from sglang_core.api.ops import AttnBatch, AttnSpec, Plan, PlanStatic
 from sglang_rocm.aiter_attention import ragged, reaches_too_far
 
-# New tokens from which a req's keys are worth a copy. An estimate: at 4 TB/s and 500 TFLOP/s, with four queries to a key, the copy then takes a third of the products' time.
+# New tokens from which a req's keys are worth a copy. An estimate: at 4 TB/s and 500 TFLOP/s, with four queries to a key, the copy then takes a quarter of the products' time.
 MANY = 256
 
 
