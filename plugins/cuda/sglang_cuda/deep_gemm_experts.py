@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import deep_gemm
 import torch
+from sglang_triton import moe
 from sglang_triton.activation import gated_rows
-from sglang_triton.moe import by_group, combined
 from sglang_triton.quantize import quantise
 from sglang_triton.rows import as_rows
 from torch import Tensor
@@ -34,40 +34,36 @@ def fused(
     expert_map: Tensor | None = None,
 ) -> Tensor:
     """x: bfloat16[T, M], w13: [X, 2F, M], w2: [X, M, F], weights: float32[T, K], ids: int32[T, K] -> bfloat16[T, M]. Biases join rounded products."""
+    if expert_map is not None:
+        # Rows of experts that other ranks hold would be multiplied too: Triton leaves them out.
+        return moe.fused(x, w13, w2, weights, ids, act, bias13=bias13, bias2=bias2, expert_map=expert_map)
     if not ids.numel():
         return x.new_empty(x.shape)
-    num_experts, share = w13.num_experts or 0, ids.shape[1]
-    local = ids.flatten() if expert_map is None else expert_map[ids.flatten()]
+    share = ids.shape[1]
     if act.weight_on_input:
         x, share = (x.float()[:, None] * weights[..., None]).to(x.dtype).flatten(0, 1), 1
-    place, expert = layout(torch.where(local >= 0, local, num_experts), num_experts)
-    row = torch.arange(local.shape[0], device=x.device) // share
-    # One place more than there are takes the rows of experts that are not here.
-    source = torch.zeros(expert.shape[0] + 1, dtype=torch.int64, device=x.device).scatter_(0, place, row)[:-1]
+    place, expert = layout(ids.flatten(), w13.num_experts or 0)
+    row = torch.arange(place.shape[0], device=x.device) // share
+    source = torch.zeros(expert.shape[0], dtype=torch.int64, device=x.device).scatter_(0, place, row)
     code, scale = quantise(as_rows(x), "fp8_block")
     h = gated_rows(_product(code[source], scale[source], w13, expert, bias13), act)
     y = _product(*quantise(h, "fp8_block"), w2, expert, bias2)
-    mine = y[place.clamp(max=y.shape[0] - 1)]
-    if expert_map is not None:
-        mine = torch.where((local >= 0)[:, None], mine, 0.0)
-    return combined(mine, weights, weighted=not act.weight_on_input)
+    return moe.combined(y[place], weights, weighted=not act.weight_on_input)
 
 
 def layout(group: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
-    """group: int[S], `num_groups` for rows of none -> place: int64[S], P for those; the group of each of the P places: int32[P].
+    """group: int32[S] -> the place of each row: int64[S]; the group of each of P places: int32[P].
 
     P is a multiple of BLOCK that is enough whatever the groups.
     """
-    order, sizes = by_group(group, num_groups)
+    order, sizes = moe.by_group(group, num_groups)
     num_rows = group.shape[0]
     num_blocks = (num_rows + min(num_rows, num_groups) * (BLOCK - 1)) // BLOCK
     blocks = (sizes + BLOCK - 1) // BLOCK
     last_block = blocks.cumsum(0)
     # Where a group's first row goes, less where it is among the sorted rows.
     shift = (last_block - blocks) * BLOCK - (sizes.cumsum(0) - sizes)
-    by_order = group[order].long()
-    place = torch.arange(num_rows, device=group.device) + shift[by_order.clamp(max=num_groups - 1)]
-    place = torch.where(by_order < num_groups, place, num_blocks * BLOCK)
+    place = torch.arange(num_rows, device=group.device) + shift[group[order]]
     block = torch.arange(num_blocks, device=group.device)
     owner = torch.searchsorted(last_block, block, right=True).clamp(max=num_groups - 1).int()
     return torch.empty_like(place).scatter_(0, order.long(), place), owner[:, None].expand(-1, BLOCK).flatten()
