@@ -5,11 +5,11 @@ Its paged cache has pages of 256 tokens and more, which is nobody's page size he
 
 from __future__ import annotations
 
+from sglang_triton.gpu.optional import problem
 from sglang_triton.kernels import GRAPHS
 
 from sglang_core.api import Kernel, SelectionContext
 from sglang_cuda.linears import architecture
-from sglang_cuda.optional import problem
 
 PACKAGE, RELEASES = "flash-attn", ">=2.8.3,<2.9"
 ABOVE_TRITON = 45

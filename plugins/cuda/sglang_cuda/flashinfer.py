@@ -6,8 +6,9 @@ and a graph would read the next step's while the last one runs.
 
 from __future__ import annotations
 
+from sglang_triton.gpu.optional import paged_attention, plain_heads, problem
+
 from sglang_core.api import Kernel, SelectionContext
-from sglang_cuda.optional import paged_attention, plain_heads, problem
 
 PACKAGE, RELEASES = "flashinfer-python", ">=0.7.2,<0.8"
 ABOVE_TRITON = 45  # whose tiles are for every GPU; below what is ours
@@ -18,6 +19,7 @@ def kernels() -> list[Kernel]:
     return paged_attention(
         "flashinfer",
         "sglang_cuda.flashinfer_kernels",
+        "cuda",
         missing=problem(PACKAGE, RELEASES),
         limits=attention_limits,
         priority=ABOVE_TRITON,

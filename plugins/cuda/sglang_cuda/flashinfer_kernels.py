@@ -5,13 +5,14 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
 from flashinfer import BatchPrefillWithPagedKVCacheWrapper
 from sglang_triton import attention, attention_plan
 from sglang_triton.kv_write import kv_write
+from sglang_triton.rope_paged import rope_paged as triton_rope_paged
 from torch import Tensor
 
 from sglang_core.api import Pool
@@ -112,3 +113,6 @@ def paged(
     sums = torch.full(q.shape[:2], float("-inf"), dtype=torch.float32, device=q.device)
     # Its own sums are of powers of two, which attn.merge would take for powers of e.
     return plan.wrapper.run(q.contiguous(), cache, out=o, lse=sums, return_lse=True, lse_base="ln")  # type: ignore[no-any-return]
+
+
+rope_paged = partial(triton_rope_paged, paged=paged)

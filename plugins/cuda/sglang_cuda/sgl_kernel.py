@@ -5,8 +5,9 @@ It brings FlashAttention-3, which reads all that changes from step to step on th
 
 from __future__ import annotations
 
+from sglang_triton.gpu.optional import paged_attention, plain_heads, problem
+
 from sglang_core.api import Kernel, SelectionContext
-from sglang_cuda.optional import paged_attention, plain_heads, problem
 
 PACKAGE, RELEASES = "sgl-kernel", ">=0.3.21,<0.3.22"
 ABOVE_FLASHINFER = 46  # made for Hopper
@@ -20,6 +21,7 @@ def kernels() -> list[Kernel]:
     return paged_attention(
         "sgl_kernel",
         "sglang_cuda.sgl_kernel_attention",
+        "cuda",
         missing=problem(PACKAGE, RELEASES),
         limits=attention_limits,
         priority=ABOVE_FLASHINFER,

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from sgl_kernel.flash_attn import flash_attn_with_kvcache
 from sglang_triton.attention_plan import one_copy
 from sglang_triton.kv_write import kv_write
+from sglang_triton.rope_paged import rope_paged as triton_rope_paged
 from torch import Tensor
 
 from sglang_core.api import Pool
@@ -66,3 +69,6 @@ def paged(
     real = (torch.arange(q.shape[0], dtype=torch.int32, device=q.device) < plan.cu_extend[-1])[:, None]
     o = torch.where(real[..., None], o, 0.0)
     return (o, torch.where(real, sums.mT, float("-inf"))) if lse else o
+
+
+rope_paged = partial(triton_rope_paged, paged=paged)

@@ -11,12 +11,12 @@ from sglang_cuda.backend import CudaBackend
 from torch import Tensor
 
 from sglang_core.api import DeviceInfo, DeviceRuntime, KernelContext, OpSite, Pool, PoolSpec, RuntimeContext
-from sglang_core.api.ops import OPS, AttnBatch, AttnSpec
+from sglang_core.api.ops import OPS, AttnBatch, AttnSpec, RopeSpec
 from sglang_core.backend.selection import BoundOp, OpTable
 from sglang_core.backend.torch_runtime import TorchRuntime
 
 CPU = torch.device("cpu")
-OPS_OF_ATTENTION = ("attn.paged", "attn.plan", "kv.write")
+OPS_OF_ATTENTION = ("attn.paged", "attn.plan", "attn.rope_paged", "kv.write")
 REQUIRED = inspect.Parameter.empty
 
 
@@ -89,6 +89,19 @@ def step(
     )
     heads = (spec.num_heads, spec.num_kv_heads, spec.num_kv_heads)
     return pool, batch, [torch.randn(tokens, n, spec.head_dim).bfloat16() for n in heads]
+
+
+def turned(
+    ops: dict[str, BoundOp], spec: AttnSpec, reqs: list[tuple[int, int]]
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """attn.rope_paged of a step: what the ops give, and what its body does; o and lse each."""
+    pool, batch, new = step(spec, reqs)
+    given, rope = [leaf.clone() for leaf in pool.leaves], RopeSpec(head_dim=spec.head_dim, rotary_dim=spec.head_dim)
+    places = torch.cat([torch.arange(prefix, prefix + extend, dtype=torch.int32) for prefix, extend in reqs])
+    args = *new, places, torch.randn(32, spec.head_dim), rope
+    want = OPS["attn.rope_paged"].body(*args, pool, 1, spec, OPS["attn.plan"].body(spec, batch, CPU), lse=True)
+    pool.leaves = given
+    return ops["attn.rope_paged"].fn(*args, pool, 1, spec, ops["attn.plan"].fn(spec, batch, CPU), lse=True), want
 
 
 class HostCuda(CudaBackend):

@@ -8,8 +8,8 @@ from types import ModuleType
 
 import pytest
 import torch
-from sglang_cuda import optional
 from sglang_cuda.backend import CudaBackend
+from sglang_triton.gpu import optional
 from torch import Tensor
 
 from sglang_core.api import DeviceInfo, OpSite
@@ -76,4 +76,4 @@ def test_cublas_comes_first_where_it_takes_the_sizes_and_any_may_be_asked_for() 
 def test_without_it_triton_runs_and_explain_says_how_to_get_it() -> None:
     op = bound()
     assert op.provider == "triton" and "sglang_cuda.deep_gemm_kernels" not in sys.modules
-    assert any("pip install 'deep-gemm>=1.0,<1.1'" in why for _, why in op.refused)
+    assert any("get deep-gemm>=1.0,<1.1 from https://github.com/deepseek-ai/DeepGEMM" in why for _, why in op.refused)

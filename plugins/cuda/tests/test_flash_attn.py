@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 from flash_step import conformance, signature, spec_of
-from sglang_cuda import optional
 from sglang_cuda.backend import CudaBackend
+from sglang_triton.gpu import optional
 
 from sglang_core.api import DeviceInfo, OpSite
 from sglang_core.api.ops import OPS, AttnSpec

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from flash_step import CPU, attend, bound, signature, spec_of, step
-from sglang_cuda import optional
+from flash_step import CPU, attend, bound, signature, spec_of, step, turned
+from sglang_triton.gpu import optional
 
 from sglang_core.api.ops import OPS
 
@@ -106,6 +106,16 @@ def test_it_is_the_op(facts: dict[str, Any], reqs: list[tuple[int, int]]) -> Non
         torch.testing.assert_close(o, want, rtol=2**-7, atol=1e-2)
         torch.testing.assert_close(lse, want_lse, rtol=1e-4, atol=1e-4)  # of e, as attn.merge takes it
         assert torch.equal(ops["attn.paged"].fn(new[0], *keys, pool, 1, spec, plan), o)
+
+
+@pytest.mark.usefixtures("installed")
+def test_heads_are_rotated_and_written_by_one_launch_before_it() -> None:
+    spec = spec_of()
+    ops = bound(spec)
+    assert [kernel.fn for kernel in ops["attn.rope_paged"].kernels] == ["sglang_cuda.flashinfer_kernels:rope_paged"]
+    for got, want in zip(*turned(ops, spec, [(0, 5), (7, 1)]), strict=True):
+        torch.testing.assert_close(got, want, rtol=2**-7, atol=2e-2)
+    assert Wrapper.made
 
 
 @pytest.mark.usefixtures("installed")

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from flash_step import CPU, attend, bound, conformance, signature, spec_of, step
-from sglang_cuda import optional
+from flash_step import CPU, attend, bound, conformance, signature, spec_of, step, turned
+from sglang_triton.gpu import optional
 from torch import Tensor
 
 from sglang_core.api.ops import OPS
@@ -79,6 +79,16 @@ def test_it_is_the_op(facts: dict[str, Any], reqs: list[tuple[int, int]]) -> Non
 
 
 @pytest.mark.usefixtures("installed")
+def test_heads_are_rotated_and_written_by_one_launch_before_it() -> None:
+    spec = spec_of()
+    ops = bound(spec)
+    assert [kernel.fn for kernel in ops["attn.rope_paged"].kernels] == ["sglang_cuda.sgl_kernel_attention:rope_paged"]
+    got, want = turned(ops, spec, [(0, 5), (7, 1)])
+    torch.testing.assert_close(got[0], want[0], rtol=2**-7, atol=2e-2)
+    torch.testing.assert_close(got[1], want[1], rtol=1e-3, atol=1e-2)
+
+
+@pytest.mark.usefixtures("installed")
 def test_a_bucket_has_zeros_where_there_is_no_req_and_keeps_its_buffers() -> None:
     spec = spec_of()
     ops = bound(spec)
@@ -95,8 +105,9 @@ def test_a_bucket_has_zeros_where_there_is_no_req_and_keeps_its_buffers() -> Non
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.usefixtures("installed")
-def test_the_suite_finds_nothing_wrong_in_what_it_takes() -> None:
-    passed, failed = conformance(PROVIDER, "attn.paged", arch=90)
+@pytest.mark.parametrize("op", ["attn.paged", "attn.rope_paged"])
+def test_the_suite_finds_nothing_wrong_in_what_it_takes(op: str) -> None:
+    passed, failed = conformance(PROVIDER, op, arch=90)
     assert passed >= 28 and not failed, failed
 
 

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from sglang_triton.gpu.backend import GpuBackend
+from sglang_triton.gpu.optional import provider_note
 
 from sglang_core.api import DefaultsContext, DeviceInfo, Kernel, KernelContext
-from sglang_rocm import kfd, linears
+from sglang_rocm import aiter, kfd, linears
 
 TARGETS = {"gfx942": 3, "gfx950": 4}  # -> CDNA generation
 
@@ -44,6 +45,7 @@ class RocmBackend(GpuBackend):
             facts={"uuid": gpu.uuid, "links": gpu.num_links},
             versions=versions,
             problem=problem,
+            notes=(provider_note("aiter", aiter.missing()),),
         )
 
     def absent_reason(self) -> str:
@@ -53,7 +55,7 @@ class RocmBackend(GpuBackend):
         return "the amdgpu driver lists no GPU: load it, or give the container its devices (--device /dev/kfd --device /dev/dri)"
 
     def kernels(self, ctx: KernelContext) -> list[Kernel]:
-        return [*super().kernels(ctx), *linears.kernels(ctx.device.path)]
+        return [*super().kernels(ctx), *linears.kernels(ctx.device.path), *aiter.kernels()]
 
     def config_defaults(self, ctx: DefaultsContext) -> dict[str, Any]:
         return {"dtype": "bfloat16", "page_size": 16, "chunked_prefill_size": 8192}

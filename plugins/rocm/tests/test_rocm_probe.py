@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from sglang_rocm import kfd
 from sglang_rocm.backend import RocmBackend
-from sglang_triton.gpu import backend
+from sglang_triton.gpu import backend, optional
 
 MI300X, MI355X, MI250X = 90402, 90500, 90010
 VRAM = 192 * 2**30
@@ -53,6 +53,14 @@ def test_a_device_for_each_gpu(rocm: RocmBackend, tmp_path: Path) -> None:
     assert first.total_memory == VRAM and first.facts == {"uuid": f"GPU-{1:016x}", "links": 1}
     assert first.versions == {"driver": "6.14.14"} and not first.problem
     assert second.path == "rocm/gfx950" and second.score > first.score > 100
+
+
+def test_it_is_noted_whether_aiter_is_used(rocm: RocmBackend, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lay_out(tmp_path, MI300X)
+    (note,) = rocm.probe()[0].notes
+    assert note.name == "aiter" and "not used: amd-aiter is not installed" in note.found and not note.fix
+    monkeypatch.setattr(optional, "version", lambda _: "0.1.22")
+    assert rocm.probe()[0].notes[0].found == "used: `explain` says where"
 
 
 def test_targets_are_hexadecimal(rocm: RocmBackend, tmp_path: Path) -> None:

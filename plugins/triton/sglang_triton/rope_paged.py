@@ -5,20 +5,23 @@ Apart, it is up to four launches (two norms, the rotation, the write) that each 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from sglang_core.api import Pool
-from sglang_core.api.ops import AttnSpec, HeadNorms, RopeSpec
+from sglang_core.api.ops import AttnSpec, HeadNorms, Plan, RopeSpec
+from sglang_triton import attention
 from sglang_triton.aot_spec import AotSpec
-from sglang_triton.attention import paged
-from sglang_triton.attention_plan import WorkPlan
 from sglang_triton.kv_write import encoded
 from sglang_triton.numerics import rounded, widen
 from sglang_triton.rows import dense_last
 from sglang_triton.tuning import choose
+
+Paged = Callable[..., Tensor | tuple[Tensor, Tensor]]
 
 
 def rope_paged(
@@ -31,13 +34,14 @@ def rope_paged(
     pool: Pool,
     layer: int,
     spec: AttnSpec,
-    plan: WorkPlan,
+    plan: Plan,
     *,
     head_norms: HeadNorms | None = None,
     sinks: Tensor | None = None,
     lse: bool = False,
+    paged: Paged = attention.paged,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """q: [T, Hq, D], k: [T, Hk, D], v: [T, Hk, Dv] -> o: [T, Hq, Dv] (, lse: float32[T, Hq])."""
+    """q: [T, Hq, D], k: [T, Hk, D], v: [T, Hk, Dv] -> o: [T, Hq, Dv] (, lse: float32[T, Hq]). `paged`: another provider's attention, with its plan."""
     q = turn_and_write(q, k, v, positions, table, rotary, pool, layer, plan.slot_mapping, head_norms)
     return paged(q, None, None, pool, layer, spec, plan, sinks=sinks, lse=lse)
 

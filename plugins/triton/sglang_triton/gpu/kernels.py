@@ -46,17 +46,22 @@ def dense_limits(ctx: SelectionContext) -> str | None:
 
 
 def scaled_limits(ctx: SelectionContext, formats: tuple[str, ...], *, rows: int = 16, columns: int = 16) -> str | None:
-    """What torch's scaled products take of a weight, [rows, columns]; their results are bfloat16."""
-    if ctx.site.fmt not in formats:
-        return f"takes weights in {', '.join(formats)}, not {ctx.site.fmt}"
-    if ctx.site.dtype != "bfloat16":
-        return f"gives bfloat16, not {ctx.site.dtype}"
+    """What torch's scaled products take of a weight, [rows, columns]."""
+    if reason := product_limits(ctx, formats):
+        return reason
     held = {"out": rows, "in": columns}
     if wrong := [
         f"{name}={ctx.site.dims.get(name)}" for name, unit in held.items() if ctx.site.dims.get(name, 1) % unit
     ]:
         return f"takes matrices of {rows} x {columns} elements or multiples, not {', '.join(wrong)}"
     return None
+
+
+def product_limits(ctx: SelectionContext, formats: tuple[str, ...]) -> str | None:
+    """Of any scaled product: their results are bfloat16."""
+    if ctx.site.fmt not in formats:
+        return f"takes weights in {', '.join(formats)}, not {ctx.site.fmt}"
+    return None if ctx.site.dtype == "bfloat16" else f"gives bfloat16, not {ctx.site.dtype}"
 
 
 def cuda_of_torch() -> int | None:
