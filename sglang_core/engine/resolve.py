@@ -31,6 +31,7 @@ GENERIC_DEFAULTS: Mapping[str, Any] = {
     "max_running_requests": 256,
     "max_queued_requests": 4096,
     "mem_fraction_static": 0.8,
+    "prefill_graph_tokens": 0,
 }
 UNLIMITED_CHUNK = -1
 KV_ALIASES = {"bf16": "bfloat16", "fp16": "float16"}

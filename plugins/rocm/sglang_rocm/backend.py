@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from sglang_triton.gpu.backend import GpuBackend
 
-from sglang_core.api import DefaultsContext, DeviceInfo, Kernel, KernelContext
+from sglang_core.api import DeviceInfo, Kernel, KernelContext
 from sglang_rocm import kfd, linears
 
 TARGETS = {"gfx942": 3, "gfx950": 4}  # -> CDNA generation
@@ -54,6 +53,3 @@ class RocmBackend(GpuBackend):
 
     def kernels(self, ctx: KernelContext) -> list[Kernel]:
         return [*super().kernels(ctx), *linears.kernels(ctx.device.path)]
-
-    def config_defaults(self, ctx: DefaultsContext) -> dict[str, Any]:
-        return {"dtype": "bfloat16", "page_size": 16, "chunked_prefill_size": 8192}
