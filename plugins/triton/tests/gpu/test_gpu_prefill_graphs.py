@@ -110,6 +110,38 @@ def test_each_edge_of_a_bucket(fake_gpu: FakeGpu, steps: list[Step]) -> None:
     ]
 
 
+def test_what_else_differs_by_request(fake_gpu: FakeGpu, steps: list[Step]) -> None:
+    """Sampling with filters and penalties, log-probabilities of the prompt, and adapters, in the first token's step and after."""
+    sampling = [
+        {"temperature": 0.9},
+        {"temperature": 0.8, "top_p": 0.6},
+        {"temperature": 1.0, "top_k": 5},
+        {"temperature": 0, "repetition_penalty": 1.5},
+        {"temperature": 0, "frequency_penalty": 1.0},
+        {"temperature": 0},
+    ]
+    given = [one | {"ignore_eos": True, "max_new_tokens": 4} for one in sampling]
+    ids = prompts(5, 12, 3, 9, 2, 8)
+    made = []
+    for tokens in (0, MOST):
+        options = SETTINGS | {"prefill_graph_tokens": tokens, "lora_paths": ("capitals=demo:capitals",)}
+        with Engine(device="fakegpu", **options) as engine:
+            del steps[:]
+            asked = {"input_ids": ids, "sampling_params": given, "return_logprob": True}
+            made.append(engine.generate(**asked, logprob_start_len=0))
+            made[-1] += engine.generate(**asked, lora_path=[None, "capitals"] * 3)
+    agree(*made)
+    plain, adapted = made[1][5], made[1][11]
+    assert plain["meta_info"]["output_token_logprobs"] != adapted["meta_info"]["output_token_logprobs"]
+    for a, b in zip(*(answers[:6] for answers in made), strict=True):
+        mine, other = (
+            torch.tensor([p for p, *_ in x["meta_info"]["input_token_logprobs"][1:]], dtype=torch.float64)
+            for x in (a, b)
+        )
+        torch.testing.assert_close(mine, other, rtol=0, atol=2e-5)
+    assert any(padded for mode, _, padded in steps if mode == "prefill")
+
+
 def test_a_graph_a_bucket_and_all_of_them_before_the_first_request(fake_gpu: FakeGpu) -> None:
     with Engine(device="fakegpu", prefill_graph_tokens=MOST, **SETTINGS) as engine:
         driver = fake_gpu().driver
