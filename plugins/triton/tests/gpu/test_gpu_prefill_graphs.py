@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from fake_gpu import FakeGpuRuntime
+from fake_gpu import FakeGpuBackend, FakeGpuRuntime
+from sglang_conformance.runner import Suite, Verdict
 from sglang_triton.gpu import runtime as gpu_runtime
 from sglang_triton.gpu.runtime import token_sizes
 
@@ -140,6 +141,21 @@ def test_what_else_differs_by_request(fake_gpu: FakeGpu, steps: list[Step]) -> N
         )
         torch.testing.assert_close(mine, other, rtol=0, atol=2e-5)
     assert any(padded for mode, _, padded in steps if mode == "prefill")
+
+
+@pytest.mark.parametrize("model", ["deepseek-v3", "qwen3-next", "gpt-oss"])
+def test_latents_states_windows_and_experts(model: str, steps: list[Step], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The suite's case of chunked prompts, whose answers it has from elsewhere."""
+    monkeypatch.setattr(FakeGpuBackend, "config_defaults", lambda self, ctx: {"prefill_graph_tokens": 80})
+    backend = FakeGpuBackend()
+    suite = Suite(backend, backend.probe()[0], num_threads=1, kernels=[])
+    ((case, dtype),) = [
+        (case, dtype) for case, dtype in suite.select([f"e2e.{model}[chunked prefill"]) if dtype == torch.float32
+    ]
+    judged = suite.judge(case, dtype)
+    suite.close()
+    assert judged.verdict is Verdict.REFERENCE, judged.reason
+    assert sum(padded and mode == "prefill" for mode, _, padded in steps) > 2
 
 
 def test_a_graph_a_bucket_and_all_of_them_before_the_first_request(fake_gpu: FakeGpu) -> None:
