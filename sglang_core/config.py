@@ -102,6 +102,12 @@ class DeviceArgs:
     strict_compile: bool = setting(
         False, "where steps are compiled at start: one that no bucket holds is an error, not compiled while reqs wait"
     )
+    prefill_graph_tokens: int | None = setting(
+        None,
+        "where steps are captured: those with prefill too, up to so many tokens, each padded to the next of a few sizes that "
+        "are captured at start; longer ones run kernel by kernel (0: all of them); the backend's own by default",
+        low=0,
+    )
     num_threads: int | None = setting(None, "CPU threads an engine rank computes with; all its cores by default", low=1)
 
 

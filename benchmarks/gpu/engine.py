@@ -1,4 +1,5 @@
-"""Part `engine`: a whole model of random weights: a step against its floor, the gap between steps, throughput, capture, start-up."""
+"""Part `engine`: a whole model of random weights: a step against its floor, the gap between steps, short prefills, throughput, capture,
+start-up."""
 
 from __future__ import annotations
 
@@ -41,6 +42,8 @@ class Sizes:
         self.model = SMALL_MODEL if small else MODEL
         self.batch, self.input, self.output = (4, 16, 8) if small else (256, 1024, 1024)
         self.context = 64 if small else 1024
+        self.prefills = (4, 16) if small else (16, 32, 64, 100, 128, 200, 256, 390, 512)
+        self.prefill_models = (SMALL_MODEL,) if small else (MODEL, "qwen3-0.6b")
         self.repeats = 3 if small else 20
         self.their_output = (
             4 if small else 33
@@ -54,6 +57,10 @@ def cases(opened: Opened, session: Session, only: str = "") -> Iterator[Case]:
     listed = [
         Case("decode step, batch 1", partial(decode_step, session, sizes, device), seconds=90),
         Case("decode, gap between steps", partial(host_gap, opened, sizes, device), seconds=120),
+        *(
+            Case(f"short prefills, {model}", partial(short_prefills, opened, sizes, device, model), seconds=120)
+            for model in sizes.prefill_models
+        ),
         Case(OFFLINE, partial(offline, sizes, device), seconds=180),
         Case("transformers", partial(transformers_rate, opened, session, sizes), seconds=150),
         Case("capture of all buckets", partial(capture, sizes, device), seconds=90),
@@ -151,6 +158,28 @@ def host_gap(opened: Opened, sizes: Sizes, device: str) -> Facts:
             core.runner.close()
 
 
+def short_prefills(opened: Opened, sizes: Sizes, device: str, model: str) -> Facts:
+    """One prompt a step, from plan to token on the host: as a graph of its bucket, and kernel by kernel."""
+    shapes = [StepShape.prefill(1, length) for length in sizes.prefills]
+    graphs = max(sizes.prefills) if opened.runtime.captures_prefills else 0
+    facts: Facts = {"captured": graphs}
+    for form, tokens in (("graph", graphs), ("eager", 0)):
+        opened.release()
+        with ModelFolder(model) as folder:
+            given = settings(folder, sizes, device, max_total_tokens=None, prefill_graph_tokens=tokens)
+            rank = open_rank(EngineConfig.from_flat(**given), shapes)
+            try:
+                rank.runner.warm_up(progress=False)
+                driver = StepDriver.of(rank)
+                for shape in shapes:
+                    facts[f"{form}_{shape.num_tokens}_ms"] = 1e3 * driver.measure(shape, sizes.repeats).median
+            finally:
+                rank.runner.close()
+                rank.runtime.close()
+            del rank, driver
+    return facts | {f"gain_{n}": facts[f"eager_{n}_ms"] / facts[f"graph_{n}_ms"] for n in sizes.prefills}
+
+
 def offline(sizes: Sizes, device: str) -> Facts:
     """All requests at once, to their full length."""
     with ModelFolder(sizes.model) as folder, Engine(**settings(folder, sizes, device)) as engine:
@@ -202,7 +231,7 @@ def transformers_rate(opened: Opened, session: Session, sizes: Sizes) -> Facts:
 
 
 def capture(sizes: Sizes, device: str) -> Facts:
-    """Every bucket of decode steps, and sampling."""
+    """Every bucket: decode steps, steps with prefills, and sampling."""
     with ModelFolder(sizes.model) as folder:
         shape = StepShape.decode(sizes.batch, sizes.context)
         given = settings(folder, sizes, device, max_total_tokens=None)

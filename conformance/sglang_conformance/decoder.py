@@ -168,7 +168,7 @@ class Stepper:
         return made[0], made[1]
 
     def batch(self, reqs: Sequence[tuple[Req, int]], bucket: Bucket) -> Batch:
-        """Lay a step out and grant the pages it needs. A decode takes its ids from the device."""
+        """Lay a step out and grant the pages it needs. A req that decodes, alone or among prefills, takes its id from the device."""
         env, tokens = self.env, bucket.num_tokens
         extends, prefixes = [n for _, n in reqs], [req.length for req, _ in reqs]
         for req, n in reqs:
@@ -178,7 +178,8 @@ class Stepper:
         places = [(req, p) for (req, n), start in zip(reqs, prefixes, strict=True) for p in range(start, start + n)]
         ends = [sum(extends[: i + 1]) for i in range(len(reqs))]
         none = [0] * (bucket.num_reqs - len(reqs))
-        on_device = bucket.max_extend == 1
+        decodes = [n == 1 and start > 0 for (_, n), start in zip(reqs, prefixes, strict=True)]
+        source = [req.slot if decode else -1 for (req, n), decode in zip(reqs, decodes, strict=True) for _ in range(n)]
         batch = AttnBatch(
             cu_extend_cpu=_int([0, *ends, *(n + (ends or [0])[-1] for n in none)]),
             prefix_lens_cpu=_int(prefixes + none),
@@ -198,7 +199,7 @@ class Stepper:
         )
         return Batch(
             token_ids=env.place(_int(_padded([self.random.randrange(VOCAB) for _ in places], tokens))),
-            token_slots=env.place(_int(_padded([r.slot if on_device else -1 for r, _ in places], tokens, -1))),
+            token_slots=env.place(_int(_padded(source, tokens, -1))),
             positions=env.place(_int(_padded([p for _, p in places], tokens))),
             sample_rows=env.place(_int(_padded([end - 1 for end in ends], bucket.num_reqs))),
             slots=env.place(_int(_padded([req.slot for req, _ in reqs], bucket.num_reqs, MAX_REQS))),

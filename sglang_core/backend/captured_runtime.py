@@ -1,4 +1,4 @@
-"""`CapturedRuntime`: a device with streams of its own, which captures a decode step's launches and replays them."""
+"""`CapturedRuntime`: a device with streams of its own, which captures the launches of short steps and replays them."""
 
 from __future__ import annotations
 
@@ -19,9 +19,12 @@ from sglang_core.backend.torch_runtime import TorchRuntime
 
 D = TypeVar("D", bound=DeviceDriver)
 
+FEW_REQS = 16  # a step with prefill has seldom more: page tables and logits of so many are small
+
 
 class CapturedRuntime(TorchRuntime, Generic[D]):
-    """Decode steps are padded to buckets and replayed as graphs; prefills run in their own shapes, kernel by kernel.
+    """Decode steps and, where `captures_prefills`, short steps with prefills are padded to buckets and replayed as graphs; others run in
+    their own shapes, kernel by kernel.
 
     Where every op is watched (`ctx.watched`) there are no buckets and no graphs: a replay calls no op.
     """
@@ -38,6 +41,10 @@ class CapturedRuntime(TorchRuntime, Generic[D]):
     @abstractmethod
     def batch_sizes(self, largest: int) -> list[int]:
         """Numbers of reqs that a decode step is padded to, ascending, the last of them `largest`."""
+
+    def token_sizes(self, largest: int) -> list[int]:
+        """Numbers of tokens that a step with a prefill is padded to, ascending, the last of them `largest`; asked where `captures_prefills`."""
+        raise NotImplementedError
 
     def group_options(self) -> dict[str, Any]:
         """What `init_process_group` is told beside ranks and time."""
@@ -60,12 +67,24 @@ class CapturedRuntime(TorchRuntime, Generic[D]):
         return DeviceStream(self.driver)
 
     def buckets(self, *, max_num_tokens: int, max_num_reqs: int, max_num_pages: int) -> Sequence[Bucket]:
-        """Decode steps, the largest first: graphs share their memory, and what the first one takes is enough for all."""
+        """The largest first: graphs share their memory, and what the first one takes is enough for all but a little.
+
+        Steps with prefills are of any lengths that add up, decoding reqs among them; each size in two forms, for few reqs and for as many
+        as there may be. Both numbers of reqs are those of decode steps, so that they share the graphs of sampling.
+        """
         if self.ctx.watched:
             return ()
+        num_reqs = self.batch_sizes(min(max_num_reqs, self.most_captured_reqs))
+        shapes = [(size, size, 1) for size in num_reqs]
+        if self.captures_prefills and self.ctx.prefill_graph_tokens:
+            for tokens in self.token_sizes(min(self.ctx.prefill_graph_tokens, max_num_tokens)):
+                forms = {
+                    next((n for n in num_reqs if n >= most), num_reqs[-1]) for most in (min(tokens, FEW_REQS), tokens)
+                }
+                shapes += [(tokens, reqs, tokens) for reqs in forms]
         return [
-            Bucket(num_tokens=size, num_reqs=size, max_extend=1, num_pages=max_num_pages)
-            for size in reversed(self.batch_sizes(min(max_num_reqs, self.most_captured_reqs)))
+            Bucket(num_tokens=tokens, num_reqs=reqs, max_extend=longest, num_pages=max_num_pages)
+            for tokens, reqs, longest in sorted(shapes, reverse=True)
         ]
 
     def compile_step(self, fn: Callable[..., Any], state: Any, buckets: Sequence[Bucket]) -> Callable[..., Any]:

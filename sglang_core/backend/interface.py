@@ -80,6 +80,9 @@ class RuntimeContext:
     dist_timeout: float = 600.0  # seconds a collective may take before it raises
     watched: bool = False  # every op of a step is looked at as it runs: steps must call them, where the device can
     strict_compile: bool = False  # a step of no bucket raises DeviceError, where it would be compiled now
+    prefill_graph_tokens: int = (
+        0  # where it captures prefills: of the longest step with a prefill that it captures; 0: none
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -139,6 +142,7 @@ class DeviceRuntime(ABC):
     torch_device: torch.device
     poisons_freed_pages: bool = False  # the engine then calls pool.poison on pages as they become free
     takes_exact_shapes: bool = False  # beside its buckets: what none of them holds (long prefills) is not padded
+    captures_prefills: bool = False  # as many as RuntimeContext.prefill_graph_tokens says
 
     @abstractmethod
     def memory(self) -> MemoryInfo: ...

@@ -18,6 +18,8 @@ _ONE_BY_ONE = {
     "--enable-mixed-chunk": "prefill and decode always share steps; drop it",
     "--enable-priority-scheduling": "use --schedule-policy priority",
     "--max-prefill-tokens": "use --chunked-prefill-size, the new tokens of a step",
+    "--disable-piecewise-cuda-graph": "use --prefill-graph-tokens 0",
+    "--piecewise-cuda-graph-max-tokens": "use --prefill-graph-tokens",
     "--base-gpu-id": "use --device NAME:INDEX",
     "--log-level-http": "use --log-level",
     "--skip-server-warmup": "there is no warm-up request to skip; drop it",
@@ -51,9 +53,9 @@ _GROUPS = (
         _RUNTIME,
         "--disable-cuda-graph --disable-cuda-graph-padding --cuda-graph-max-bs --cuda-graph-bs "
         "--enable-profile-cuda-graph --enable-cudagraph-gc --enable-torch-compile "
-        "--enable-torch-compile-debug-mode --torch-compile-max-bs --disable-piecewise-cuda-graph "
+        "--enable-torch-compile-debug-mode --torch-compile-max-bs "
         "--enforce-piecewise-cuda-graph --piecewise-cuda-graph-tokens --piecewise-cuda-graph-compiler "
-        "--piecewise-cuda-graph-max-tokens --enable-p2p-check --enable-nccl-nvls --enable-symm-mem "
+        "--enable-p2p-check --enable-nccl-nvls --enable-symm-mem "
         "--enable-torch-symm-mem --disable-custom-all-reduce --enable-mscclpp",
     ),
     (

@@ -131,6 +131,7 @@ def build_engine(
         extra_stats=lambda: {
             "fallbacks": float(rank.table.fallbacks),
             **late_compiles(),
+            **rank.runner.stats(),
             **(rank.verifier.stats() if rank.verifier is not None else {}),
         },
         on_step=sender.send if sender is not None else lambda plan: None,
@@ -203,8 +204,14 @@ def build_rank(
             dist_timeout=settled.parallel.dist_timeout,
             watched=instrument is not None or settled.device.verify_kernels > 0,
             strict_compile=settled.device.strict_compile,
+            prefill_graph_tokens=_required(settled.device.prefill_graph_tokens),
         )
     )
+    if settled.device.prefill_graph_tokens and not runtime.captures_prefills:
+        raise ConfigError(
+            f"prefill_graph_tokens={settled.device.prefill_graph_tokens}: device {device.info.label} captures no steps with prefill;"
+            " leave out --prefill-graph-tokens"
+        )
     groups = _tensor_parallel(runtime, rank, world_size, len(placed.devices), directory)
     verifier = None
     if settled.device.verify_kernels > 0:

@@ -32,6 +32,7 @@ GENERIC_DEFAULTS: Mapping[str, Any] = {
     "max_running_requests": 256,
     "max_queued_requests": 4096,
     "mem_fraction_static": 0.8,
+    "prefill_graph_tokens": 0,
 }
 UNLIMITED_CHUNK = -1
 KV_ALIASES = {"bf16": "bfloat16", "fp16": "float16"}
@@ -72,7 +73,7 @@ def resolve(config: EngineConfig, device: ChosenDevice | None = None) -> Resolve
     wanted = config.model
     quantization = online_quant_config(wanted.quantization, model.quantization, head=wanted.quantize_lm_head)
     model = model.replace(quantization=quantization)
-    settled = _with_defaults(config, device, hf_config)
+    settled = _with_defaults(_without_prefill_graphs(config), device, hf_config)
     if settled.model.dtype == "auto":
         settled = _replace(settled, dtype=model.dtype)
     settled = _replace(settled, kv_cache_dtype=_kv_cache_dtype(settled, model.kv_scheme))
@@ -114,6 +115,18 @@ def _with_defaults(config: EngineConfig, device: ChosenDevice, hf_config: Mappin
             if name in wished:
                 log.info("%s=%s, the default of backend %r", name, value, backend.name)
     return _replace(config, **filled)
+
+
+def _without_prefill_graphs(config: EngineConfig) -> EngineConfig:
+    """Where results may not depend on neighbours: a bucket has one form of latent attention and of recurrent ops, a longer step another."""
+    if not config.device.deterministic:
+        return config
+    if config.device.prefill_graph_tokens:
+        raise ConfigError(
+            f"prefill_graph_tokens={config.device.prefill_graph_tokens} with --deterministic: a graph and a step of its own shape may"
+            " round differently, and which one a request gets depends on the others; leave one of them out"
+        )
+    return _replace(config, prefill_graph_tokens=0)
 
 
 def _kv_cache_dtype(config: EngineConfig, scheme: KVScheme | None) -> str:

@@ -128,6 +128,7 @@ class ModelRunner:
         self._forward = _Compiled(runtime, self._forward_step, state, buckets)
         self._sample = _Compiled(runtime, self._sampler.step, state, buckets)
         self._prompt = runtime.compile_step(self._prompt_step, state, ())
+        self._num_eager_steps = 0
         self._adjusted_before: PendingStep | None = None  # the step before, where its tokens change later logits
 
     def launch(self, plan: StepPlan) -> PendingStep:
@@ -136,6 +137,7 @@ class ModelRunner:
         step = build_step_input(
             plan, self._slots, self._page_size, self._buckets, exact_too=self._runtime.takes_exact_shapes
         )
+        self._num_eager_steps += not step.padded
         forward_batch = self._forward_batch(step)
         num_top = self._slots.num_top_logprobs[step.slots[: step.num_real_reqs]]
         wanted = InputLogprobs.of(plan, num_top)
@@ -166,6 +168,11 @@ class ModelRunner:
                 self._adapters.follow(key, path)
             case DropAdapter(key=key):
                 self._adapters.drop(key)
+
+    def stats(self) -> dict[str, float]:
+        """Steps of no bucket so far; nothing where there are no buckets, or every step must have one."""
+        exact_too = self._buckets and self._runtime.takes_exact_shapes
+        return {"eager_steps": float(self._num_eager_steps)} if exact_too else {}
 
     def warm_up(self, *, progress: bool) -> None:
         """Compile every bucket with a batch of padding, on the stream, before the first req comes. Exact shapes need none."""

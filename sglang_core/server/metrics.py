@@ -27,6 +27,7 @@ GAUGES = {
 }
 COUNTED_HERE = {"prompt_tokens", "cached_tokens", "output_tokens"}  # as counters, once a request has ended
 COUNTERS = {
+    "eager_steps": ("eager_steps", "steps that no bucket held, run kernel by kernel where others are replayed"),
     "fallbacks": ("fallbacks", "ops bound to another kernel than the one that claims them"),
     "late_compiles": ("late_compiles", "step programs compiled while serving, for which requests waited"),
     "retractions": ("retractions", "requests put back to waiting as the KV pool ran out"),

@@ -37,8 +37,7 @@ class FakeEvent:
     clock: dict[int, int]
 
     def synchronize(self) -> None:
-        if self.driver.capturing is not None:
-            raise FakeDriverError("the host waits while a stream is captured")
+        self.driver.refuse_to_wait()
         merge(self.driver.current_stream().clock, self.clock)
 
     def query(self) -> bool:
@@ -89,7 +88,11 @@ class FakeDriver:
         return len(self.graphs)
 
     def synchronize(self) -> None:
-        if self.capturing is not None:
+        self.refuse_to_wait()
+
+    def refuse_to_wait(self) -> None:
+        """In the thread that captures: others may wait meanwhile for what they launched before."""
+        if self.capturing is not None and self.capturing.thread == threading.get_ident():
             raise FakeDriverError("the host waits while a stream is captured")
 
     def new_stream(self) -> FakeStream:
@@ -188,6 +191,7 @@ class Recorder(TorchDispatchMode):
         self.ops: list[tuple[Any, Any, Any, list[Any]]] = []
         self.given: list[Tensor] = []
         self.places: set[int] = set()
+        self.thread = threading.get_ident()
 
     def knew(self, t: Tensor) -> bool:
         """Whether it lies in memory from before the capture."""

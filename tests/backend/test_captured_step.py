@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,3 +82,16 @@ def test_a_capture_refuses_to_wait() -> None:
 
     with pytest.raises(FakeDriverError, match="waits"):
         CapturedSteps(waits, None, driver.capture, 1)(Batch(torch.ones(2)))
+
+
+def test_another_thread_may_wait_meanwhile() -> None:
+    """The engine's reads a result while a late kind of step is captured."""
+    driver = FakeDriver()
+
+    def step(state: None, batch: Batch) -> Tensor:
+        if driver.capturing:
+            with ThreadPoolExecutor(1) as other:
+                other.submit(driver.synchronize).result()
+        return batch.x + 1
+
+    assert CapturedSteps(step, None, driver.capture, 1)(Batch(torch.zeros(2))).tolist() == [1, 1]

@@ -68,6 +68,16 @@ def test_engine(tmp_path: Path) -> None:
     assert found["decode, gap between steps"]["batch"] == 4
 
 
+def test_short_prefills(tmp_path: Path) -> None:
+    """A host captures none: the same steps twice."""
+    done = run(tmp_path, "engine", "--only", "short prefills")
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = results(tmp_path, "engine")["done"]["short prefills, llama-tiny"]
+    assert found["captured"] == 0
+    for tokens in (4, 16):
+        assert found[f"gain_{tokens}"] == pytest.approx(found[f"eager_{tokens}_ms"] / found[f"graph_{tokens}_ms"])
+
+
 def test_build() -> None:
     """Compiled for an architecture that is not here, in a process of its own, and held to its budget."""
     pytest.importorskip("triton")

@@ -52,6 +52,15 @@ def test_dtype_comes_from_the_user_the_backend_or_the_checkpoint(wishes: dict[st
     assert settled(kv_cache_dtype="bfloat16").cache.kv_cache_dtype == "bfloat16"
 
 
+def test_no_prefill_is_captured_where_results_may_not_depend_on_neighbours(wishes: dict[str, Any]) -> None:
+    wishes["prefill_graph_tokens"] = 64
+    assert settled().device.prefill_graph_tokens == 64
+    assert settled(deterministic=True).device.prefill_graph_tokens == 0
+    assert settled(deterministic=True, prefill_graph_tokens=0).device.prefill_graph_tokens == 0
+    with pytest.raises(ConfigError, match="prefill_graph_tokens=32 with --deterministic"):
+        settled(deterministic=True, prefill_graph_tokens=32)
+
+
 def test_a_backend_cannot_invent_settings(wishes: dict[str, Any]) -> None:
     wishes["warp_speed"] = 9
     with pytest.raises(PluginError, match="'cpu' sets defaults for warp_speed"):

@@ -30,7 +30,10 @@ def named(step: int, made: Outputs) -> dict[str, Tensor]:
 
 
 def in_turn(env: Env) -> Outputs:
-    """Two buckets in turn: reqs come, decode across the end of a page, go, and their pages come back to others."""
+    """Two buckets in turn: reqs come, decode across the end of a page, go, and their pages come back to others.
+
+    At last in mixed steps: decoding reqs and chunks after a prefix, in a bucket that is nearly empty, and in one that is full.
+    """
     stepper = Stepper(env)
     a, b, c = (Req(slot=slot) for slot in (2, 0, 3))
     outputs: dict[str, Tensor] = {}
@@ -39,7 +42,10 @@ def in_turn(env: Env) -> Outputs:
     for i, (reqs, bucket) in enumerate(work):
         outputs |= named(i, stepper.run(reqs, bucket))
     stepper.release(a)
-    for i, (reqs, bucket) in enumerate([([(a, 9), (b, 4)], PREFILL), ([(b, 1), (c, 1), (a, 1)], DECODE)], len(work)):
+    d = Req(slot=1)
+    after = [([(a, 9), (b, 4)], PREFILL), ([(b, 1), (c, 1), (a, 1)], DECODE)]
+    after += [([(c, 1), (a, 3)], PREFILL), ([(b, 1), (d, 20), (c, 1), (a, 2)], PREFILL), ([(a, 1), (d, 1)], DECODE)]
+    for i, (reqs, bucket) in enumerate(after, len(work)):
         outputs |= named(i, stepper.run(reqs, bucket))
     return outputs
 

@@ -72,6 +72,6 @@ class CudaBackend(GpuBackend):
         return [*super().kernels(ctx), *linears.kernels(), *optional]
 
     def config_defaults(self, ctx: DefaultsContext) -> dict[str, Any]:
-        """Long chunks keep the GPU busy in a prefill; on a large GPU their activations are no matter."""
-        chunk = 8192 if ctx.device.total_memory >= LARGE else 2048
-        return {"dtype": "bfloat16", "page_size": 16, "chunked_prefill_size": chunk}
+        """On a small GPU the activations of long chunks are a matter."""
+        small = {} if ctx.device.total_memory >= LARGE else {"chunked_prefill_size": 2048}
+        return super().config_defaults(ctx) | small

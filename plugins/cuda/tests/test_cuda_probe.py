@@ -144,10 +144,9 @@ def test_visible_devices(text: str, left: str) -> None:
 
 def test_a_small_gpu_takes_shorter_chunks(machine: Any) -> None:
     cuda = machine(H200, A100)
-    chunks = [
-        cuda.config_defaults(DefaultsContext(device=info, model={}))["chunked_prefill_size"] for info in cuda.probe()
-    ]
-    assert chunks == [8192, 2048]
+    defaults = [cuda.config_defaults(DefaultsContext(device=info, model={})) for info in cuda.probe()]
+    assert [made["chunked_prefill_size"] for made in defaults] == [8192, 2048]
+    assert {made["prefill_graph_tokens"] for made in defaults} == {256}
 
 
 def test_listing_devices_imports_no_torch() -> None:

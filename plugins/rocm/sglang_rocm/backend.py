@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from sglang_triton.gpu.backend import GpuBackend
 from sglang_triton.gpu.optional import provider_note
 
-from sglang_core.api import DefaultsContext, DeviceInfo, Kernel, KernelContext
+from sglang_core.api import DeviceInfo, Kernel, KernelContext
 from sglang_rocm import aiter, kfd, linears
 
 TARGETS = {"gfx942": 3, "gfx950": 4}  # -> CDNA generation
@@ -56,6 +55,3 @@ class RocmBackend(GpuBackend):
 
     def kernels(self, ctx: KernelContext) -> list[Kernel]:
         return [*super().kernels(ctx), *linears.kernels(ctx.device.path), *aiter.kernels()]
-
-    def config_defaults(self, ctx: DefaultsContext) -> dict[str, Any]:
-        return {"dtype": "bfloat16", "page_size": 16, "chunked_prefill_size": 8192}

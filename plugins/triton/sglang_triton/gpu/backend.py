@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from importlib.metadata import PackageNotFoundError, version
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from sglang_core.api import Backend, Claims, DeviceRuntime, Kernel, KernelContext, RuntimeContext
+from sglang_core.api import Backend, Claims, DefaultsContext, DeviceRuntime, Kernel, KernelContext, RuntimeContext
 from sglang_triton.gpu import kernels
 from sglang_triton.kernels import claims
 
+# Up to about here a step waits for the weights, and padding is free; beyond, its products take longer than launching them.
+PREFILL_GRAPH_TOKENS = 256
 PROFILES = ("base", "graph", "comm", "e2e")  # of the device; what its kernels do is the provider's to state
 
 
@@ -44,3 +46,12 @@ class GpuBackend(Backend):
 
     def claims(self, ctx: KernelContext) -> Claims:
         return claims(PROFILES)
+
+    def config_defaults(self, ctx: DefaultsContext) -> dict[str, Any]:
+        """Long chunks keep a GPU busy in a prefill."""
+        return {
+            "dtype": "bfloat16",
+            "page_size": 16,
+            "chunked_prefill_size": 8192,
+            "prefill_graph_tokens": PREFILL_GRAPH_TOKENS,
+        }

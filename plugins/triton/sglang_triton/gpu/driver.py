@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
+from torch import Tensor
 
-from sglang_core.api import DeviceDriver, TorchDriver
+from sglang_core.api import DeviceDriver, TorchDriver, map_tensors
+
+T = TypeVar("T")
 
 LEAST_SWEPT = 64 << 20  # bytes: AMD's last cache is behind the L2, and no property tells its size
 
@@ -32,6 +35,11 @@ class GpuDriver(TorchDriver):
     def new_graph(self) -> Any:
         return torch.cuda.CUDAGraph()
 
+    def capture(self, fn: Callable[[], T]) -> tuple[Any, T]:
+        """Results do not own their memory. Kept, each graph's would be taken from what graphs share: the logits of every size of batch."""
+        graph, result = super().capture(fn)
+        return graph, map_tensors(result, lambda _, x: unowned(x), "")
+
     def seconds(self, fn: Callable[[], object], repeats: int) -> list[float]:
         cache = 2 * int(torch.cuda.get_device_properties(self.device).L2_cache_size)
         sweep = torch.empty(max(cache, LEAST_SWEPT), dtype=torch.int8, device=self.device)
@@ -45,3 +53,11 @@ class GpuDriver(TorchDriver):
             pairs.append((begin, end))
         self.synchronize()
         return [begin.elapsed_time(end) / 1e3 for begin, end in pairs]
+
+
+def unowned(x: Tensor) -> Tensor:
+    """The same memory, which this tensor keeps from nobody. PyTorch's own graph trees make theirs by this call; there is no public one."""
+    storage = torch._C._construct_storage_from_data_pointer(
+        x.untyped_storage().data_ptr(), x.device, x.untyped_storage().nbytes()
+    )
+    return torch.empty(0, dtype=x.dtype, device=x.device).set_(storage, x.storage_offset(), x.shape, x.stride())

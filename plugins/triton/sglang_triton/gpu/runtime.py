@@ -1,4 +1,4 @@
-"""`GpuRuntime`: streams, captured decode steps, memory and collectives of one GPU."""
+"""`GpuRuntime`: streams, captured steps, memory and collectives of one GPU."""
 
 from __future__ import annotations
 
@@ -15,9 +15,13 @@ class GpuRuntime(CapturedRuntime[Driver]):
 
     collectives = "nccl"  # RCCL, in AMD's build
     most_captured_reqs = 512
+    captures_prefills = True
 
     def batch_sizes(self, largest: int) -> list[int]:
         return batch_sizes(largest)
+
+    def token_sizes(self, largest: int) -> list[int]:
+        return token_sizes(largest)
 
     def group_options(self) -> dict[str, Any]:
         return {"device_id": self.torch_device}
@@ -46,4 +50,13 @@ def batch_sizes(largest: int) -> list[int]:
     while size < largest:
         sizes.append(size)
         size += max(1, 1 << max(0, size.bit_length() - 4))
+    return [*sizes, largest]
+
+
+def token_sizes(largest: int) -> list[int]:
+    """Sizes that a step with prefills is padded to: as tiles of products have rows where reading the weights is what takes time, then an eighth apart."""
+    sizes, size = [], 16
+    while size < largest:
+        sizes.append(size)
+        size += max(min(size, 32), 1 << (size.bit_length() - 4))
     return [*sizes, largest]

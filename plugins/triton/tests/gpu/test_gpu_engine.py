@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import importlib
 import itertools
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
-from sglang_triton.gpu.backend import PROFILES
+from fake_gpu import FakeGpuBackend, FakeGpuRuntime
 from sglang_triton.gpu.runtime import GpuRuntime, batch_sizes
 
 from sglang_core import Engine
-from sglang_core.api import Claims, DeviceInfo, DeviceRuntime, KernelContext, RuntimeContext, TorchBackend
+from sglang_core.api import RuntimeContext
 from tests.backend.fake_driver import FakeDriver
 
 PROMPTS = ["The capital of France is", "One, two, three", "x", "Hello! How are you today?"]
@@ -29,36 +26,7 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-class FakeGpuBackend(TorchBackend):
-    name = "fakegpu"
-    drivers: list[FakeDriver] = []
-
-    def probe(self) -> list[DeviceInfo]:
-        return [DeviceInfo(backend=self.name, path=self.name, name="the host", score=-2, versions={"driver": "1"})]
-
-    def create_runtime(self, ctx: RuntimeContext) -> DeviceRuntime:
-        self.drivers.append(FakeDriver())
-        return GpuRuntime(ctx, self.drivers[-1])
-
-    def claims(self, ctx: KernelContext) -> Claims:
-        return Claims(profiles=PROFILES)
-
-
-@pytest.fixture
-def fake_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], FakeDriver]:
-    """The device is installed. -> a function that gives the driver opened last."""
-    info = tmp_path / "sglang_fakegpu-1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text(
-        "Metadata-Version: 2.1\nName: sglang-fakegpu\nVersion: 1.0\nRequires-Dist: sglang-core>=0.1,<0.2\n"
-    )
-    (info / "entry_points.txt").write_text(f"[sglang_core.backends]\nfakegpu = {__name__}:FakeGpuBackend\n")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    importlib.invalidate_caches()
-    return lambda: FakeGpuBackend.drivers[-1]
-
-
-def test_tokens_are_those_of_the_reference(fake_gpu: Callable[[], FakeDriver]) -> None:
+def test_tokens_are_those_of_the_reference(fake_gpu: Callable[[], FakeGpuRuntime]) -> None:
     """Batches of one to three, penalties, a prefix from the cache, retraction: a graph for each size and kind of step."""
     asked: list[dict[str, Any]] = [
         {"temperature": 0, "max_new_tokens": 10, "ignore_eos": True},
@@ -69,17 +37,17 @@ def test_tokens_are_those_of_the_reference(fake_gpu: Callable[[], FakeDriver]) -
         with Engine(device=device, **SETTINGS) as engine:
             made.append([[a["output_ids"] for a in engine.generate(PROMPTS, sampling)] for sampling in asked * 2])
     assert made[0] == made[1]
-    driver = fake_gpu()
+    driver = fake_gpu().driver
     assert driver.num_replays > 20
     assert 6 <= len(driver.graphs) <= 12  # forward and sampling of three sizes, and sampling with penalties
 
 
-def test_all_buckets_are_captured_before_the_first_request(fake_gpu: Callable[[], FakeDriver]) -> None:
+def test_all_buckets_are_captured_before_the_first_request(fake_gpu: Callable[[], FakeGpuRuntime]) -> None:
     with Engine(device="fakegpu", **SETTINGS) as engine:
-        captured = len(fake_gpu().graphs)
+        captured = len(fake_gpu().driver.graphs)
         assert captured == 2 * len(batch_sizes(3))
         engine.generate(PROMPTS, {"temperature": 0, "max_new_tokens": 4})
-        assert len(fake_gpu().graphs) == captured
+        assert len(fake_gpu().driver.graphs) == captured
 
 
 def test_sizes_are_close_together() -> None:
@@ -89,7 +57,7 @@ def test_sizes_are_close_together() -> None:
         assert all(b <= a + 1 or b <= a * 1.13 for a, b in itertools.pairwise(sizes))
 
 
-def test_memory_and_watched_steps(fake_gpu: Callable[[], FakeDriver]) -> None:
+def test_memory_and_watched_steps(fake_gpu: Callable[[], FakeGpuRuntime]) -> None:
     info = FakeGpuBackend().probe()[0]
     runtime = GpuRuntime(RuntimeContext(devices=(info,)), FakeDriver())
     assert (runtime.memory().free, runtime.memory().total) == (3 * 2**30, 4 * 2**30)
