@@ -66,6 +66,6 @@ def _grouped(x: jax.Array, w: PackedWeight, sizes: jax.Array, bias: jax.Array | 
     row = jnp.arange(x.shape[0], dtype=jnp.int32)
     ends = jnp.cumsum(sizes).astype(jnp.int32)
     group = jnp.sum(row[:, None] >= ends, axis=1, dtype=jnp.int32)  # of rows past the last end: one too many
-    at: Grouping = grouping(group, sizes.shape[0])
+    at: Grouping = grouping(group, sizes.shape[0], [w.fmt])
     y = product(x[at.source], w, at, bias)
     return jnp.where((group < sizes.shape[0])[:, None], y[at.place], 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import jax
@@ -13,7 +14,8 @@ from sglang_tpu.activations import quantized
 from sglang_tpu.environment import array
 from sglang_tpu.matmul import Tiles
 
-HEIGHTS = (32, 64, 128, 256)
+HEIGHTS = (16, 32, 64, 128, 256)
+LEAST_OF_CODES = 32  # rows of 8 bits are in registers by so many
 FETCH_ROWS = 32  # reading a matrix takes as long as multiplying so many rows by it, or more
 EXPERT_BYTES = 8 << 20  # of a stack that a step of the grid reads: an expert whole, if it fits
 
@@ -26,10 +28,11 @@ class Grouping(NamedTuple):
     source: jax.Array  # int32[tiles * height], the row that lies there; 0 where none does
 
 
-def grouping(group: jax.Array, num_groups: int) -> Grouping:
-    """group: int32[S] of each row, S > 0; num_groups where it belongs to none."""
+def grouping(group: jax.Array, num_groups: int, fmts: Iterable[str]) -> Grouping:
+    """group: int32[S] of each row, S > 0; num_groups where it belongs to none. `fmts`: of the weights that the rows will meet."""
     num_rows = group.shape[0]
-    height, num_tiles = _tiling(num_rows, num_groups)
+    least = HEIGHTS[0] if all(Fmt.parse(fmt).activation == "as_is" for fmt in fmts) else LEAST_OF_CODES
+    height, num_tiles = _tiling(num_rows, num_groups, least)
     sizes = jnp.zeros(num_groups + 1, jnp.int32).at[group].add(1)
     ends = jnp.cumsum((sizes[:-1] + height - 1) // height).astype(jnp.int32)  # in tiles
     first = jnp.concatenate([jnp.zeros(1, jnp.int32), ends])
@@ -63,11 +66,11 @@ def product(rows: jax.Array, w: PackedWeight, at: Grouping, bias: jax.Array | No
     )
 
 
-def _tiling(num_rows: int, num_groups: int) -> tuple[int, int]:
-    """Height of the tiles, and how many there are at most: every group that has rows may end in a tile that is not full."""
+def _tiling(num_rows: int, num_groups: int, least: int) -> tuple[int, int]:
+    """Height of the tiles, `least` or more, and how many there are at most: every group that has rows may end in a tile that is not full."""
 
     def most(height: int) -> int:
         return (num_rows + min(num_rows, num_groups) * (height - 1)) // height
 
-    height = min(HEIGHTS, key=lambda height: most(height) * (FETCH_ROWS + height))
+    height = min((h for h in HEIGHTS if h >= least), key=lambda height: most(height) * (FETCH_ROWS + height))
     return height, most(height)

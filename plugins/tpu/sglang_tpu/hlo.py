@@ -157,8 +157,8 @@ class Module:
             return self._moved_by_fusion(where, i)
         read = [a for name in i.operands for a in where.instructions[name].arrays]
         match i.opcode:
-            case "copy-start" if "cross_program_prefetch_index" in i.attributes:
-                return 0  # of the first run only: each brings it for the next, by a copy at its end
+            case "copy-start" if _is_for_first_run(where, i):
+                return 0
             case "copy-start":  # gives its destination, its source, a flag
                 return i.arrays[0].hbm + i.arrays[1].hbm
             case "slice-start":  # gives its source, the slice, a flag
@@ -220,6 +220,13 @@ class Module:
             (inner,) = self._called(origin)
             return self._written(inner, inner.root)
         return 0 if origin.opcode == "parameter" and origin is value else value.arrays[0].nbytes
+
+
+def _is_for_first_run(where: Computation, i: Instruction) -> bool:
+    """Whether it brings what each run brings for the next by a copy at its end. Without one it stays in vector memory, until another program runs."""
+    if "cross_program_prefetch_index" not in i.attributes:
+        return False
+    return any(user.opcode == "copy-start" and user is not i for user in where.users[i.operands[0]])
 
 
 def _meets_host(i: Instruction) -> bool:

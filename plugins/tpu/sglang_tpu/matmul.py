@@ -25,7 +25,7 @@ from sglang_tpu.activations import Rows
 from sglang_tpu.hlo import READS
 from sglang_tpu.weights import CHUNKS, LANES, PARTS, ceil_to, chunk_of
 
-SUBLANES = 32  # heights of tiles are multiples: 8-bit rows lie so in registers
+SUBLANES = 32  # heights of a linear layer's tiles are multiples: 8-bit rows lie so in registers
 VMEM_LIMIT = 48 << 20  # of the 64 MiB that the smallest of these devices has
 ROWS_BYTES = 6 << 20  # of a tile's rows at most
 MAX_BLOCK = 1024  # of output columns

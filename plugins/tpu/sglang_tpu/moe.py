@@ -47,7 +47,7 @@ def _fused(
     flat = ids.reshape(-1)
     local = flat if expert_map is None else expert_map[flat]
     held = local >= 0
-    at = grouping(jnp.where(held, local, num_experts).astype(jnp.int32), num_experts)
+    at = grouping(jnp.where(held, local, num_experts).astype(jnp.int32), num_experts, [each.fmt for each in w])
     rows = x[at.source // k]
     if act.weight_on_input:
         rows = (rows.astype(jnp.float32) * weights.reshape(-1)[at.source, None]).astype(x.dtype)

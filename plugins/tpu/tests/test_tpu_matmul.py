@@ -113,7 +113,7 @@ def test_groups_meet_their_own_matrices_and_rows_of_none_are_zeros(fmt: str) -> 
 def test_matrices_that_no_row_meets_are_not_read() -> None:
     """Every tile, and those past the last one too, names a matrix that has rows."""
     group = torch.tensor([6, 2, 6, 2, 9, 2], dtype=torch.int32)
-    at = grouping(to_jax(group), 9)  # the ninth is none
+    at = grouping(to_jax(group), 9, ["dense"])  # the ninth is none
     assert set(to_torch(at.tiles.expert).tolist()) == {2, 6} and int(at.tiles.count[0]) == 2
     placed, source = to_torch(at.place), to_torch(at.source)
     assert [int(source[placed[i]]) for i in (0, 1, 2, 3, 5)] == [0, 1, 2, 3, 5]
@@ -133,7 +133,7 @@ def test_a_product_reads_no_more_than_it_says(fmt: str, group: list[int], monkey
     w = made(fmt, 7, 2048, 256)
     gemm.grouped(rows(len(group), 256), w if fmt == "dense" else pack(w), torch.bincount(torch.tensor(group)).int())
     facts, given = calls[0]
-    at = grouping(to_jax(torch.tensor(sorted(group), dtype=torch.int32)), 7).tiles
+    at = grouping(to_jax(torch.tensor(sorted(group), dtype=torch.int32)), 7, [fmt]).tiles
     num_blocks, num_tiles = facts["grid_spec"].grid
     assert num_blocks == 2
     said = dict(zip(sorted(given), json.loads(facts["metadata"][READS])[2:], strict=True))
