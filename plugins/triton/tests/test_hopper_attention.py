@@ -10,7 +10,7 @@ import pytest
 import torch
 from gluon_model import Deadlock, Kernel, Machine, Unordered, launched
 from sglang_triton import hopper_attention, hopper_kernels
-from sglang_triton.hopper_limits import hopper_limits, hopper_pool_limits
+from sglang_triton.gluon_limits import attention_limits, attention_pool_limits
 from sglang_triton.kernels import HOPPER, KERNELS
 from triton_attention_cases import Case, Reqs, spec_of
 from triton_tolerance import assert_close
@@ -132,7 +132,7 @@ def test_rows_that_tma_cannot_copy_are_copied_first() -> None:
 
 
 def refused(
-    limits: Callable[[SelectionContext], str | None] = hopper_limits,
+    limits: Callable[[SelectionContext, str], str | None] = attention_limits,
     path: str = "cuda/sm_90",
     dtype: str = "bfloat16",
     page: int = 64,
@@ -141,7 +141,7 @@ def refused(
     spec = spec_of(**{"heads": 4, "kv_heads": 2, "dim": 128} | facts)
     site = OpSite(op="attn.ragged", layer="LatentAttention", dtype=dtype, spec=spec)
     device = DeviceInfo(backend="cuda", path=path, name="a device")
-    return limits(SelectionContext(device=device, site=site, page_size=page))
+    return limits(SelectionContext(device=device, site=site, page_size=page), "sm_90")
 
 
 def test_what_it_takes() -> None:
@@ -153,10 +153,10 @@ def test_what_it_takes() -> None:
     assert "sinks, trees of drafts" in str(refused(has_sinks=True, tree=True))
     assert "not 256" in str(refused(heads=512, kv_heads=2))
     assert "not -1.0" in str(refused(scale=-1.0))
-    assert refused(hopper_pool_limits, kv_dtype="bfloat16") is None
-    assert "they are fp8_e4m3" in str(refused(hopper_pool_limits, kv_dtype="fp8_e4m3"))
-    assert all(f"not {page}" in str(refused(hopper_pool_limits, page=page)) for page in (1, 8, 48))
-    assert "windows" in str(refused(hopper_pool_limits, window=9))
+    assert refused(attention_pool_limits, kv_dtype="bfloat16") is None
+    assert "they are fp8_e4m3" in str(refused(attention_pool_limits, kv_dtype="fp8_e4m3"))
+    assert all(f"not {page}" in str(refused(attention_pool_limits, page=page)) for page in (1, 8, 48))
+    assert "windows" in str(refused(attention_pool_limits, window=9))
 
 
 def test_it_comes_after_every_other_provider() -> None:
