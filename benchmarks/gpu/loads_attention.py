@@ -54,14 +54,14 @@ def paged(opened: Opened, *, reqs: Reqs, kv_dtype: str = "auto") -> Work:
     )
     widths = [(spec.num_heads, spec.head_dim)]
     call, provider, q = over_pool(opened, "attn", spec, shape, reqs, widths)
-    hopper = opened.asked_for("attn.paged", "hopper", spec=spec) if max(extend for _, extend in reqs) > 1 else None
+    own = opened.asked_for("attn.paged", spec=spec) if max(extend for _, extend in reqs) > 1 else {}
     keys = sum(prefix + extend for prefix, extend in reqs)
     return Work(
         call=call,
         provider=provider,
         nbytes=keys * shape.bytes_per_token + 2 * size_of(*q),
         flops=4 * pairs_of(reqs) * spec.num_heads * spec.head_dim,
-        compared={"hopper": partial(hopper.fn, *call.args)} if hopper else {},  # the provider's plans are Triton's
+        compared={name: partial(op.fn, *call.args) for name, op in own.items()},  # their plans are Triton's
     )
 
 
@@ -80,14 +80,14 @@ def latent(opened: Opened, *, reqs: Reqs, heads: int) -> Work:
     )
     widths = [(spec.num_heads, spec.rank), (spec.num_heads, spec.rope_dim)]
     call, provider, q = over_pool(opened, "attn.mla", spec, shape, reqs, widths)
-    hopper = opened.asked_for("attn.mla_paged", "hopper", spec=spec) if heads > FEW_HEADS else None
+    own = opened.asked_for("attn.mla_paged", spec=spec) if heads > FEW_HEADS else {}
     keys = sum(prefix + extend for prefix, extend in reqs)
     return Work(
         call=call,
         provider=provider,
         nbytes=keys * shape.bytes_per_token + size_of(*q) + size_of(q[0]),
         flops=2 * pairs_of(reqs) * spec.num_heads * (2 * spec.rank + spec.rope_dim),
-        compared={"hopper": partial(hopper.fn, *call.args)} if hopper else {},  # the provider's plans are Triton's
+        compared={name: partial(op.fn, *call.args) for name, op in own.items()},  # their plans are Triton's
     )
 
 
@@ -109,11 +109,10 @@ def over_pool(
 
 
 def prefill(opened: Opened, *, tokens: int) -> Work:
-    """One prompt, packed, causal; torch's own kernels on the same numbers beside it, and that of sglang-triton for Hopper alone."""
+    """One prompt, packed, causal; torch's own kernels on the same numbers beside it, and those of sglang-triton for one architecture alone."""
     spec, tokens = (SMALL_GQA, 48) if opened.small else (GQA, tokens)
     make = opened.operands()
     bound = opened.bind(make, "attn.ragged", spec=spec)
-    hopper = opened.asked_for("attn.ragged", "hopper", spec=spec)
     q = make.normal(tokens, spec.num_heads, spec.head_dim, dtype=torch.bfloat16)
     k, v = (make.normal(tokens, spec.num_kv_heads, spec.head_dim, dtype=torch.bfloat16) for _ in range(2))
     cu = make.place(torch.tensor([0, tokens], dtype=torch.int32))
@@ -132,7 +131,7 @@ def prefill(opened: Opened, *, tokens: int) -> Work:
         nbytes=2 * size_of(q, k),
         flops=4 * pairs_of([(0, tokens)]) * spec.num_heads * spec.head_dim,
         others={name: partial(peer, backend) for name, backend in PEERS.items()} if opened.on_gpu else {},
-        compared={"hopper": call(hopper.fn)} if hopper else {},
+        compared={name: call(op.fn) for name, op in opened.asked_for("attn.ragged", spec=spec).items()},
     )
 
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from gluon_model import Deadlock, Kernel, Machine, Unordered, launched
 from sglang_triton import hopper_attention, hopper_kernels
-from sglang_triton.gluon_limits import attention_limits, attention_pool_limits
-from sglang_triton.kernels import HOPPER, KERNELS
+from sglang_triton.gluon_limits import ARCHS, attention_limits, attention_pool_limits
+from sglang_triton.kernels import KERNELS
 from triton_attention_cases import Case, Reqs, spec_of
 from triton_tolerance import assert_close
 
@@ -160,7 +160,8 @@ def test_what_it_takes() -> None:
 
 
 def test_it_comes_after_every_other_provider() -> None:
-    mine = [kernel for kernel in KERNELS if kernel.provider == HOPPER]
-    assert mine and all(kernel.device == ("cuda",) for kernel in mine)
-    others = [kernel for kernel in KERNELS if kernel.provider != HOPPER]
+    mine = [kernel for kernel in KERNELS if kernel.provider in ARCHS]
+    assert {kernel.provider for kernel in mine} == set(ARCHS)
+    assert all(kernel.device == ("cuda",) for kernel in mine)
+    others = [kernel for kernel in KERNELS if kernel.provider not in ARCHS]
     assert max(kernel.priority for kernel in mine) < min(kernel.priority for kernel in others)
