@@ -10,32 +10,20 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.blackwell import (
-    TensorMemoryLayout,
     allocate_tensor_memory,
     fence_async_shared,
     mbarrier,
+    tcgen05_commit,
     tcgen05_mma,
 )
 
+from sglang_triton.blackwell_kernels import ROWS, lane_layout, sum_layout
 from sglang_triton.hopper_gemm_kernels import HALF, HALVES, STEP, place, store_wait, write_columns
 from sglang_triton.hopper_kernels import async_load
 
-ROWS = gl.constexpr(128)  # of a tile: one for each of tensor memory's lanes
 COLUMNS = gl.constexpr(256)  # of a tile: HALVES * HALF
 PART = gl.constexpr(64)  # columns that a group reads and writes at once: 128 bytes of results, the widest swizzle
 SUMS = gl.constexpr(2)  # in tensor memory, which they fill: 512 columns
-
-
-@gluon.constexpr_function
-def lane_layout(columns: int) -> gl.BlockedLayout:
-    """ROWS by `columns`, as four warps read tensor memory: a row a thread."""
-    return gl.BlockedLayout([1, columns], [32, 1], [4, 1], [0, 1])
-
-
-@gluon.constexpr_function
-def sum_layout(columns: int) -> TensorMemoryLayout:
-    """ROWS by `columns` of float32, a column of tensor memory each."""
-    return TensorMemoryLayout([128, columns], col_stride=1)
 
 
 @gluon.jit
@@ -66,10 +54,9 @@ def multiply_tiles(
             stage, buffer = i % STAGES, i % SUMS
             mbarrier.wait(full.index(stage), i // STAGES & 1)
             mbarrier.wait(drained.index(buffer), i // SUMS & 1 ^ 1)
-            tcgen05_mma(
-                x_smem.index(stage), w_smem.index(stage).permute((1, 0)), sums.index(buffer),
-                use_acc=False, mbarriers=[free.index(stage), done.index(buffer)],
-            )  # fmt: skip
+            tcgen05_mma(x_smem.index(stage), w_smem.index(stage).permute((1, 0)), sums.index(buffer), use_acc=False)
+            tcgen05_commit(free.index(stage))
+            tcgen05_commit(done.index(buffer))
             i += 1
 
 

@@ -15,7 +15,7 @@ from sglang_core.api.ops import Codes, Fmt, PackedWeight
 from sglang_triton.aot_spec import AotSpec
 from sglang_triton.attention_plan import num_processors
 from sglang_triton.gpu.linear import fp8_codes
-from sglang_triton.hopper_gemm_kernels import HALF, HALVES, STEP
+from sglang_triton.hopper_gemm_kernels import HALF, HALVES
 from sglang_triton.hopper_kernels import GROUPS, ROWS
 from sglang_triton.packed import as_codes
 
@@ -38,39 +38,6 @@ class Form:
     w: Shape
     y: Shape
     instructions: tuple[str, ...]  # that its assembly must have
-
-
-HOPPER = Form(
-    arch="sm_90",
-    name="hopper",
-    x=(ROWS.value, STEP.value),
-    w=(HALF.value, STEP.value),
-    y=(ROWS.value, HALF.value),
-    instructions=(
-        "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3",
-        "cp.async.bulk.tensor.2d.shared::",
-        "cp.async.bulk.tensor.2d.global.shared::cta",
-        "setmaxnreg",
-        "mbarrier.try_wait",
-    ),
-)
-BLACKWELL = Form(
-    arch="sm_100",
-    name="blackwell",
-    x=(TILE[0], STEP.value),
-    w=(TILE[1], STEP.value),
-    y=(TILE[0], HALF.value // 2),
-    instructions=(
-        "tcgen05.alloc",
-        "tcgen05.mma.cta_group::1.kind::f8f6f4",
-        "tcgen05.commit",
-        "tcgen05.ld.sync",
-        "cp.async.bulk.tensor.2d.shared::",
-        "cp.async.bulk.tensor.2d.global.shared::cta",
-        "setmaxnreg",
-        "mbarrier.try_wait",
-    ),
-)
 
 
 def multiply(kernel: Any, form: Form, x: Tensor | Codes, w: PackedWeight, bias: Tensor | None) -> Tensor:

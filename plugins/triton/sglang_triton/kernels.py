@@ -165,6 +165,10 @@ KERNELS = (
     _gluon(HOPPER, "attn.mla_plan", "attention_plan:plan", latent_limits),
     _gluon(HOPPER, "kv.write_mla", "kv_write:kv_write_mla", None),
     *_products(HOPPER, "hopper_gemm:linear"),
+    _gluon(BLACKWELL, "attn.ragged", "blackwell_attention:ragged", attention_limits),
+    _gluon(BLACKWELL, "attn.paged", "blackwell_attention:paged", attention_pool_limits),
+    _gluon(BLACKWELL, "attn.plan", "attention_plan:plan_tall", attention_pool_limits),
+    _gluon(BLACKWELL, "kv.write", "kv_write:kv_write", None),
     *_products(BLACKWELL, "blackwell_gemm:linear"),
     _kernel("attn.merge", "attention:merge"),
 )

@@ -125,7 +125,7 @@ class _Partition:
     turn: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
     ready: Callable[[], bool] = lambda: True
     ended: bool = False
-    products: list[Product | TensorProduct] = field(default_factory=list)  # under way, in order
+    products: list[Product | TensorProduct | Commit] = field(default_factory=list)  # under way, in order
     stores: int = 0  # copies from shared memory that still read it
 
     def end_product(self) -> None:
@@ -209,6 +209,10 @@ class TensorMemory:
     def __init__(self, whole: Tensor, data: Tensor, under_way: list[TensorProduct]) -> None:
         self.whole, self.data, self.dtype, self.under_way = whole, data, data.dtype, under_way
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.data.shape)
+
     def index(self, i: Any) -> TensorMemory:
         return TensorMemory(self.whole, self.data[int(i)], self.under_way)
 
@@ -223,25 +227,42 @@ class TensorMemory:
         self.whole.copy_(before)
         return made
 
+    def store(self, x: Tensor) -> None:
+        assert x.dtype == self.dtype
+        self.data.copy_(x)
+
+
+def _reinterpret(memory: TensorMemory, dtype: torch.dtype, shape: list[int], layout: object) -> TensorMemory:
+    made = memory.data.view(dtype)
+    assert list(made.shape) == shape
+    return TensorMemory(memory.whole, made, memory.under_way)
+
 
 @dataclass(eq=False)
 class TensorProduct:
-    """acc + a b into tensor memory, under way; `barriers` hear of its end, and so of those before it."""
+    """acc + a b into tensor memory, under way."""
 
-    a: Shared
+    a: Shared | TensorMemory
     b: Shared
     acc: TensorMemory
     use_acc: bool
-    barriers: list[Barrier]
 
     def end(self) -> None:
-        if not (self.a.fenced[0] and self.b.fenced[0]):
+        if not all(x.fenced[0] for x in (self.a, self.b) if isinstance(x, Shared)):
             raise Unordered
         y = self.a.data.float() @ self.b.data.float()
         self.acc.data.copy_(self.acc.data + y if self.use_acc else y)
         self.acc.under_way.remove(self)
-        for barrier in self.barriers:
-            barrier.arrive()
+
+
+@dataclass(eq=False)
+class Commit:
+    """Stands behind the products that its barrier is to hear of the end of."""
+
+    barrier: Barrier
+
+    def end(self) -> None:
+        self.barrier.arrive()
 
 
 @dataclass(frozen=True)
@@ -364,6 +385,8 @@ class _Words:
             "warpgroup_mma_wait": self.wait_for_products,
             "allocate_tensor_memory": self.allocate_tensors,
             "tcgen05_mma": self.multiply_into,
+            "tcgen05_commit": self.commit,
+            "reinterpret": _reinterpret,
         }
 
     def seen(self, act: Callable[[], None]) -> None:
@@ -425,13 +448,15 @@ class _Words:
         self.machine.current.products.append(made)
         return made
 
-    def multiply_into(
-        self, a: Shared, b: Shared, acc: TensorMemory, *, use_acc: bool = True, mbarriers: list[Barrier]
-    ) -> None:
+    def multiply_into(self, a: Any, b: Shared, acc: TensorMemory, *, use_acc: Any = True) -> None:
         self.machine.turn()
-        made = TensorProduct(a, b, acc, use_acc, mbarriers)
+        made = TensorProduct(a, b, acc, bool(use_acc))
         self.machine.current.products.append(made)
         acc.under_way.append(made)
+
+    def commit(self, barrier: Barrier) -> None:
+        self.machine.turn()
+        self.machine.current.products.append(Commit(barrier))
 
     def wait_for_products(self, outstanding: int, deps: list[Any]) -> Any:
         mine = self.machine.current
