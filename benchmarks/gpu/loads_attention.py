@@ -53,15 +53,15 @@ def paged(opened: Opened, *, reqs: Reqs, kv_dtype: str = "auto") -> Work:
         dtype=KV_DTYPES.get(kv_dtype, torch.bfloat16),
     )
     widths = [(spec.num_heads, spec.head_dim)]
-    call, provider, q = over_pool(opened, "attn", spec, shape, reqs, widths)
-    own = opened.asked_for("attn.paged", spec=spec) if max(extend for _, extend in reqs) > 1 else {}
+    long = max(extend for _, extend in reqs) > 1
+    call, provider, q, compared = over_pool(opened, "attn", spec, shape, reqs, widths, asked_for=long)
     keys = sum(prefix + extend for prefix, extend in reqs)
     return Work(
         call=call,
         provider=provider,
         nbytes=keys * shape.bytes_per_token + 2 * size_of(*q),
         flops=4 * pairs_of(reqs) * spec.num_heads * spec.head_dim,
-        compared={name: partial(op.fn, *call.args) for name, op in own.items()},  # their plans are Triton's
+        compared=compared,
     )
 
 
@@ -79,22 +79,29 @@ def latent(opened: Opened, *, reqs: Reqs, heads: int) -> Work:
         dtype=torch.bfloat16,
     )
     widths = [(spec.num_heads, spec.rank), (spec.num_heads, spec.rope_dim)]
-    call, provider, q = over_pool(opened, "attn.mla", spec, shape, reqs, widths)
-    own = opened.asked_for("attn.mla_paged", spec=spec) if heads > FEW_HEADS else {}
+    wide = heads > FEW_HEADS
+    call, provider, q, compared = over_pool(opened, "attn.mla", spec, shape, reqs, widths, asked_for=wide)
     keys = sum(prefix + extend for prefix, extend in reqs)
     return Work(
         call=call,
         provider=provider,
         nbytes=keys * shape.bytes_per_token + size_of(*q) + size_of(q[0]),
         flops=2 * pairs_of(reqs) * spec.num_heads * (2 * spec.rank + spec.rope_dim),
-        compared={name: partial(op.fn, *call.args) for name, op in own.items()},  # their plans are Triton's
+        compared=compared,
     )
 
 
 def over_pool(
-    opened: Opened, family: str, spec: Any, shape: PoolSpec, reqs: Reqs, widths: list[tuple[int, int]]
-) -> tuple[partial[Any], str, list[Tensor]]:
-    """The call, who runs it, and its queries."""
+    opened: Opened,
+    family: str,
+    spec: Any,
+    shape: PoolSpec,
+    reqs: Reqs,
+    widths: list[tuple[int, int]],
+    *,
+    asked_for: bool,
+) -> tuple[partial[Any], str, list[Tensor], dict[str, partial[Any]]]:
+    """The call, who runs it, and its queries; with `asked_for` also the calls of providers that have to be, on plans of their own."""
     make = opened.operands()
     names = ("attn.mla_paged", "attn.mla_plan") if family == "attn.mla" else ("attn.paged", "attn.plan")
     sites = [OpSite(op=op, layer="Benchmark", dtype="bfloat16", spec=spec) for op in names]
@@ -105,7 +112,10 @@ def over_pool(
     fill(make, pool)
     plan = bound[names[1]].fn(spec, batch, opened.device)
     q = [make.normal(batch.num_tokens, *width, dtype=torch.bfloat16) for width in widths]
-    return partial(bound[names[0]].fn, *q, None, None, pool, 0, spec, plan), bound[names[0]].provider, q
+    args = (*q, None, None, pool, 0, spec)
+    kernels, plans = (opened.asked_for(op, spec=spec) if asked_for else {} for op in names)
+    compared = {name: partial(op.fn, *args, plans[name].fn(spec, batch, opened.device)) for name, op in kernels.items()}
+    return partial(bound[names[0]].fn, *args, plan), bound[names[0]].provider, q, compared
 
 
 def prefill(opened: Opened, *, tokens: int) -> Work:
