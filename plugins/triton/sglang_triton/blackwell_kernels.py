@@ -120,8 +120,10 @@ def next_block(
     s = scores.index(group).load(layout)
     if MASKED:
         s = masked(s, first_key, last_key, layout, N)
-    new_top = gl.maximum(top, gl.max(s, 1) * scale)
-    if gl.max((new_top > top + SLACK).to(gl.int32), 0) > 0:
+    new_top = gl.max(s, 1) * scale
+    due = new_top > top + SLACK
+    if gl.max(due.to(gl.int32), 0) > 0:
+        new_top = gl.where(due, new_top, top)  # a row's result is its own: where it is not due, it decays by nothing
         decay = gl.exp2(top - gl.where(new_top == NEG_INF, 0.0, new_top))
         if i > 0:
             wide: gl.constexpr = lane_layout(DECAY)

@@ -106,6 +106,23 @@ def test_scores_that_grow_from_block_to_block(provider: str, growth: float) -> N
     check(provider, SPEC, lens=[(130, 590)], growth=growth)
 
 
+def test_a_row_does_not_depend_on_its_neighbours(provider: str) -> None:
+    """The last tokens of a req, and these alone, without tokens whose largest scores grow from block to block: the same bits."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(130, 2, 64), torch.randn(590, 1, 64), torch.randn(590, 1, 64)
+    q[40:] /= 20
+    k *= torch.linspace(30, 1, 590)[:, None, None]
+    q, k, v = (x.bfloat16() for x in (q, k, v))
+
+    def attend(q: torch.Tensor) -> torch.Tensor:
+        cu_q, cu_k = (torch.tensor([0, n], dtype=torch.int32) for n in (len(q), len(k)))
+        with modelled(provider) as kernels:
+            made: torch.Tensor = kernels.ragged(q, k, v, cu_q, cu_k, SPEC, max_q=len(q), max_k=len(k))
+        return made
+
+    assert torch.equal(attend(q)[40:], attend(q[40:]))
+
+
 @pytest.mark.parametrize("provider, deaf", DEAF, ids=[OWN[name].barriers[i - 1] for name, i in DEAF])
 def test_a_barrier_that_nobody_waits_for_shows(provider: str, deaf: int) -> None:
     def all_seeds() -> None:
