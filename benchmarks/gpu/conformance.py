@@ -9,6 +9,7 @@ from dataclasses import replace
 from sglang_conformance.isolation import run_isolated
 from sglang_conformance.runner import Suite, Work
 
+from benchmarks.gpu.opened import ASKED_FOR
 from benchmarks.gpu.session import Facts, Session
 from sglang_core.backend.devices import ChosenDevice
 from sglang_core.backend.interface import KernelContext
@@ -20,7 +21,6 @@ SMALL = ("norm.rms[", "act.gated[")
 SUMMARY = "summary"
 CASE_LIMIT = 120.0  # seconds
 FIRST_CHOICE = 1000  # a priority above all others
-ASKED_FOR = ("hopper",)  # providers that nothing takes unless it is asked for: judged as if each were the first choice
 SPARE = 15.0  # seconds that are left for writing and for a case that is under way
 
 
@@ -42,7 +42,7 @@ def promoted(kernels: list[Kernel], provider: str) -> tuple[list[Kernel], set[st
 
 
 def suites(chosen: ChosenDevice, only: str, *, small: bool) -> list[tuple[str, Suite, list[Work]]]:
-    """What is run: the prefix of its titles, how kernels are chosen, and its cases. First the device as models get it."""
+    """What is run: the prefix of its titles, how kernels are chosen, and its cases. First the device as models get it, then with each provider of `ASKED_FOR` as the first choice."""
     suite = Suite(chosen.backend, chosen.info, full=False)
     work = select(suite, only, small=small)
     found = [("", suite, work)]

@@ -53,15 +53,15 @@ def paged(opened: Opened, *, reqs: Reqs, kv_dtype: str = "auto") -> Work:
         dtype=KV_DTYPES.get(kv_dtype, torch.bfloat16),
     )
     widths = [(spec.num_heads, spec.head_dim)]
-    call, provider, q = over_pool(opened, "attn", spec, shape, reqs, widths)
-    hopper = opened.asked_for("attn.paged", "hopper", spec=spec) if max(extend for _, extend in reqs) > 1 else None
+    long = max(extend for _, extend in reqs) > 1
+    call, provider, q, compared = over_pool(opened, "attn", spec, shape, reqs, widths, asked_for=long)
     keys = sum(prefix + extend for prefix, extend in reqs)
     return Work(
         call=call,
         provider=provider,
         nbytes=keys * shape.bytes_per_token + 2 * size_of(*q),
         flops=4 * pairs_of(reqs) * spec.num_heads * spec.head_dim,
-        compared={"hopper": partial(hopper.fn, *call.args)} if hopper else {},  # the provider's plans are Triton's
+        compared=compared,
     )
 
 
@@ -79,22 +79,29 @@ def latent(opened: Opened, *, reqs: Reqs, heads: int) -> Work:
         dtype=torch.bfloat16,
     )
     widths = [(spec.num_heads, spec.rank), (spec.num_heads, spec.rope_dim)]
-    call, provider, q = over_pool(opened, "attn.mla", spec, shape, reqs, widths)
-    hopper = opened.asked_for("attn.mla_paged", "hopper", spec=spec) if heads > FEW_HEADS else None
+    wide = heads > FEW_HEADS
+    call, provider, q, compared = over_pool(opened, "attn.mla", spec, shape, reqs, widths, asked_for=wide)
     keys = sum(prefix + extend for prefix, extend in reqs)
     return Work(
         call=call,
         provider=provider,
         nbytes=keys * shape.bytes_per_token + size_of(*q) + size_of(q[0]),
         flops=2 * pairs_of(reqs) * spec.num_heads * (2 * spec.rank + spec.rope_dim),
-        compared={"hopper": partial(hopper.fn, *call.args)} if hopper else {},  # the provider's plans are Triton's
+        compared=compared,
     )
 
 
 def over_pool(
-    opened: Opened, family: str, spec: Any, shape: PoolSpec, reqs: Reqs, widths: list[tuple[int, int]]
-) -> tuple[partial[Any], str, list[Tensor]]:
-    """The call, who runs it, and its queries."""
+    opened: Opened,
+    family: str,
+    spec: Any,
+    shape: PoolSpec,
+    reqs: Reqs,
+    widths: list[tuple[int, int]],
+    *,
+    asked_for: bool,
+) -> tuple[partial[Any], str, list[Tensor], dict[str, partial[Any]]]:
+    """The call, who runs it, and its queries; with `asked_for` also the calls of providers that have to be, on plans of their own."""
     make = opened.operands()
     names = ("attn.mla_paged", "attn.mla_plan") if family == "attn.mla" else ("attn.paged", "attn.plan")
     sites = [OpSite(op=op, layer="Benchmark", dtype="bfloat16", spec=spec) for op in names]
@@ -105,15 +112,17 @@ def over_pool(
     fill(make, pool)
     plan = bound[names[1]].fn(spec, batch, opened.device)
     q = [make.normal(batch.num_tokens, *width, dtype=torch.bfloat16) for width in widths]
-    return partial(bound[names[0]].fn, *q, None, None, pool, 0, spec, plan), bound[names[0]].provider, q
+    args = (*q, None, None, pool, 0, spec)
+    kernels, plans = (opened.asked_for(op, spec=spec) if asked_for else {} for op in names)
+    compared = {name: partial(op.fn, *args, plans[name].fn(spec, batch, opened.device)) for name, op in kernels.items()}
+    return partial(bound[names[0]].fn, *args, plan), bound[names[0]].provider, q, compared
 
 
 def prefill(opened: Opened, *, tokens: int) -> Work:
-    """One prompt, packed, causal; torch's own kernels on the same numbers beside it, and that of sglang-triton for Hopper alone."""
+    """One prompt, packed, causal; torch's own kernels on the same numbers beside it, and those of sglang-triton for one architecture alone."""
     spec, tokens = (SMALL_GQA, 48) if opened.small else (GQA, tokens)
     make = opened.operands()
     bound = opened.bind(make, "attn.ragged", spec=spec)
-    hopper = opened.asked_for("attn.ragged", "hopper", spec=spec)
     q = make.normal(tokens, spec.num_heads, spec.head_dim, dtype=torch.bfloat16)
     k, v = (make.normal(tokens, spec.num_kv_heads, spec.head_dim, dtype=torch.bfloat16) for _ in range(2))
     cu = make.place(torch.tensor([0, tokens], dtype=torch.int32))
@@ -132,7 +141,7 @@ def prefill(opened: Opened, *, tokens: int) -> Work:
         nbytes=2 * size_of(q, k),
         flops=4 * pairs_of([(0, tokens)]) * spec.num_heads * spec.head_dim,
         others={name: partial(peer, backend) for name, backend in PEERS.items()} if opened.on_gpu else {},
-        compared={"hopper": call(hopper.fn)} if hopper else {},
+        compared={name: call(op.fn) for name, op in opened.asked_for("attn.ragged", spec=spec).items()},
     )
 
 

@@ -50,7 +50,7 @@ def linear(opened: Opened, *, tokens: int, width: int, out: int, fmt: str) -> Wo
     make = opened.operands()
     facts: dict[str, Any] = {"fmt": fmt, "dims": {"in": width, "out": out}}
     bound = opened.bind(make, "gemm.linear", **facts)
-    hopper = opened.asked_for("gemm.linear", "hopper", **facts) if tokens > FEW else None
+    own = opened.asked_for("gemm.linear", **facts) if tokens > FEW else {}
     (call,) = linear_calls(make, bound, tokens)
     x, stored = call.body[0].args
     return Work(
@@ -59,7 +59,7 @@ def linear(opened: Opened, *, tokens: int, width: int, out: int, fmt: str) -> Wo
         nbytes=bytes_of(stored) + size_of(x) + tokens * out * x.element_size(),
         flops=2 * tokens * width * out,
         rate=2.0 if fmt == FP8 else 1.0,
-        compared={"hopper": partial(hopper.fn, x, stored)} if hopper else {},
+        compared={name: partial(op.fn, x, stored) for name, op in own.items()},
     )
 
 

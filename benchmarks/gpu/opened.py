@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import statistics
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cached_property
 from typing import Any
 
@@ -19,6 +20,7 @@ from sglang_core.errors import KernelSelectionError
 from sglang_core.ops import OPS
 
 SEED, REPEATS, PAGE_SIZE = 0, 21, 64
+ASKED_FOR = ("hopper", "blackwell")  # providers that nothing takes unless it is asked for
 
 
 class Opened:
@@ -70,13 +72,14 @@ class Opened:
     def bind(self, make: Operands, op: str, **facts: Any) -> BoundOp:
         return make.table.bind(OpSite(op=op, layer="Benchmark", dtype="bfloat16", **facts))
 
-    def asked_for(self, op: str, provider: str, **facts: Any) -> BoundOp | None:
-        """As `bind`, of a provider that nothing takes unless it is asked for; None where it has no kernel for this here."""
-        try:
-            table = self.table(overrides={op: provider})
-            return table.bind(OpSite(op=op, layer="Benchmark", dtype="bfloat16", **facts))
-        except KernelSelectionError:
-            return None
+    def asked_for(self, op: str, **facts: Any) -> dict[str, BoundOp]:
+        """As `bind`, of each provider that nothing takes unless it is asked for, and that has a kernel for this here."""
+        made = {}
+        for provider in ASKED_FOR:
+            with suppress(KernelSelectionError):
+                table = self.table(overrides={op: provider})
+                made[provider] = table.bind(OpSite(op=op, layer="Benchmark", dtype="bfloat16", **facts))
+        return made
 
     def seconds(self, call: Callable[[], object], *, replayed: bool = True) -> float:
         """The median of a call on the device, caches swept before each; as a graph where it may be one, so that launches do not count."""

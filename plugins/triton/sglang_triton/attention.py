@@ -124,7 +124,7 @@ def _attend(
     for i, tier in enumerate(static.tiers if tokens else ()):
         if not tier.capacity:
             continue
-        if wide is not None and tier.rows == (LATENT_ROWS if shared else ROWS)[-1]:
+        if wide is not None and tier.rows >= (LATENT_ROWS if shared else ROWS)[-1]:
             wide(q0, Tile(store, o, sums, part_o, part_sums), spec, plan, i)
             continue
         config = choose(

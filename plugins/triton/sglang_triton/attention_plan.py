@@ -30,6 +30,7 @@ AOT = ()  # nothing to compile: it is host work
 MERGES = FIELDS - 1  # in record 0
 ALIGN = 128  # splits begin at multiples of it, and so do blocks of keys: one never straddles two pages of 128 or less
 ROWS = (16, 64, 128)  # of the tiers; 16 is the least that matrix units take
+TALL_ROWS = (16, 64, 256)
 LATENT_ROWS = (16, 64)  # a row's accumulator is as wide as the latent
 MIN_SPLIT = 256  # keys, where a tile is looked at alone: less costs more to merge than it saves
 MAX_SPLITS = 16
@@ -98,20 +99,27 @@ def plan(spec: AttnSpec | MLASpec, batch: AttnBatch, device: torch.device, out: 
     return _plan(spec, batch, device, out, invariant=False)
 
 
+def plan_tall(spec: AttnSpec, batch: AttnBatch, device: torch.device, out: Plan | None = None) -> Plan:
+    """As `plan`, for a kernel whose programs have TALL_ROWS[-1] rows."""
+    return _plan(spec, batch, device, out, invariant=False, ladder=TALL_ROWS)
+
+
 def plan_invariant(spec: AttnSpec | MLASpec, batch: AttnBatch, device: torch.device, out: Plan | None = None) -> Plan:
     """A req's keys are cut in the same places in whatever company it is."""
     return _plan(spec, batch, device, out, invariant=True)
 
 
 def _plan(
-    spec: AttnSpec | MLASpec, batch: AttnBatch, device: torch.device, out: Plan | None, *, invariant: bool
-) -> Plan:
+    spec: AttnSpec | MLASpec, batch: AttnBatch, device: torch.device, out: Plan | None, *, invariant: bool,
+    ladder: tuple[int, ...] = ROWS,
+) -> Plan:  # fmt: skip
+    """`ladder`: rows of the tiers, where keys and values are not latents."""
     latent = isinstance(spec, MLASpec)
     attn = spec.latent if isinstance(spec, MLASpec) else spec
     assert batch.tree_mask_cpu is None or attn.tree, "a tree mask, and the kernels were chosen for none: AttnSpec.tree"
     tree, first_key = tree_windows(attn.window, batch)
     group = attn.num_heads // attn.num_kv_heads
-    sizes = _tier_rows(LATENT_ROWS if latent else ROWS, group, batch)
+    sizes = _tier_rows(LATENT_ROWS if latent else ladder, group, batch)
     counts = np.zeros((1, FIELDS), np.int64)
     records, merges, tiers = [counts], [], []
     first, num_parts, shorter = 1, 0, 0

@@ -69,12 +69,12 @@ def product(x, w, layout: gl.constexpr):
 
 
 @gluon.jit
-def write_half(
+def write_columns(
     total, y_desc, y_smem, first_row, first_column, row, x_scale, x_scale_row, w_scale, w_scale_row, bias, N,
     layout: gl.constexpr, BLOCKS: gl.constexpr, HAS_BIAS: gl.constexpr,
 ):  # fmt: skip
-    """What lies beyond the ends of y is not written."""
-    column = gl.minimum(first_column + gl.arange(0, HALF, gl.SliceLayout(0, layout)), N - 1)
+    """As many columns as y_smem has. What lies beyond the ends of y is not written."""
+    column = gl.minimum(first_column + gl.arange(0, y_smem.shape[1], gl.SliceLayout(0, layout)), N - 1)
     if not BLOCKS:
         row_scale = gl.load(x_scale + row * x_scale_row)
         column_scale = gl.load(w_scale + column * w_scale_row)
@@ -120,11 +120,11 @@ def multiply_rows(
             mbarrier.arrive(free.index(stage), count=1)
             right += part * (row_scale * right_scale)[:, None] if BLOCKS else part
             i += 1
-        write_half(
+        write_columns(
             left, y_desc, y_smem.index(group), first_row, first_column, row, x_scale, x_scale_row, w_scale, w_scale_row,
             bias, N, layout, BLOCKS, HAS_BIAS,
         )  # fmt: skip
-        write_half(
+        write_columns(
             right, y_desc, y_smem.index(group), first_row, first_column + HALF, row, x_scale, x_scale_row, w_scale,
             w_scale_row, bias, N, layout, BLOCKS, HAS_BIAS,
         )  # fmt: skip

@@ -79,6 +79,33 @@ def load_blocks(
 
 
 @gluon.jit
+def load_rows(
+    q, q_token, q_head, q_smem, group: gl.constexpr, token, kv_head, count, GROUP: gl.constexpr, W: gl.constexpr
+):
+    """A group's rows of queries, some CHUNK of columns after the other: as many rows as q_smem has. Those of no token are zero. token: int64."""
+    layout: gl.constexpr = row_layout(CHUNK)
+    ROWS: gl.constexpr = q_smem.shape[1]
+    CHUNKS: gl.constexpr = W // CHUNK
+    row = group * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
+    at = row // GROUP * q_token + (kv_head * GROUP + row % GROUP) * q_head
+    column = gl.arange(0, CHUNK, gl.SliceLayout(0, layout))
+    for c in gl.static_range(CHUNKS):
+        where = q + token * q_token + (at[:, None] + (c * CHUNK + column)[None, :])
+        x = gl.load(where, mask=(row // GROUP < count)[:, None], other=0.0)
+        q_smem.index(group * CHUNKS + c).store(x)
+    fence_async_shared()
+
+
+@gluon.jit
+def clean_values(v_smem, num_seen):
+    """Values of keys that nobody sees are weighted by zero, and may be NaN. They lie in the last block alone."""
+    layout: gl.constexpr = row_layout(v_smem.shape[1])
+    seen = gl.arange(0, v_smem.shape[0], gl.SliceLayout(1, layout)) < num_seen
+    v_smem.store(gl.where(seen[:, None], v_smem.load(layout), 0.0).to(v_smem.dtype))
+    fence_async_shared()
+
+
+@gluon.jit
 def scores(q_smem, k_smem, group: gl.constexpr, stage, layout: gl.constexpr, N: gl.constexpr, CHUNKS: gl.constexpr):
     """Begins q k^T of one group's rows with the block in `stage`: what to wait for."""
     s = gl.zeros([ROWS, N], gl.float32, layout)
@@ -140,29 +167,15 @@ def attend_rows(
     """ROWS rows over all blocks. Of the first `num_whole` blocks every row sees all keys."""
     s_layout: gl.constexpr = product_layout(N)
     o_layout: gl.constexpr = product_layout(WV)
-    in_layout: gl.constexpr = row_layout(CHUNK)
     dtype: gl.constexpr = v_smem.dtype
     CHUNKS: gl.constexpr = W // CHUNK
     token = token.to(gl.int64)
 
-    row = group * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, in_layout))
-    at = row // GROUP * q_token + (kv_head * GROUP + row % GROUP) * q_head
-    column = gl.arange(0, CHUNK, gl.SliceLayout(0, in_layout))
-    for c in gl.static_range(CHUNKS):
-        where = q + token * q_token + (at[:, None] + (c * CHUNK + column)[None, :])
-        x = gl.load(where, mask=(row // GROUP < count)[:, None], other=0.0)
-        q_smem.index(group * CHUNKS + c).store(x)
-    fence_async_shared()
-
-    # Values of keys that nobody sees are weighted by zero, and may be NaN. They lie in the last block alone.
+    load_rows(q, q_token, q_head, q_smem, group, token, kv_head, count, GROUP, W)
     if end < begin + num_blocks * N:
         mbarrier.wait(v_full.index(0), 0)
         if group == 0:
-            cut: gl.constexpr = row_layout(WV)
-            seen = begin + (num_blocks - 1) * N + gl.arange(0, N, gl.SliceLayout(1, cut)) < end
-            v = v_smem.index(0).load(cut)
-            v_smem.index(0).store(gl.where(seen[:, None], v, 0.0).to(dtype))
-            fence_async_shared()
+            clean_values(v_smem.index(0), end - begin - (num_blocks - 1) * N)
             mbarrier.arrive(v_clean, count=1)
         mbarrier.wait(v_clean, 0)
 
@@ -271,13 +284,8 @@ def attend_tile(
 
 
 @gluon.jit
-def _attend_packed_hopper(
-    q, q_token, q_head, k_desc, v_desc, k_head, v_head, cu_q, cu_k, o, lse, scale, num_reqs, num_tiles,
-    NUM_HEADS: gl.constexpr, GROUP: gl.constexpr, W: gl.constexpr, WV: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr,
-    CAUSAL: gl.constexpr, LSE: gl.constexpr,
-):  # fmt: skip
-    """attn.ragged: a program for each tile that a req of the longest length has, last tile first, as it has most keys if causal."""
-    L: gl.constexpr = GROUPS * ROWS // GROUP
+def packed_tile(cu_q, cu_k, num_reqs, num_tiles, L: gl.constexpr, CAUSAL: gl.constexpr):
+    """What a program does of packed rows: first token, KV head, how many tokens, place of the first in its req; first key, and how many of them."""
     unit = gl.program_id(0)
     head, unit = unit // (num_tiles * num_reqs), unit % (num_tiles * num_reqs)
     tile, req = num_tiles - 1 - unit // num_reqs, unit % num_reqs
@@ -291,11 +299,33 @@ def _attend_packed_hopper(
         end = gl.maximum(gl.minimum(position + count, num_keys), 0)
     if count == 0:
         end = 0
+    return first + tile * L, head, count, position, key_base, end
+
+
+@gluon.jit
+def _attend_packed_hopper(
+    q, q_token, q_head, k_desc, v_desc, k_head, v_head, cu_q, cu_k, o, lse, scale, num_reqs, num_tiles,
+    NUM_HEADS: gl.constexpr, GROUP: gl.constexpr, W: gl.constexpr, WV: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr,
+    CAUSAL: gl.constexpr, LSE: gl.constexpr,
+):  # fmt: skip
+    """attn.ragged: a program for each tile that a req of the longest length has, last tile first, as it has most keys if causal."""
+    L: gl.constexpr = GROUPS * ROWS // GROUP
+    token, head, count, position, key_base, end = packed_tile(cu_q, cu_k, num_reqs, num_tiles, L, CAUSAL)
     attend_tile(
         q, q_token, q_head, k_desc, v_desc, k_head, v_head, key_base, None, o, lse, None, None,
-        first + tile * L, head, count, position, 0, end, -1, scale,
+        token, head, count, position, 0, end, -1, scale,
         NUM_HEADS, GROUP, W, WV, N, 0, STAGES, CAUSAL, False, LSE,
     )  # fmt: skip
+
+
+@gluon.jit
+def item_of(work, counter, items, NUM_KV_HEADS: gl.constexpr):
+    """A program's record in the work list, its KV head, and 0 where there are fewer items: it then has no token and no key."""
+    num_items = gl.load(work + counter)
+    unit = gl.program_id(0)
+    item, head = unit % gl.maximum(num_items, 1), unit // gl.maximum(num_items, 1)
+    live = (unit < num_items * NUM_KV_HEADS).to(gl.int32)
+    return work + (items + item) * FIELDS, head * live, live
 
 
 @gluon.jit
@@ -308,16 +338,11 @@ def _attend_items_hopper(
 
     work[counter] is how many items there are; they stand from record `items` on.
     """
-    num_items = gl.load(work + counter)
-    unit = gl.program_id(0)
-    item, head = unit % gl.maximum(num_items, 1), unit // gl.maximum(num_items, 1)
-    record = work + (items + item) * FIELDS
-    count, end, req = gl.load(record + COUNT), gl.load(record + END), gl.load(record + REQ)
-    live = (unit < num_items * NUM_KV_HEADS).to(gl.int32)
-    count, end, head = count * live, end * live, head * live
+    record, head, live = item_of(work, counter, items, NUM_KV_HEADS)
+    req = gl.load(record + REQ)
     attend_tile(
         q, q_token, q_head, k_desc, v_desc, k_head, v_head, 0, table + req.to(gl.int64) * num_pages, o, lse, part_o, part_lse,
-        gl.load(record + TOKEN), head, count, gl.load(record + POSITION), gl.load(record + BEGIN), end,
-        gl.load(record + PART), scale,
+        gl.load(record + TOKEN), head, gl.load(record + COUNT) * live, gl.load(record + POSITION), gl.load(record + BEGIN),
+        gl.load(record + END) * live, gl.load(record + PART), scale,
         NUM_HEADS, NUM_HEADS // NUM_KV_HEADS, W, WV, N, PAGE, STAGES, CAUSAL, SPLIT, LSE,
     )  # fmt: skip

@@ -15,7 +15,8 @@ from sglang_triton.attention import Tile
 from sglang_triton.attention_aot import LATENT, spec_of, unsplit
 from sglang_triton.attention_launch import scale_of
 from sglang_triton.attention_plan import WorkPlan
-from sglang_triton.hopper_attention import INSTRUCTIONS, LAYOUT, POINTERS, WARPS, descriptor
+from sglang_triton.gluon_attention import LAYOUT, POINTERS, WARPS, descriptor
+from sglang_triton.hopper_attention import FORM
 from sglang_triton.hopper_kernels import ROWS
 from sglang_triton.hopper_latent_kernels import HALF, KEYS, RANK, ROPE, _attend_latents_hopper
 from sglang_triton.rows import as_heads
@@ -82,8 +83,8 @@ def hopper_spec(name: str, spec: AttnSpec, *, page: int) -> AotSpec:
         },
         fixed={"num_warps": WARPS},
         odd=("num_pages", "counter", "items"),
-        instructions={"sm_90": INSTRUCTIONS},
-        archs=("sm_90",),
+        instructions={FORM.arch: FORM.instructions},
+        archs=(FORM.arch,),
     )
 
 

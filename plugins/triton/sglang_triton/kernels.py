@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from sglang_core.api import Claim, Claims, Kernel, SelectionContext, Support
-from sglang_triton.hopper_limits import hopper_latent_limits, hopper_limits, hopper_linear_limits, hopper_pool_limits
+from sglang_triton.gluon_limits import (
+    ARCHS,
+    BLACKWELL,
+    HOPPER,
+    attention_limits,
+    attention_pool_limits,
+    latent_limits,
+    linear_limits,
+)
 
 DEVICES = ("cuda", "rocm", "triton")
 # Below the 50 of a backend's own kernels, which know more about their device.
@@ -57,8 +66,8 @@ def state_limits(ctx: SelectionContext) -> str | None:
     return dtype_limits(ctx) if dim <= MAX_KEY_DIM else f"takes keys of at most {MAX_KEY_DIM} dims, not {dim}"
 
 
-# A provider of its own: no device has run it, so it is taken only where `--kernel attn.paged=hopper` and the like ask for it.
-HOPPER, UNPROVEN = "hopper", 10
+# Providers of their own: no device has run them, so they are taken only where `--kernel attn.paged=hopper` and the like ask for them.
+UNPROVEN = 10
 
 # Tokens up to which a step is taken for one that streams weights. An estimate: by the figures of an H200, fp8 products take as long as
 # their weights from about 200 rows on, and a library's tiles have 64 or 128.
@@ -76,16 +85,27 @@ def _kernel(op: str, fn: str, **facts: Any) -> Kernel:
     return Kernel(op, fn=f"sglang_triton.{fn}", **(defaults | facts))
 
 
-def _hopper(op: str, fn: str, limits: Callable[[SelectionContext], str | None], **facts: Any) -> Kernel:
+def _gluon(provider: str, op: str, fn: str, limits: Callable[..., str | None] | None, **facts: Any) -> Kernel:
+    """`limits(ctx, arch)`; None: those of any dtype that Triton's kernels take."""
     invariant = op in ("attn.ragged", "kv.write", "kv.write_mla")
     defaults = {
-        "provider": HOPPER,
+        "provider": provider,
         "device": ("cuda",),
         "priority": UNPROVEN,
         "features": INVARIANT if invariant else GRAPHS,
         "tune": None,
+        "supports": partial(limits, arch=ARCHS[provider]) if limits else dtype_limits,
     }
-    return _kernel(op, fn, supports=limits, **(defaults | facts))
+    return _kernel(op, fn, **(defaults | facts))
+
+
+def _products(provider: str, many: str) -> tuple[Kernel, ...]:
+    """gemm.linear, with few rows by Triton's kernel."""
+    variants = (("gemm:linear", (1, FEW)), (many, (FEW + 1, None)))
+    features = GRAPHS | {"takes_codes"}
+    return tuple(
+        _gluon(provider, "gemm.linear", fn, linear_limits, tokens=tokens, features=features) for fn, tokens in variants
+    )
 
 
 KERNELS = (
@@ -137,17 +157,19 @@ KERNELS = (
     _kernel("attn.mla_project", "mla_project:mla_project", features=GRAPHS),
     _kernel("attn.mla_project", "mla_project:mla_project_invariant", priority=PRIORITY - 1),
     _kernel("attn.ragged", "attention:ragged"),
-    _hopper("attn.ragged", "hopper_attention:ragged", hopper_limits),
-    _hopper("attn.paged", "hopper_attention:paged", hopper_pool_limits),
-    _hopper("attn.plan", "attention_plan:plan", hopper_pool_limits),
-    _hopper("kv.write", "kv_write:kv_write", dtype_limits),
-    _hopper("attn.mla_paged", "hopper_latents:mla_paged", hopper_latent_limits),
-    _hopper("attn.mla_plan", "attention_plan:plan", hopper_latent_limits),
-    _hopper("kv.write_mla", "kv_write:kv_write_mla", dtype_limits),
-    *(
-        _hopper("gemm.linear", fn, hopper_linear_limits, tokens=tokens, features=GRAPHS | {"takes_codes"})
-        for fn, tokens in (("gemm:linear", (1, FEW)), ("hopper_gemm:linear", (FEW + 1, None)))
-    ),
+    _gluon(HOPPER, "attn.ragged", "hopper_attention:ragged", attention_limits),
+    _gluon(HOPPER, "attn.paged", "hopper_attention:paged", attention_pool_limits),
+    _gluon(HOPPER, "attn.plan", "attention_plan:plan", attention_pool_limits),
+    _gluon(HOPPER, "kv.write", "kv_write:kv_write", None),
+    _gluon(HOPPER, "attn.mla_paged", "hopper_latents:mla_paged", latent_limits),
+    _gluon(HOPPER, "attn.mla_plan", "attention_plan:plan", latent_limits),
+    _gluon(HOPPER, "kv.write_mla", "kv_write:kv_write_mla", None),
+    *_products(HOPPER, "hopper_gemm:linear"),
+    _gluon(BLACKWELL, "attn.ragged", "blackwell_attention:ragged", attention_limits),
+    _gluon(BLACKWELL, "attn.paged", "blackwell_attention:paged", attention_pool_limits),
+    _gluon(BLACKWELL, "attn.plan", "attention_plan:plan_tall", attention_pool_limits),
+    _gluon(BLACKWELL, "kv.write", "kv_write:kv_write", None),
+    *_products(BLACKWELL, "blackwell_gemm:linear"),
     _kernel("attn.merge", "attention:merge"),
 )
 

@@ -10,7 +10,7 @@ from sglang_triton.tuning import arch_of, source
 
 
 class TritonKernels:
-    """The providers `triton` and `hopper`. They offer nothing to other devices: what cannot run there would only lengthen their `explain`."""
+    """The providers `triton`, `hopper` and `blackwell`. They offer nothing to other devices: what cannot run there would only lengthen their `explain`."""
 
     @hookimpl
     def sglang_kernels(self, ctx: KernelContext) -> list[Kernel]:

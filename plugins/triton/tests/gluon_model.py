@@ -1,8 +1,9 @@
-"""What Gluon's words for Hopper mean, on a host: kernels of `sglang_triton.hopper_*kernels` run as they are written, program by program.
+"""What Gluon's words for Hopper and Blackwell mean, on a host: `sglang_triton.hopper_*kernels` and `blackwell_*kernels` run as they are written, program by program.
 
 Triton's interpreter knows no Gluon. Here the partitions of a program are threads of which one runs at a time, chosen at random at each operation that
 another can see, some more often than others. Copies by TMA arrive late and in any order, and what they will overwrite is NaN from the start; products read shared memory when they end,
-which is somewhere between their issue and the wait for them; so do copies from shared memory. So a barrier that is missing, waited for in the wrong phase or freed too early shows
+which is somewhere between their issue and the wait for them; so do copies from shared memory. What a product
+writes to tensor memory reads as NaN until it ends, and only then its barriers hear of it. So a barrier that is missing, waited for in the wrong phase or freed too early shows
 in results, or as a deadlock. Layouts are not modelled: the compiler checks these.
 """
 
@@ -26,7 +27,7 @@ BARRIERS = torch.int64  # what barriers are allocated as
 
 
 class Deadlock(AssertionError):
-    """Every partition waits, and no copy is under way."""
+    """Every partition waits, and nothing is under way."""
 
 
 class Unordered(AssertionError):
@@ -59,7 +60,7 @@ class Machine:
             partition.thread.join()
         if self.error is not None:
             raise self.error
-        if any(partition.stores for partition in self.partitions):
+        if any(partition.stores or partition.products for partition in self.partitions):
             raise Unordered
 
     @property
@@ -86,10 +87,13 @@ class Machine:
     def _hand_over(self) -> None:
         alive = [p for p in self.partitions if not p.ended]
         while alive and not any(p.ready() for p in alive) and self.error is None:
-            if not self.copies:
+            if self.copies:
+                self._end_copy()
+            elif busy := [p for p in self.partitions if p.products]:
+                self.random.choice(busy).end_product()
+            else:
                 self.error = Deadlock(f"{len(alive)} partitions wait for each other")
                 break
-            self._end_copy()
         if self.error is not None:
             for p in alive:
                 p.turn.release()
@@ -121,7 +125,7 @@ class _Partition:
     turn: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
     ready: Callable[[], bool] = lambda: True
     ended: bool = False
-    products: list[Product] = field(default_factory=list)  # under way, in order
+    products: list[Product | TensorProduct | Commit] = field(default_factory=list)  # under way, in order
     stores: int = 0  # copies from shared memory that still read it
 
     def end_product(self) -> None:
@@ -199,6 +203,68 @@ class Product:
         self.value = acc + y if self.use_acc else y
 
 
+class TensorMemory:
+    """A part of tensor memory. It holds NaN until it is written; `under_way`: products that will write to some part of `whole`."""
+
+    def __init__(self, whole: Tensor, data: Tensor, under_way: list[TensorProduct]) -> None:
+        self.whole, self.data, self.dtype, self.under_way = whole, data, data.dtype, under_way
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.data.shape)
+
+    def index(self, i: Any) -> TensorMemory:
+        return TensorMemory(self.whole, self.data[int(i)], self.under_way)
+
+    def slice(self, start: int, length: int) -> TensorMemory:
+        return TensorMemory(self.whole, self.data[..., start : start + length], self.under_way)
+
+    def load(self, layout: object) -> Tensor:
+        before = self.whole.clone()
+        for product in self.under_way:
+            product.acc.data.fill_(float("nan"))
+        made = self.data.clone()
+        self.whole.copy_(before)
+        return made
+
+    def store(self, x: Tensor) -> None:
+        assert x.dtype == self.dtype
+        self.data.copy_(x)
+
+
+def _reinterpret(memory: TensorMemory, dtype: torch.dtype, shape: list[int], layout: object) -> TensorMemory:
+    made = memory.data.view(dtype)
+    assert list(made.shape) == shape
+    return TensorMemory(memory.whole, made, memory.under_way)
+
+
+@dataclass(eq=False)
+class TensorProduct:
+    """acc + a b into tensor memory, under way."""
+
+    a: Shared | TensorMemory
+    b: Shared
+    acc: TensorMemory
+    use_acc: bool
+
+    def end(self) -> None:
+        if not all(x.fenced[0] for x in (self.a, self.b) if isinstance(x, Shared)):
+            raise Unordered
+        y = self.a.data.float() @ self.b.data.float()
+        self.acc.data.copy_(self.acc.data + y if self.use_acc else y)
+        self.acc.under_way.remove(self)
+
+
+@dataclass(eq=False)
+class Commit:
+    """Stands behind the products that its barrier is to hear of the end of."""
+
+    barrier: Barrier
+
+    def end(self) -> None:
+        self.barrier.arrive()
+
+
 @dataclass(frozen=True)
 class Pointer:
     """Into a tensor, at one offset or at many."""
@@ -263,19 +329,24 @@ class Kernel:
 
 
 def _names(module: Any, words: _Words) -> dict[str, Any]:
-    """The module's names and those of modules that its functions come from, with ours in the place of Gluon's."""
-    sources = [value.fn.__globals__ for value in vars(module).values() if isinstance(value, GluonJITFunction)]
-    found = {name: value for source in (*sources, vars(module)) for name, value in source.items()}
-    names = dict(found)
-    for name, value in found.items():
-        if isinstance(value, GluonJITFunction):
-            names[name] = FunctionType(value.fn.__code__, names, name)
-        elif isinstance(value, gl.constexpr):
-            names[name] = value.value
-        elif isinstance(value, ConstexprFunction):  # it makes a layout
-            names[name] = lambda *args: None
-    names |= words.names
-    return names
+    """The module's names with ours in the place of Gluon's; functions of other modules see theirs."""
+    made: dict[int, dict[str, Any]] = {}
+
+    def seen_from(found: dict[str, Any]) -> dict[str, Any]:
+        if id(found) in made:
+            return made[id(found)]
+        names = made[id(found)] = dict(found)
+        for name, value in found.items():
+            if isinstance(value, GluonJITFunction):
+                names[name] = FunctionType(value.fn.__code__, seen_from(value.fn.__globals__), name)
+            elif isinstance(value, gl.constexpr):
+                names[name] = value.value
+            elif isinstance(value, ConstexprFunction):  # it makes a layout
+                names[name] = lambda *args: None
+        names |= words.names
+        return names
+
+    return seen_from(vars(module))
 
 
 class _Words:
@@ -312,6 +383,10 @@ class _Words:
             "fence_async_shared": self.fence,
             "warpgroup_mma": self.multiply,
             "warpgroup_mma_wait": self.wait_for_products,
+            "allocate_tensor_memory": self.allocate_tensors,
+            "tcgen05_mma": self.multiply_into,
+            "tcgen05_commit": self.commit,
+            "reinterpret": _reinterpret,
         }
 
     def seen(self, act: Callable[[], None]) -> None:
@@ -325,6 +400,10 @@ class _Words:
             return SimpleNamespace(index=lambda i: made[int(i)]) if len(shape) > 1 else made[0]
         self.memory.append([True])
         return Shared(torch.full(shape, float("nan"), dtype=dtype), self.memory[-1])
+
+    def allocate_tensors(self, dtype: torch.dtype, shape: list[int], layout: object) -> TensorMemory:
+        whole = torch.full(shape, float("nan"), dtype=dtype)
+        return TensorMemory(whole, whole, [])
 
     def wait(self, barrier: Barrier, phase: Any) -> None:
         if barrier.number != self.deaf:
@@ -368,6 +447,16 @@ class _Words:
         made = Product(a, b, acc, use_acc)
         self.machine.current.products.append(made)
         return made
+
+    def multiply_into(self, a: Any, b: Shared, acc: TensorMemory, *, use_acc: Any = True) -> None:
+        self.machine.turn()
+        made = TensorProduct(a, b, acc, bool(use_acc))
+        self.machine.current.products.append(made)
+        acc.under_way.append(made)
+
+    def commit(self, barrier: Barrier) -> None:
+        self.machine.turn()
+        self.machine.current.products.append(Commit(barrier))
 
     def wait_for_products(self, outstanding: int, deps: list[Any]) -> Any:
         mine = self.machine.current

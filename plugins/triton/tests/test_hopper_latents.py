@@ -8,7 +8,7 @@ import pytest
 import torch
 from gluon_model import Kernel, Unordered, launched
 from sglang_triton import attention_plan, hopper_latent_kernels, hopper_latents
-from sglang_triton.hopper_limits import hopper_latent_limits
+from sglang_triton.gluon_limits import latent_limits
 from triton_attention_cases import CPU, Case, Reqs
 
 from sglang_core.api import DeviceInfo, OpSite, SelectionContext
@@ -84,7 +84,7 @@ def test_a_missing_fence_shows() -> None:
 def refused(path: str = "cuda/sm_90", dtype: str = "bfloat16", page: int = 64, **facts: Any) -> str | None:
     site = OpSite(op="attn.mla_paged", layer="LatentAttention", dtype=dtype, spec=latent_spec(**facts))
     device = DeviceInfo(backend="cuda", path=path, name="a device")
-    return hopper_latent_limits(SelectionContext(device=device, site=site, page_size=page))
+    return latent_limits(SelectionContext(device=device, site=site, page_size=page), "sm_90")
 
 
 def test_what_it_takes() -> None:

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 from sglang_triton import attention_plan
-from sglang_triton.attention_plan import ALIGN, MERGES, WorkPlan, plan, plan_invariant
+from sglang_triton.attention_plan import ALIGN, MERGES, WorkPlan, plan, plan_invariant, plan_tall
 from triton_attention_cases import CPU, spec_of
 
 from sglang_core.api.ops import AttnBatch
 
-PLANS = [plan, plan_invariant]
+PLANS = [plan, plan_invariant, plan_tall]
 
 
 @pytest.fixture(autouse=True)
@@ -96,6 +96,13 @@ def test_a_bucket_has_one_shape_and_room(make) -> None:
         used = max((row[7] + row[1] for row in items_of(made)), default=0)
         assert used <= made.static.num_parts
     assert len(statics) == 1
+
+
+def test_tiles_for_kernels_of_more_rows() -> None:
+    """4 query heads a KV head: 100 tokens are two tiles of 64 tokens, and not four of 32."""
+    spec, batch = spec_of(8, 2), batch_of([(0, 100)])
+    assert [len(items_of(make(spec, batch, CPU))) for make in (plan_invariant, plan_tall)] == [4, 2]
+    assert plan_tall(spec, batch, CPU).static.tiers[-1].rows == 256
 
 
 def test_an_earlier_plan_is_filled_in_place() -> None:

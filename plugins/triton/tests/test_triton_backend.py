@@ -8,7 +8,8 @@ import sys
 
 import pytest
 from sglang_triton.backend import TritonBackend
-from sglang_triton.kernels import FORMATS, HOPPER, KERNELS, PROFILES, QUANTISED, state_limits
+from sglang_triton.gluon_limits import ARCHS
+from sglang_triton.kernels import FORMATS, KERNELS, PROFILES, QUANTISED, state_limits
 
 from sglang_core.api import Claims, DeviceInfo, KernelContext, OpSite, SelectionContext, Support
 from sglang_core.api.ops import GatedDeltaSpec
@@ -17,6 +18,7 @@ from sglang_core.backend.providers import Providers
 from sglang_core.errors import DeviceError
 
 OPS = {kernel.op for kernel in KERNELS}
+PROVIDERS = ("triton", *ARCHS)
 
 
 def context(path: str) -> KernelContext:
@@ -38,15 +40,15 @@ def test_it_is_emulated_and_never_taken_unasked() -> None:
 
 @pytest.mark.parametrize("path", ["cuda/sm_90", "rocm/gfx942", "triton/interpreter"])
 def test_devices_get_every_kernel_once(path: str) -> None:
-    """Those for Hopper are for NVIDIA's alone."""
-    found = [kernel for kernel in Providers().kernels(context(path)) if kernel.provider in ("triton", HOPPER)]
-    mine = [kernel for kernel in KERNELS if kernel.provider != HOPPER or path.startswith("cuda")]
+    """Those in Gluon are for NVIDIA's alone."""
+    found = [kernel for kernel in Providers().kernels(context(path)) if kernel.provider in PROVIDERS]
+    mine = [kernel for kernel in KERNELS if kernel.provider not in ARCHS or path.startswith("cuda")]
     assert [kernel.fn for kernel in found] == [kernel.fn for kernel in mine]
 
 
 @pytest.mark.parametrize("path", ["cpu", "xeon/avx512", "cudalike/v1"])
 def test_other_devices_get_none(path: str) -> None:
-    assert not [kernel for kernel in Providers().kernels(context(path)) if kernel.provider in ("triton", HOPPER)]
+    assert not [kernel for kernel in Providers().kernels(context(path)) if kernel.provider in PROVIDERS]
 
 
 def test_every_kernel_is_claimed_in_every_dtype() -> None:

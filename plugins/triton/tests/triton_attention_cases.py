@@ -53,6 +53,7 @@ class Case:
         latent = isinstance(spec, MLASpec)
         self.op, self.plan_op = ("attn.mla_paged", "attn.mla_plan") if latent else ("attn.paged", "attn.plan")
         self.kernel: Callable[..., Any] = attention.mla_paged if latent else attention.paged
+        self.plans: tuple[Callable[..., Any], ...] = (attention_plan.plan, attention_plan.plan_invariant)
         lens = [prefix + extend for prefix, extend in reqs]
         pages = [-(-n // page_size) for n in lens]
         self.pool = Pool(
@@ -123,12 +124,12 @@ class Case:
         return self.kernel(*self.new, self.pool, 1, self.spec, plan, lse=True, **kwargs)  # type: ignore[no-any-return]
 
     def check(self, **kwargs: Any) -> None:
-        """The kernel is the body, under both plans, with and without an lse, and with keys that are there already."""
+        """The kernel is the body, under its plans, with and without an lse, and with keys that are there already."""
         clones = [leaf.clone() for leaf in self.pool.leaves]
         plan = OPS[self.plan_op].body(self.spec, self.batch, CPU)
         want, want_lse = OPS[self.op].body(*self.new, self.pool, 1, self.spec, plan, lse=True, **kwargs)
         written, self.pool.leaves = self.pool.leaves, clones
-        for make in (attention_plan.plan, attention_plan.plan_invariant):
+        for make in self.plans:
             got, lse = self.run(make(self.spec, self.batch, CPU), **kwargs)
             # In half types weights are rounded too, each by itself: off by as much as the result's own rounding, of the size of
             # what is summed and not of what remains.

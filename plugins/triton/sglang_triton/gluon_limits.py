@@ -1,10 +1,11 @@
-"""What the kernels for Hopper take, as facts. Imports neither torch nor triton."""
+"""What the kernels in Gluon take, for Hopper and for Blackwell, as facts. Imports neither torch nor triton."""
 
 from __future__ import annotations
 
 from sglang_core.api import SelectionContext
 
-ARCH = "sm_90"
+HOPPER, BLACKWELL = "hopper", "blackwell"  # the providers
+ARCHS = {HOPPER: "sm_90", BLACKWELL: "sm_100"}
 HALVES = ("bfloat16", "float16")
 DIMS = ((64, 128, 192), (64, 128))  # of keys, of values: what shared memory holds two blocks of
 ROWS = 128  # of a tile, which all query heads of a KV head must fit
@@ -12,17 +13,17 @@ LATENT = (512, 64)  # dims of a latent and of a rotated key
 FP8 = ("fp8.tensor", "fp8.token_channel", "fp8.block128")
 
 
-def device_limits(ctx: SelectionContext) -> str | None:
+def device_limits(ctx: SelectionContext, arch: str) -> str | None:
     """What all of them have in common."""
-    if not ctx.device.path.endswith(f"/{ARCH}"):
-        return f"is for {ARCH}, whose instructions it consists of, not {ctx.device.path}"
+    if not ctx.device.path.endswith(f"/{arch}"):
+        return f"is for {arch}, whose instructions it consists of, not {ctx.device.path}"
     return None if ctx.site.dtype in HALVES else f"takes bfloat16 and float16, not {ctx.site.dtype}"
 
 
-def hopper_limits(ctx: SelectionContext) -> str | None:
+def attention_limits(ctx: SelectionContext, arch: str) -> str | None:
     """Attention, over packed rows and over a pool."""
     spec = ctx.site.spec
-    if reason := device_limits(ctx):
+    if reason := device_limits(ctx, arch):
         return reason
     if spec.head_dim not in DIMS[0] or spec.v_head_dim not in DIMS[1]:
         return f"takes keys of 64, 128, 192 and values of 64, 128 dims, not {spec.head_dim} and {spec.v_head_dim}"
@@ -39,8 +40,8 @@ def hopper_limits(ctx: SelectionContext) -> str | None:
     return None if spec.scale > 0 else f"takes a positive scale, not {spec.scale}"
 
 
-def hopper_pool_limits(ctx: SelectionContext) -> str | None:
-    return pool_limits(ctx) or hopper_limits(ctx)
+def attention_pool_limits(ctx: SelectionContext, arch: str) -> str | None:
+    return pool_limits(ctx) or attention_limits(ctx, arch)
 
 
 def pool_limits(ctx: SelectionContext) -> str | None:
@@ -53,17 +54,17 @@ def pool_limits(ctx: SelectionContext) -> str | None:
     return None
 
 
-def hopper_linear_limits(ctx: SelectionContext) -> str | None:
+def linear_limits(ctx: SelectionContext, arch: str) -> str | None:
     """Rows of codes and of results begin at multiples of 16 bytes, as TMA copies them."""
     if ctx.site.fmt not in FP8:
         return f"takes weights in {', '.join(FP8)}, not {ctx.site.fmt}"
     units = {"in": 16, "out": 8}
     if wrong := [f"{name}={ctx.site.dims[name]}" for name, unit in units.items() if ctx.site.dims.get(name, 0) % unit]:
         return f"takes an in of a multiple of 16 and an out of 8, not {', '.join(wrong)}"
-    return device_limits(ctx)
+    return device_limits(ctx, arch)
 
 
-def hopper_latent_limits(ctx: SelectionContext) -> str | None:
+def latent_limits(ctx: SelectionContext, arch: str) -> str | None:
     """The sizes of DeepSeek-V2 and V3 and of models like them."""
     spec = ctx.site.spec
     if (spec.rank, spec.rope_dim) != LATENT:
@@ -72,4 +73,4 @@ def hopper_latent_limits(ctx: SelectionContext) -> str | None:
         return "takes no trees of drafts"
     if spec.scale <= 0:
         return f"takes a positive scale, not {spec.scale}"
-    return pool_limits(ctx) or device_limits(ctx)
+    return pool_limits(ctx) or device_limits(ctx, arch)

@@ -1,0 +1,67 @@
+"""Attention for Blackwell, by the kernels of `blackwell_kernels`. The provider `blackwell`, which is taken where it is asked for."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from torch import Tensor
+
+from sglang_core.api import Pool
+from sglang_core.api.ops import AttnSpec
+from sglang_triton import attention
+from sglang_triton.attention_plan import WorkPlan
+from sglang_triton.blackwell_kernels import GROUPS, ROWS, _attend_items_blackwell, _attend_packed_blackwell
+from sglang_triton.gluon_attention import Form, attend_items, attend_packed, form_specs
+
+FORM = Form(
+    arch="sm_100",
+    name="blackwell",
+    rows=GROUPS.value * ROWS.value,
+    keys=lambda spec: 128 if spec.head_dim <= 128 else 64,  # 192 of 227 KiB, and 176
+    instructions=(
+        "tcgen05.mma.cta_group::1.kind::f16",
+        "tcgen05.commit",
+        "tcgen05.ld.sync",
+        "tcgen05.st.sync",
+        "cp.async.bulk.tensor",
+        "setmaxnreg",
+        "mbarrier.try_wait",
+    ),
+)
+
+
+def paged(
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    pool: Pool,
+    layer: int,
+    spec: AttnSpec,
+    plan: WorkPlan,
+    *,
+    sinks: Tensor | None = None,
+    lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """q: [T, Hq, D] -> o: [T, Hq, Dv] (, lse: float32[T, Hq]). Writes k and v first. Short extends are Triton's."""
+    wide = partial(attend_items, _attend_items_blackwell, FORM)
+    return attention.paged(q, k, v, pool, layer, spec, plan, sinks=sinks, lse=lse, wide=wide)
+
+
+def ragged(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    spec: AttnSpec,
+    *,
+    max_q: int,
+    max_k: int,
+    lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """q: [T, Hq, D], k: [Tk, Hk, D], v: [Tk, Hk, Dv], cu_q, cu_k: int32[R + 1] -> o: [T, Hq, Dv] (, lse: float32[T, Hq])."""
+    launch = partial(attend_packed, _attend_packed_blackwell, FORM)
+    return attention.ragged(q, k, v, cu_q, cu_k, spec, max_q=max_q, max_k=max_k, lse=lse, launch=launch)
+
+
+AOT = form_specs(_attend_packed_blackwell, _attend_items_blackwell, FORM)
