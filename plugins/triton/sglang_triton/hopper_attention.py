@@ -11,7 +11,7 @@ from triton.experimental.gluon.language import NVMMASharedLayout
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from sglang_core.api import Pool
-from sglang_core.api.ops import AttnSpec
+from sglang_core.api.ops import AttnSpec, RaggedBatch
 from sglang_triton import attention
 from sglang_triton.aot_spec import AotSpec
 from sglang_triton.attention import Tile
@@ -63,29 +63,26 @@ def ragged(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    cu_q: Tensor,
-    cu_k: Tensor,
+    batch: RaggedBatch,
     spec: AttnSpec,
     *,
-    max_q: int,
-    max_k: int,
     lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """q: [T, Hq, D], k: [Tk, Hk, D], v: [Tk, Hk, Dv], cu_q, cu_k: int32[R + 1] -> o: [T, Hq, Dv] (, lse: float32[T, Hq])."""
-    return attention.ragged(q, k, v, cu_q, cu_k, spec, max_q=max_q, max_k=max_k, lse=lse, launch=attend_packed)
+    """q: [T, Hq, D], k: [Tk, Hk, D], v: [Tk, Hk, Dv] -> o: [T, Hq, Dv] (, lse: float32[T, Hq])."""
+    return attention.ragged(q, k, v, batch, spec, lse=lse, launch=attend_packed)
 
 
 def attend_packed(
-    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, o: Tensor, sums: Tensor | None, spec: AttnSpec, max_q: int
-) -> None:  # fmt: skip
+    q: Tensor, k: Tensor, v: Tensor, batch: RaggedBatch, o: Tensor, sums: Tensor | None, spec: AttnSpec
+) -> None:
     """As `attention.attend_packed`."""
     if not k.shape[0]:  # nothing that TMA could describe, and nothing to attend to
         return
-    q, num_reqs, group = as_heads(q), cu_q.shape[0] - 1, spec.num_heads // spec.num_kv_heads
-    num_tiles = triton.cdiv(max_q, M // group)
+    q, num_reqs, group = as_heads(q), batch.cu_q.shape[0] - 1, spec.num_heads // spec.num_kv_heads
+    num_tiles = triton.cdiv(batch.max_q, M // group)
     (k_desc, k_head), (v_desc, v_head) = descriptor(k, KEYS, CHUNK.value), descriptor(v, KEYS, spec.v_head_dim)
     _attend_packed_hopper[(num_tiles * num_reqs * spec.num_kv_heads,)](
-        q, q.stride(0), q.stride(1), k_desc, v_desc, k_head, v_head, cu_q, cu_k, o, sums, scale_of(spec), num_reqs, num_tiles,
+        q, q.stride(0), q.stride(1), k_desc, v_desc, k_head, v_head, batch.cu_q, batch.cu_k, o, sums, scale_of(spec), num_reqs, num_tiles,
         GROUP=group, **constexprs(spec, lse=sums is not None), num_warps=WARPS,
     )  # fmt: skip
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from sglang_npu import ragged
 from sglang_npu_emulation import contract
 from torch import Tensor
 
@@ -86,6 +87,23 @@ def test_log_probabilities_are_those_of_transformers(
     theirs, ours = (errors(ref, device, page_size=page_size).median() for device in ("cpu", "npu_emulated"))
     assert ours <= 2 * theirs + 0.01, (ours, theirs)
     assert FAMILIES[name] <= called
+
+
+def test_a_prefill_of_latents_is_one_call_of_its_reqs(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What core expands of it: the new tokens of all reqs, and cached ones beside their queries."""
+    called: list[tuple[int, bool]] = []
+    attend = ragged._attend
+
+    def noted(q: Tensor, k: Tensor, v: Tensor, run: ragged.Run, *args: Any, **kwargs: Any) -> Any:
+        assert kwargs["packed"] and q.shape[-1] == k.shape[-1] == v.shape[-1] == 128
+        called.append((len(run.q_ends), run.q_ends == run.k_ends))
+        return attend(q, k, v, run, *args, **kwargs)
+
+    monkeypatch.setattr(ragged, "_attend", noted)
+    errors(reference("deepseek-v2-lite", tmp_path_factory.getbasetemp()), "npu_emulated")
+    assert max(num for num, own in called if own) > 1 and any(not own for _, own in called), called
 
 
 def test_soft_caps_are_refused_by_name_and_run_on_the_definition_if_asked(
