@@ -127,8 +127,6 @@ def ragged(ctx: SelectionContext) -> str | None:
     spec = ctx.site.spec
     if spec.soft_cap is not None:
         return "knows no soft caps (the vendor's op has no such argument)"
-    if spec.window is not None and not spec.causal:
-        return "knows windows of causal attention only"
     dims = ragged_dims(spec.head_dim, spec.v_head_dim, ctx.site.dtype)
     if dims.head > LONGEST_HEAD:
         return f"takes heads of up to {LONGEST_HEAD} dims, not {spec.head_dim} and {spec.v_head_dim}"
