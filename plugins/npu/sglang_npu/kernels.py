@@ -186,6 +186,17 @@ def experts(ctx: SelectionContext) -> str | None:
     return inner(ctx) or (floats(ctx) if ctx.site.fmt == "dense" else halves(ctx))
 
 
+def experts_nz(ctx: SelectionContext) -> str | None:
+    return experts(ctx) or halves(ctx)
+
+
+def wide_experts(ctx: SelectionContext) -> str | None:
+    """Rows by rows, for what FRACTAL_NZ is not documented of."""
+    if ctx.site.fmt != "dense" or ctx.site.dtype != "float32":
+        return f"takes dense weights in float32, not {ctx.site.fmt} in {ctx.site.dtype}"
+    return experts(ctx)
+
+
 def int4_experts(ctx: SelectionContext) -> str | None:
     dims = ctx.site.dims
     if ctx.site.fmt not in INT4:
@@ -224,6 +235,7 @@ def int4(ctx: SelectionContext) -> str | None:
     return halves(ctx) or inner(ctx)
 
 
+EXPERT_PACKING = {"pack": "sglang_npu.moe:pack", "unpack": "sglang_npu.moe:unpack"}
 INT4_PACKING = {"pack": "sglang_npu.int4:pack", "unpack": "sglang_npu.int4:unpack"}
 
 
@@ -258,8 +270,10 @@ KERNELS = [
         priority=40,
         note="PyTorch's operators, for groups that the vendor's op does not take",
     ),
-    _kernel("moe.fused", "moe:fused", experts),
-    _kernel("gemm.grouped", "moe:grouped", experts),
+    _kernel("moe.fused", "moe:fused", experts_nz, note="weights in FRACTAL_NZ", **EXPERT_PACKING),
+    _kernel("gemm.grouped", "moe:grouped", experts_nz, note="weights in FRACTAL_NZ", **EXPERT_PACKING),
+    _kernel("moe.fused", "moe:fused", wide_experts),
+    _kernel("gemm.grouped", "moe:grouped", wide_experts),
     _kernel("moe.fused", "moe:fused", int4_experts, **INT4_PACKING),
     _kernel("gemm.grouped", "moe:grouped", int4_experts, **INT4_PACKING),
     _linear("dense", dense_nz, priority=55, note="weights in FRACTAL_NZ"),

@@ -152,7 +152,15 @@ def test_routing(spec: RouteSpec, taken: bool) -> None:
 
 
 def test_experts_are_two_or_more_dense_or_of_codes() -> None:
-    assert kernels.experts(context("moe.fused", fmt="dense", dims={"X": 8, "M": 64, "F": 128})) is None
+    sizes = {"X": 8, "M": 64, "F": 128}
+    assert kernels.experts(context("moe.fused", fmt="dense", dims=sizes)) is None
+    for fmt, dtype, in_fractals, by_rows in (
+        ("dense", "bfloat16", True, False),
+        ("dense", "float32", False, True),
+        ("int8.token_channel", "float16", True, False),
+    ):
+        ctx = context("moe.fused", fmt=fmt, dtype=dtype, dims=sizes)
+        assert (kernels.experts_nz(ctx) is None, kernels.wide_experts(ctx) is None) == (in_fractals, by_rows)
     assert "1" in (kernels.experts(context("moe.fused", fmt="dense", dims={"X": 1})) or "")
     assert kernels.experts(context("moe.fused", fmt="int8.token_channel", dims={"X": 8})) is None
     assert "float32" in (kernels.experts(context("moe.fused", fmt="int8.token_channel", dtype="float32")) or "")

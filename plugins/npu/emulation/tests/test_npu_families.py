@@ -125,21 +125,27 @@ def test_families_call_every_op_and_the_vendors_meta_kernel_judges_all_but_casts
     assert {op for op in called if not has_meta(op)} == {"npu_convert_weight_to_int4pack", "npu_format_cast"}
 
 
-def test_a_prefill_of_latents_is_one_call_of_its_reqs(
+def test_prefills_of_latents_are_calls_over_packed_keys(
     tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What core expands of it: the new tokens of all reqs, and cached ones beside their queries."""
-    called: list[tuple[int, bool]] = []
+    """In each layer what core expands is a call: of new tokens to each other, and of those to cached ones."""
+    called: list[tuple[list[int], list[int]]] = []
     attend = ragged._attend
 
     def noted(q: Tensor, k: Tensor, v: Tensor, run: ragged.Run, *args: Any, **kwargs: Any) -> Any:
         assert kwargs["packed"] and q.shape[-1] == k.shape[-1] == v.shape[-1] == 128
-        called.append((len(run.q_ends), run.q_ends == run.k_ends))
+        called.append((run.q_ends, run.k_ends))
         return attend(q, k, v, run, *args, **kwargs)
 
     monkeypatch.setattr(ragged, "_attend", noted)
-    errors(reference("deepseek-v2-lite", tmp_path_factory.getbasetemp()), "npu_emulated")
-    assert max(num for num, own in called if own) > 1 and any(not own for _, own in called), called
+    ref = reference("deepseek-v2-lite", tmp_path_factory.getbasetemp())
+    settings = SETTINGS | {"chunked_prefill_size": 128, "page_size": 16}
+    prompt = [3 + i % 97 for i in range(100)]
+    with Engine(model_path=str(ref.folder), device="npu_emulated", **settings) as engine:
+        for length in (40, 100):
+            engine.generate(input_ids=[prompt[:length]], sampling_params={"temperature": 0, "max_new_tokens": 1})
+    layers = 2
+    assert called == [([40], [40])] * layers + [([68], [68]), ([68], [32])] * layers
 
 
 def test_soft_caps_are_refused_by_name_and_run_on_the_definition_if_asked(
