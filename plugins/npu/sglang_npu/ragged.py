@@ -54,7 +54,7 @@ def ragged(
 
 
 def runs(batch: RaggedBatch, spec: AttnSpec, *, packed: bool) -> Iterator[Run]:
-    """The calls: of many reqs each, or `packed` or not, of one. A call's queries are no longer than their keys if they are causal."""
+    """The calls: of as many reqs as lie in a row if they are packed, else of one each. Causal queries are no longer than their keys then."""
     reqs: list[tuple[int, int, int, int]] = []
     for (q0, q1), (k0, k1) in zip(*(pairwise(cu.tolist()) for cu in (batch.cu_q_cpu, batch.cu_k_cpu)), strict=True):
         if spec.causal:
