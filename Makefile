@@ -97,13 +97,13 @@ test-npu: $(NPU_VENV)/.installed
 	$(NPU_CONFORMANCE)
 
 $(NPU_VENV)/.installed: export TORCH_DEVICE_BACKEND_AUTOLOAD = 0
-$(NPU_VENV)/.installed: pyproject.toml plugins/npu/pyproject.toml plugins/npu/emulation/pyproject.toml conformance/pyproject.toml
+$(NPU_VENV)/.installed: pyproject.toml plugins/npu/pyproject.toml plugins/npu/emulation/pyproject.toml plugins/triton/pyproject.toml conformance/pyproject.toml
 	$(PYTHON) -m venv $(NPU_VENV)
 	$(NPU_VENV)/bin/python -m pip install --quiet --upgrade pip "setuptools>=77" wheel
 	$(NPU_VENV)/bin/python -m pip install --quiet $(TORCH)
 	$(NPU_VENV)/bin/python -m pip install --quiet -e ".[dev]"
-	$(NPU_VENV)/bin/python -m pip install --quiet --no-build-isolation -e "plugins/npu[npu]"
-	$(NPU_VENV)/bin/python -m pip install --quiet --no-build-isolation --no-deps -e plugins/npu/emulation -e conformance
+	$(NPU_VENV)/bin/python -m pip install --quiet --no-build-isolation -e "plugins/npu[npu,triton]"
+	$(NPU_VENV)/bin/python -m pip install --quiet --no-build-isolation --no-deps -e plugins/npu/emulation -e plugins/triton -e conformance
 	$(NPU_VENV)/bin/python -m sglang_npu_emulation.stubs
 	touch $@
 

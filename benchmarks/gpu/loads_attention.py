@@ -18,7 +18,7 @@ from sglang_core.backend.kernel import OpSite
 from sglang_core.backend.kv_dtypes import KV_DTYPES
 from sglang_core.backend.pool import PoolSpec
 from sglang_core.bench.attention_calls import Reqs, batch_of, fill
-from sglang_core.ops.attention import AttnSpec
+from sglang_core.ops.attention import AttnSpec, RaggedBatch
 from sglang_core.ops.mla import MLASpec
 
 GQA = AttnSpec(num_heads=32, num_kv_heads=8, head_dim=128, v_head_dim=128, scale=128**-0.5)
@@ -125,7 +125,7 @@ def prefill(opened: Opened, *, tokens: int) -> Work:
     bound = opened.bind(make, "attn.ragged", spec=spec)
     q = make.normal(tokens, spec.num_heads, spec.head_dim, dtype=torch.bfloat16)
     k, v = (make.normal(tokens, spec.num_kv_heads, spec.head_dim, dtype=torch.bfloat16) for _ in range(2))
-    cu = make.place(torch.tensor([0, tokens], dtype=torch.int32))
+    batch = RaggedBatch.of([tokens], [tokens], opened.device)
     heads = [x.transpose(0, 1)[None] for x in (q, k, v)]  # [1, H, T, D]
 
     def peer(backend: SDPBackend) -> Tensor:
@@ -133,7 +133,7 @@ def prefill(opened: Opened, *, tokens: int) -> Work:
             return F.scaled_dot_product_attention(*heads, is_causal=True, enable_gqa=True)
 
     def call(fn: Callable[..., Any]) -> Callable[[], Tensor]:
-        return partial(fn, q, k, v, cu, cu, spec, max_q=tokens, max_k=tokens)
+        return partial(fn, q, k, v, batch, spec)
 
     return Work(
         call=call(bound.fn),

@@ -25,7 +25,7 @@ from sglang_xeon import attention, attention_plan, huge_pages, isa, library
 from torch import Tensor
 
 from sglang_core.api import Pool, PoolSpec
-from sglang_core.api.ops import OPS, AttnBatch, AttnSpec, MLASpec
+from sglang_core.api.ops import OPS, AttnBatch, AttnSpec, MLASpec, RaggedBatch
 
 CPU = torch.device("cpu")
 PAGE_SIZE = 16
@@ -179,12 +179,11 @@ class Bench:
         )
         q = torch.randn(length, shape.heads, shape.dim).bfloat16()
         k, v = torch.randn(2, length, shape.kv_heads, shape.dim).bfloat16()
-        cu = torch.tensor([0, length], dtype=torch.int32)
-        args = (q, k, v, cu, cu, spec)
+        args = (q, k, v, RaggedBatch.of([length], [length], q.device), spec)
         heads_first = [x.transpose(0, 1)[None] for x in (q, k, v)]
         rows: dict[str, Callable[[], object]] = {
-            "ours": lambda: attention.ragged(*args, max_q=length, max_k=length),
-            "reference": lambda: OPS["attn.ragged"].body(*args, max_q=length, max_k=length),
+            "ours": lambda: attention.ragged(*args),
+            "reference": lambda: OPS["attn.ragged"].body(*args),
             "sdpa": lambda: F.scaled_dot_product_attention(*heads_first, is_causal=causal, enable_gqa=True),
         }
         pairs = length * (length + 1) // 2 if causal else length * length

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from sglang_core.ops import OPS, OpDef, op
 from sglang_core.ops.activation import GateKind
-from sglang_core.ops.attention import AttnBatch, AttnSpec, Plan
+from sglang_core.ops.attention import AttnBatch, AttnSpec, Plan, RaggedBatch
 from sglang_core.ops.attention_plan import PlanStatic, Tiles
 from sglang_core.ops.codes import CodeKind, Codes
 from sglang_core.ops.formats import Fmt
@@ -38,6 +38,7 @@ __all__ = [
     "PackedWeight",
     "Plan",
     "PlanStatic",
+    "RaggedBatch",
     "RopeSpec",
     "RouteSpec",
     "SampleParams",

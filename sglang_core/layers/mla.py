@@ -184,8 +184,7 @@ class LatentAttention(PoolLayer):
         This step's tokens first, as the pool rounded them; then cached ones, chunk by chunk.
         """
         k, v = self._expand(pool, own, q.dtype)
-        at = {"max_q": plan.max_q, "max_k": plan.max_q, "lse": True}
-        o, lse = self._attend_new(q, k, v, plan.cu_q, plan.cu_q, self._own, **at)
+        o, lse = self._attend_new(q, k, v, plan.own, self._own, lse=True)
         for chunk in plan.chunks:
             start, stop = chunk.rows
             seen = self._attend_chunk(q[start:stop], pool, chunk)
@@ -196,8 +195,7 @@ class LatentAttention(PoolLayer):
 
     def _attend_chunk(self, q: Tensor, pool: Pool, chunk: PrefixChunk) -> tuple[Tensor, Tensor]:
         k, v = self._expand(pool, chunk.slots, q.dtype)
-        at = {"max_q": chunk.max_q, "max_k": chunk.max_k, "lse": True}
-        o, lse = self._attend_prefix(q, k, v, chunk.cu_q, chunk.cu_k, self._seen, **at)
+        o, lse = self._attend_prefix(q, k, v, chunk.batch, self._seen, lse=True)
         return o, lse
 
     def _expand(self, pool: Pool, slots: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -19,6 +19,7 @@ from sglang_core.ops.attention_plan import (
     AttnBatch,
     AttnSpec,
     Plan,
+    RaggedBatch,
     Tiles,
     attn_plan,
     pages_per_chunk,
@@ -28,7 +29,17 @@ from sglang_core.ops.registry import op
 from sglang_core.ops.rounding import wide, wide_dtype
 from sglang_core.ops.tree_mask import on_path
 
-__all__ = ["AttnBatch", "AttnSpec", "Plan", "attn_merge", "attn_paged", "attn_plan", "attn_ragged", "kv_write"]
+__all__ = [
+    "AttnBatch",
+    "AttnSpec",
+    "Plan",
+    "RaggedBatch",
+    "attn_merge",
+    "attn_paged",
+    "attn_plan",
+    "attn_ragged",
+    "kv_write",
+]
 
 NEG_INF = float("-inf")
 Chunk = tuple[Tensor, Tensor, Tensor]  # k: [B, Hk, S, D], v: [B, Hk, S, Dv], wide; key positions: int32[B, S]
@@ -82,20 +93,18 @@ def attn_ragged(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    cu_q: Tensor,
-    cu_k: Tensor,
+    batch: RaggedBatch,
     spec: AttnSpec,
     *,
-    max_q: int,
-    max_k: int,
     lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Attention with no cache. Req r's queries are rows [cu_q[r], cu_q[r + 1]), its keys [cu_k[r], cu_k[r + 1]).
+    """Attention with no cache, of each req's queries to its own keys.
 
-    q: [T, Hq, D], k: [Tk, Hk, D], v: [Tk, Hk, Dv], cu_q, cu_k: int32[R + 1] -> o: [T, Hq, Dv] (, lse: float32[T, Hq]).
-    No req has more than max_q queries or max_k keys. Causal: the last query sees the last key. Rows past cu_q[-1] give
-    zeros; otherwise as `attn.paged`. Neither sinks nor tree masks are taken.
+    q: [T, Hq, D], k: [Tk, Hk, D], v: [Tk, Hk, Dv] -> o: [T, Hq, Dv] (, lse: float32[T, Hq]).
+    Causal: the last query sees the last key. Rows past cu_q[-1] give zeros; otherwise as `attn.paged`. Neither sinks nor
+    tree masks are taken.
     """
+    cu_q, cu_k, max_q, max_k = batch.cu_q, batch.cu_k, batch.max_q, batch.max_k
     num_reqs, length = cu_q.shape[0] - 1, max(1, min(max_q, TILE_LENGTHS[-1]))
     len_q, len_k = (cu_q[1:] - cu_q[:-1])[:, None], (cu_k[1:] - cu_k[:-1])[:, None]
     outs = [q.new_zeros(1, spec.num_heads, spec.v_head_dim)]  # row 0: tokens of no req

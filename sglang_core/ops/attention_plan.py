@@ -81,6 +81,41 @@ class AttnBatch:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class RaggedBatch:
+    """Reqs that attend with no cache: req r's queries are rows [cu_q[r], cu_q[r + 1]) of q, its keys rows [cu_k[r], cu_k[r + 1]) of k.
+
+    On the device for kernels that look at lengths there, on the host for those that are told them.
+    """
+
+    cu_q: Tensor  # int32[R + 1]
+    cu_k: Tensor  # int32[R + 1]
+    cu_q_cpu: Tensor  # the same
+    cu_k_cpu: Tensor
+    max_q: int  # no req has more queries
+    max_k: int
+
+    @classmethod
+    def of(cls, len_q: npt.ArrayLike, len_k: npt.ArrayLike, device: torch.device) -> RaggedBatch:
+        """len_q, len_k: int[R], on the host; one object, where each req's queries are of its own keys."""
+        cu_q_cpu = starts(len_q)
+        cu_k_cpu = cu_q_cpu if len_k is len_q else starts(len_k)
+        cu_q = cu_q_cpu.to(device)
+        return cls(
+            cu_q=cu_q,
+            cu_k=cu_q if cu_k_cpu is cu_q_cpu else cu_k_cpu.to(device),
+            cu_q_cpu=cu_q_cpu,
+            cu_k_cpu=cu_k_cpu,
+            max_q=int(np.max(len_q, initial=0)),
+            max_k=int(np.max(len_k, initial=0)),
+        )
+
+
+def starts(lens: npt.ArrayLike) -> Tensor:
+    """int[n] -> int32[n + 1] on the host: 0 and the running sum."""
+    return torch.from_numpy(np.concatenate([[0], np.cumsum(lens)]).astype(np.int32))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Tiles(Generic[A]):
     """B tiles of L queries, as arrays on the host or tensors on the device. Padding tiles and queries see no key."""
 

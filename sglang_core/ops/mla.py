@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sglang_core.backend.pool import Pool
 from sglang_core.ops.attention import attend_tiles
-from sglang_core.ops.attention_plan import KEYS_PER_CHUNK, AttnBatch, AttnSpec, Plan, attn_plan
+from sglang_core.ops.attention_plan import KEYS_PER_CHUNK, AttnBatch, AttnSpec, Plan, RaggedBatch, attn_plan, starts
 from sglang_core.ops.registry import op
 from sglang_core.ops.rounding import wide_dtype
 
@@ -68,11 +68,8 @@ class PrefixChunk:
     """Cached tokens that are expanded together, of neighbouring reqs, and the queries that see them all."""
 
     slots: Tensor  # int32[S]
-    cu_k: Tensor  # int32[r + 1], over the chunk's reqs
-    cu_q: Tensor  # int32[r + 1]
+    batch: RaggedBatch  # the chunk's reqs, with their keys in it
     rows: tuple[int, int]  # their queries among the expanded ones, half-open
-    max_q: int
-    max_k: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,8 +77,7 @@ class ExpandPlan:
     """The reqs whose keys and values are expanded."""
 
     tokens: Tensor | None  # int32[Te]: their rows among the step's; None: all
-    cu_q: Tensor  # int32[r + 1]
-    max_q: int
+    own: RaggedBatch  # each req's new tokens, to each other
     chunks: tuple[PrefixChunk, ...]
 
 
@@ -188,7 +184,7 @@ def _part(batch: AttnBatch, chosen: Bools) -> tuple[AttnBatch, Tensor]:
     reqs = torch.from_numpy(np.flatnonzero(chosen))
     part = replace(
         batch,
-        cu_extend_cpu=_starts(extend[chosen]),
+        cu_extend_cpu=starts(extend[chosen]),
         prefix_lens_cpu=batch.prefix_lens_cpu[reqs],
         seq_lens_cpu=batch.seq_lens_cpu[reqs],
         page_table_cpu=batch.page_table_cpu[reqs],
@@ -207,7 +203,8 @@ def _plan_expanded(spec: MLASpec, batch: AttnBatch, tokens: Tensor | None, devic
     chunks = tuple(
         _prefix_chunk(batch, ends, start, min(start + size, total), device) for start in range(0, total, size)
     )
-    return ExpandPlan(tokens=tokens, cu_q=batch.cu_extend_cpu.to(device), max_q=batch.max_extend, chunks=chunks)
+    extend = np.diff(batch.cu_extend_cpu.numpy())
+    return ExpandPlan(tokens=tokens, own=RaggedBatch.of(extend, extend, device), chunks=chunks)
 
 
 def _prefix_chunk(
@@ -225,14 +222,6 @@ def _prefix_chunk(
     cu = batch.cu_extend_cpu.numpy()[first : last + 2]
     return PrefixChunk(
         slots=torch.from_numpy(slots.astype(np.int32)).to(device),
-        cu_k=_starts(lens).to(device),
-        cu_q=torch.from_numpy(cu - cu[0]).to(device),
+        batch=RaggedBatch.of(np.diff(cu), lens, device),
         rows=(int(cu[0]), int(cu[-1])),
-        max_q=int(np.diff(cu).max()),
-        max_k=int(lens.max()),
     )
-
-
-def _starts(lens: npt.NDArray[np.generic]) -> Tensor:
-    """int32[n] -> int32[n + 1]: 0 and the running sum."""
-    return torch.from_numpy(np.concatenate([[0], np.cumsum(lens)]).astype(np.int32))

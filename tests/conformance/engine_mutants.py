@@ -17,7 +17,7 @@ from sglang_core.backend.pool import Pool
 from sglang_core.backend.torch_backend import TorchBackend
 from sglang_core.backend.torch_runtime import TorchRuntime
 from sglang_core.ops import OPS
-from sglang_core.ops.attention import AttnBatch, AttnSpec, Plan
+from sglang_core.ops.attention import AttnBatch, AttnSpec, Plan, RaggedBatch
 from sglang_core.ops.weight import PackedWeight
 
 INFO = DeviceInfo(backend="mutant", path="mutant", name="one mistake")
@@ -64,8 +64,8 @@ def forgets_the_prefix_in_chunks(
     for r in range(plan.static.num_reqs):
         rows, extend = slice(cu[r], cu[r + 1]), cu[r + 1] - cu[r]
         if extend > 1 and int(plan.prefix_lens[r]) > 0:
-            ends = torch.tensor([0, extend], dtype=torch.int32)
-            out[rows] = body("attn.ragged", q[rows], k[rows], v[rows], ends, ends, spec, max_q=extend, max_k=extend)
+            alone = RaggedBatch.of([extend], [extend], q.device)
+            out[rows] = body("attn.ragged", q[rows], k[rows], v[rows], alone, spec)
     return out
 
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sglang_core.ops.attention import AttnSpec, attn_merge, attn_paged, attn_plan, attn_ragged, kv_write
+from sglang_core.ops.attention import AttnSpec, RaggedBatch, attn_merge, attn_paged, attn_plan, attn_ragged, kv_write
 from tests.ops.paged_case import CPU, PagedCase, attn_spec, naive_attention, naive_paged, paged_case
 
 # Rounding of the output to its dtype, plus float32 sums inside.
@@ -235,12 +235,10 @@ def test_ragged_is_dense_attention(lens: list[tuple[int, int]], window: int | No
     spec = attn_spec(causal=causal, window=window, soft_cap=4.0)
     num_q, num_k = (sum(n) for n in zip(*lens, strict=True))
     q, k, v = torch.randn(num_q + 2, 4, 8), torch.randn(num_k, 2, 8), torch.randn(num_k, 2, 8)
-    cu_q = torch.tensor([0, *(x for x, _ in lens)]).cumsum(0).to(torch.int32)
-    cu_k = torch.tensor([0, *(y for _, y in lens)]).cumsum(0).to(torch.int32)
-    max_q, max_k = max(x for x, _ in lens), max(y for _, y in lens)
-    o, lse = attn_ragged(q, k, v, cu_q, cu_k, spec, max_q=max_q, max_k=max_k, lse=True)
+    batch = RaggedBatch.of(*zip(*lens, strict=True), CPU)
+    o, lse = attn_ragged(q, k, v, batch, spec, lse=True)
     for r, (a, b) in enumerate(lens):
-        rows, keys = slice(int(cu_q[r]), int(cu_q[r]) + a), slice(int(cu_k[r]), int(cu_k[r]) + b)
+        rows, keys = (slice(int(cu[r]), int(cu[r]) + n) for cu, n in ((batch.cu_q, a), (batch.cu_k, b)))
         want_o, want_lse = naive_attention(q[rows], k[keys], v[keys], spec)
         torch.testing.assert_close(o[rows].double(), want_o, atol=2e-6, rtol=2e-6)
         torch.testing.assert_close(lse[rows].double(), want_lse, atol=2e-6, rtol=2e-6)
@@ -251,8 +249,7 @@ def test_ragged_is_dense_attention(lens: list[tuple[int, int]], window: int | No
 def test_ragged_takes_slices_of_a_fused_projection() -> None:
     qkv = torch.randn(6, 8, 8)
     q, k, v = qkv[:, :4], qkv[:, 4:6], qkv[:, 6:]
-    cu = torch.tensor([0, 6], dtype=torch.int32)
-    o = attn_ragged(q, k, v, cu, cu, attn_spec(), max_q=6, max_k=6)
+    o = attn_ragged(q, k, v, RaggedBatch.of([6], [6], CPU), attn_spec())
     sdpa = F.scaled_dot_product_attention(
         *(x.transpose(0, 1)[None] for x in (q, k, v)), is_causal=True, enable_gqa=True
     )

@@ -138,10 +138,10 @@ def test_chunks_hold_every_cached_token_once_and_no_more_than_asked(monkeypatch:
     seen: dict[int, list[int]] = {r: [] for r in range(len(prefixes))}
     for chunk in plan.chunks:
         first = chunk.rows[0] // 60
-        assert chunk.cu_q.tolist() == list(range(0, chunk.rows[1] - chunk.rows[0] + 1, 60))
-        for i, (a, b) in enumerate(zip(chunk.cu_k.tolist(), chunk.cu_k.tolist()[1:], strict=False)):
+        assert chunk.batch.cu_q.tolist() == list(range(0, chunk.rows[1] - chunk.rows[0] + 1, 60))
+        for i, (a, b) in enumerate(zip(chunk.batch.cu_k.tolist(), chunk.batch.cu_k.tolist()[1:], strict=False)):
             seen[first + i] += chunk.slots[a:b].tolist()
-            assert b - a <= chunk.max_k
+            assert b - a <= chunk.batch.max_k
     for r, prefix in enumerate(prefixes):
         want = [int(table[r, p // page_size]) * page_size + p % page_size for p in range(prefix)]
         assert seen[r] == want

@@ -11,7 +11,7 @@ import torch
 
 from sglang_core.backend.strict_trace import trace_step
 from sglang_core.ops import OPS
-from sglang_core.ops.attention import attn_plan
+from sglang_core.ops.attention import RaggedBatch, attn_plan
 from sglang_core.ops.codes import CODE_KINDS, coded
 from sglang_core.ops.gemm import dense
 from sglang_core.ops.lora import ExpertAdapters
@@ -26,7 +26,6 @@ from tests.ops.paged_case import CPU, PagedCase, attn_spec, paged_case
 from tests.ops.state_case import StateCase, state_case
 from tests.ops.test_sampling import params
 
-CU = torch.tensor([0, 2, 5], dtype=torch.int32)
 ROPES = {style: RopeSpec(head_dim=8, rotary_dim=4, style=style) for style in ("neox", "interleaved")}  # type: ignore[arg-type]
 
 
@@ -138,7 +137,7 @@ CALLS: list[Callable[[], Call]] = [
         for op in ("ssm.causal_conv1d", "ssm.gated_delta_rule")
         for static in (False, True)
     ],
-    lambda: call("attn.ragged", Q, K, K, CU, CU, attn_spec(), max_q=3, max_k=3, lse=True),
+    lambda: call("attn.ragged", Q, K, K, RaggedBatch.of([2, 3], [2, 3], CPU), attn_spec(), lse=True),
     lambda: call("attn.merge", Q, Q[..., 0], Q, Q[..., 0]),
     lambda: call("gemm.linear", X, dense(torch.randn(3, 8)), torch.randn(3)),
     lambda: call("gemm.grouped", X, dense(torch.randn(3, 4, 8)), ints(1, 0, 3), torch.randn(3, 4)),

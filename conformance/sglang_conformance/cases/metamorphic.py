@@ -20,6 +20,7 @@ from sglang_conformance.cases.rope_paged import RopedLayer
 from sglang_conformance.cases.rows import PADDED, TOGETHER
 from sglang_conformance.env import Env
 from sglang_conformance.guard import same_bits
+from sglang_core.ops.attention import RaggedBatch
 
 SHARED_PAGES = 3
 
@@ -99,8 +100,8 @@ def split_and_merged(env: Env) -> Outputs:
     q, k, v = (env.normal(n, heads, spec.head_dim) for n, heads in ((rows, 8), (keys, 2), (keys, 2)))
 
     def over(a: int, b: int) -> tuple[Tensor, Tensor]:
-        cu_q, cu_k = (env.place(torch.tensor([0, n], dtype=torch.int32)) for n in (rows, b - a))
-        return ragged(q, k[a:b], v[a:b], cu_q, cu_k, spec, max_q=rows, max_k=b - a, lse=True)  # type: ignore[no-any-return]
+        batch = RaggedBatch.of([rows], [b - a], env.device)
+        return ragged(q, k[a:b], v[a:b], batch, spec, lse=True)  # type: ignore[no-any-return]
 
     o, lse = merge(*over(0, cut), *over(cut, keys))
     whole, whole_lse = over(0, keys)

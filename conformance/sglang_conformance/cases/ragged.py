@@ -10,7 +10,7 @@ from sglang_conformance.cases.kv_step import Reqs, new_kv
 from sglang_conformance.cases.rows import PADDED, TOGETHER, Rows, Run, add_rows
 from sglang_conformance.env import Env
 from sglang_conformance.guard import same_bits
-from sglang_core.ops.attention import AttnSpec
+from sglang_core.ops.attention import AttnSpec, RaggedBatch
 
 SQUARE: Reqs = [(40, 40), (1, 1), (150, 150)]  # (queries, keys) each
 
@@ -34,11 +34,8 @@ class Ragged:
         q = self.q[rows[0]]
         if padding:
             q = torch.cat([q, torch.full_like(q[:1], float("nan")).expand(padding, *q.shape[1:])])
-        cu_q, cu_k = (self.env.place(torch.tensor([0, *n]).cumsum(0).to(torch.int32)) for n in zip(*lens, strict=True))
-        max_q, max_k = (max(n) for n in zip(*lens, strict=True))
-        return self.op(  # type: ignore[no-any-return]
-            q, self.k[rows[1]], self.v[rows[1]], cu_q, cu_k, self.spec, max_q=max_q, max_k=max_k, lse=True
-        )
+        batch = RaggedBatch.of([n for n, _ in lens], [n for _, n in lens], self.env.device)
+        return self.op(q, self.k[rows[1]], self.v[rows[1]], batch, self.spec, lse=True)  # type: ignore[no-any-return]
 
 
 def ragged(env: Env, lens: Reqs, spec: AttnSpec, *, strides: int = 0) -> Outputs:

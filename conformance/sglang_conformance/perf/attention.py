@@ -10,7 +10,7 @@ import torch
 
 from sglang_conformance.perf.load import CONTEXT, STEPS, PerfEnv, Work, add, copies_of, size_of
 from sglang_core.backend.pool import Pool, PoolSpec
-from sglang_core.ops.attention import AttnBatch, AttnSpec
+from sglang_core.ops.attention import AttnBatch, AttnSpec, RaggedBatch
 from sglang_core.ops.mla import MLASpec
 from sglang_core.ops.rope import RopeSpec, rope_table
 from sglang_core.ops.rope_paged import HeadNorms
@@ -144,8 +144,7 @@ def ragged(env: PerfEnv, tokens: int) -> Work:
     spec = AttnSpec(num_heads=16, num_kv_heads=16, head_dim=64, v_head_dim=64, scale=64**-0.5, causal=False)
     op = env.op("attn.ragged", spec=spec, dims={"Hq": 16, "Hk": 16, "D": 64})
     q, k, v = (env.normal(tokens, 16, 64) for _ in range(3))
-    cu = env.place(torch.tensor([0, tokens], dtype=torch.int32))
-    call = partial(op, q, k, v, cu, cu, spec, max_q=tokens, max_k=tokens)
+    call = partial(op, q, k, v, RaggedBatch.of([tokens], [tokens], env.device), spec)
     return Work(calls=[call], nbytes=4 * size_of(q), flops=4 * tokens**2 * 16 * 64)
 
 

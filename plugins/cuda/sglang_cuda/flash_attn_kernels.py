@@ -7,26 +7,23 @@ from flash_attn import flash_attn_varlen_func
 from sglang_triton import attention
 from torch import Tensor
 
-from sglang_core.api.ops import AttnSpec
+from sglang_core.api.ops import AttnSpec, RaggedBatch
 
 
 def ragged(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    cu_q: Tensor,
-    cu_k: Tensor,
+    batch: RaggedBatch,
     spec: AttnSpec,
     *,
-    max_q: int,
-    max_k: int,
     lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """q: [T, Hq, D], k, v: [Tk, Hk, D], cu_q, cu_k: int32[R + 1] -> o: [T, Hq, D] (, lse: float32[T, Hq], natural log)."""
+    """q: [T, Hq, D], k, v: [Tk, Hk, D] -> o: [T, Hq, D] (, lse: float32[T, Hq], natural log)."""
 
     def launch(
-        q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, o: Tensor, sums: Tensor | None, spec: AttnSpec, max_q: int
-    ) -> None:  # fmt: skip
+        q: Tensor, k: Tensor, v: Tensor, batch: RaggedBatch, o: Tensor, sums: Tensor | None, spec: AttnSpec
+    ) -> None:
         """As `attention.attend_packed`."""
         if not k.shape[0]:
             return
@@ -34,10 +31,10 @@ def ragged(
             q,
             k,
             v,
-            cu_q,
-            cu_k,
-            max(max_q, 2),  # of 1 it takes it that every req has a query
-            max_k,
+            batch.cu_q,
+            batch.cu_k,
+            max(batch.max_q, 2),  # of 1 it takes it that every req has a query
+            batch.max_k,
             softmax_scale=spec.scale,
             causal=spec.causal,
             window_size=(spec.window - 1, 0) if spec.window else (-1, -1),
@@ -45,9 +42,9 @@ def ragged(
             return_attn_probs=True,
         )
         # It leaves rows of no req as they were allocated, and gives a row without keys an lse of +inf.
-        real = torch.arange(q.shape[0], dtype=torch.int32, device=q.device) < cu_q[-1]
+        real = torch.arange(q.shape[0], dtype=torch.int32, device=q.device) < batch.cu_q[-1]
         torch.where(real[:, None, None], got, o, out=o)
         if sums is not None:
             torch.where(real[:, None] & got_sums.mT.isfinite(), got_sums.mT, sums, out=sums)
 
-    return attention.ragged(q, k, v, cu_q, cu_k, spec, max_q=max_q, max_k=max_k, lse=lse, launch=launch)
+    return attention.ragged(q, k, v, batch, spec, lse=lse, launch=launch)

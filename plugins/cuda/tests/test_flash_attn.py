@@ -14,7 +14,7 @@ from sglang_cuda.backend import CudaBackend
 from sglang_triton.gpu import optional
 
 from sglang_core.api import DeviceInfo, OpSite
-from sglang_core.api.ops import OPS, AttnSpec
+from sglang_core.api.ops import OPS, AttnSpec, RaggedBatch
 from sglang_core.backend.selection import BoundOp, OpTable
 
 # Of flash_attn_varlen_func, as flash_attn/flash_attn_interface.py of flash-attn 2.8.3.post2 has them.
@@ -84,15 +84,14 @@ def test_it_is_the_op(facts: dict[str, Any], lens: list[tuple[int, int]]) -> Non
     spec = spec_of(**facts)
     op = bound(spec)
     assert op.provider == "flash_attn"
-    cu_q, cu_k = (torch.tensor([0, *n]).cumsum(0).int() for n in zip(*lens, strict=True))
-    q = torch.randn(int(cu_q[-1]) + 2, spec.num_heads, spec.head_dim).bfloat16()
-    k, v = torch.randn(2, int(cu_k[-1]), spec.num_kv_heads, spec.head_dim).bfloat16()
-    longest = {"max_q": max(n for n, _ in lens), "max_k": max(n for _, n in lens)}
-    want, want_lse = OPS["attn.ragged"].body(q, k, v, cu_q, cu_k, spec, **longest, lse=True)
-    got, lse = op.fn(q, k, v, cu_q, cu_k, spec, **longest, lse=True)
+    batch = RaggedBatch.of(*zip(*lens, strict=True), torch.device("cpu"))
+    q = torch.randn(int(batch.cu_q[-1]) + 2, spec.num_heads, spec.head_dim).bfloat16()
+    k, v = torch.randn(2, int(batch.cu_k[-1]), spec.num_kv_heads, spec.head_dim).bfloat16()
+    want, want_lse = OPS["attn.ragged"].body(q, k, v, batch, spec, lse=True)
+    got, lse = op.fn(q, k, v, batch, spec, lse=True)
     torch.testing.assert_close(got, want, rtol=2**-7, atol=1e-2)
     torch.testing.assert_close(lse, want_lse, rtol=1e-4, atol=1e-4)
-    assert torch.equal(op.fn(q, k, v, cu_q, cu_k, spec, **longest), got)
+    assert torch.equal(op.fn(q, k, v, batch, spec), got)
 
 
 @pytest.mark.slow

@@ -90,7 +90,7 @@ def _attend_span(q: Tensor, pool: Pool, layer: int, spec: AttnSpec, span: Span, 
         q.contiguous()[None] if alone else q.contiguous(),
         keys,
         values,
-        atten_mask=_triangle(q.device),
+        atten_mask=triangle(q.device),
         sparse_mode=BAND,
         pre_tokens=EVER if spec.window is None else spec.window - 1,
         next_tokens=0,
@@ -181,7 +181,7 @@ def _no_keys(q: Tensor) -> Tensor:
 
 
 @cache
-def _triangle(device: torch.device) -> Tensor:
+def triangle(device: torch.device) -> Tensor:
     """bool[2048, 2048], true where nothing is seen."""
     with torch.inference_mode(False):
         return torch.ones(MASK, MASK, dtype=torch.bool, device=device).triu(1)

@@ -15,7 +15,7 @@ from sglang_core.api import (
     KernelContext,
     RuntimeContext,
 )
-from sglang_npu import dcmi
+from sglang_npu import dcmi, triton_ascend
 from sglang_npu.kernels import KERNELS, claims
 
 INSTALL = "pip install 'sglang-npu[npu]'"
@@ -64,7 +64,7 @@ class NpuBackend(Backend):
         return NpuRuntime(ctx, NpuDriver(ctx.devices[0].index))
 
     def kernels(self, ctx: KernelContext) -> list[Kernel]:
-        return KERNELS
+        return [*KERNELS, *triton_ascend.kernels()]
 
     def claims(self, ctx: KernelContext) -> Claims:
         return claims()

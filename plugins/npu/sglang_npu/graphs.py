@@ -29,6 +29,12 @@ def host_lengths(argument: str, lengths: Tensor) -> list[int]:
     return numbers
 
 
+def refuse_capture(what: str) -> None:
+    """Raises RuntimeError while a step is captured."""
+    if _notes.get() is not None:
+        raise RuntimeError(f"{what}, and a graph would keep those of its capture; run the step as it is")
+
+
 @contextmanager
 def noted() -> Iterator[list[Note]]:
     """Which tensors `host_lengths` reads in this thread meanwhile."""

@@ -11,6 +11,7 @@ import torch_npu
 from torch import Tensor
 
 from sglang_core.api.ops import Fmt, PackedWeight
+from sglang_npu.linear import like
 
 ZERO = 8  # of the codes 0 to 15, what the vendor's -8 to 7 call 0
 CODES = 8  # in an int32: so many rows of a weight, filled up with zeros
@@ -40,7 +41,7 @@ def pack(w: PackedWeight, out: PackedWeight | None = None) -> PackedWeight:
     if Fmt.parse(w.fmt).has_zero:
         made["offset"] = filled((ZERO - w["zero"].mT.to(torch.int16)).to(torch.int8))
     if out is None:
-        return _like(w, made, "npu.int4")
+        return like(w, made, "npu.int4")
     for name, tensor in made.items():
         out[name].copy_(tensor)
     return out
@@ -55,7 +56,7 @@ def unpack(w: PackedWeight) -> PackedWeight:
     if Fmt.parse(w.fmt).has_zero:
         zero = w["offset"].mT[..., : w.out_features, :]
         tensors["zero"] = (ZERO - zero.to(torch.int16)).to(torch.uint8).contiguous()
-    return _like(w, tensors, "canonical")
+    return like(w, tensors)
 
 
 def _codes(weight: Tensor) -> Tensor:
@@ -66,11 +67,6 @@ def _codes(weight: Tensor) -> Tensor:
     # Small integers: exact.
     code = torch.cat([torch_npu.npu_weight_quant_batchmatmul(part, weight, one) for part in eye.split(AT_ONCE)])
     return (code.t().to(torch.int16) + ZERO).to(torch.uint8)
-
-
-def _like(w: PackedWeight, tensors: dict[str, Tensor], layout: str) -> PackedWeight:
-    facts = {"out_features": w.out_features, "in_features": w.in_features}
-    return PackedWeight(w.fmt, tensors, **facts, num_experts=w.num_experts, layout=layout)
 
 
 def filled(x: Tensor) -> Tensor:

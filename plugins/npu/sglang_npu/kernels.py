@@ -6,6 +6,7 @@ Limits are those that the documentation of torch_npu 2.13 gives for the Atlas A2
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from sglang_core.api import Claim, Claims, Kernel, SelectionContext, Support, Waiver
@@ -34,6 +35,7 @@ INNER = 65535  # elements in the last dim of a matrix
 PAGE_UNIT, LONGEST_PAGE = 16, 512  # tokens
 HEAD_UNIT, LONGEST_HEAD = 16, 512  # dims of a head
 PACKED_HEAD, PACKED_DTYPE = 128, "bfloat16"  # where several longer queries are a call
+PACKED_KEYS = 192  # the wider heads of those, over keys without pages
 MOST_HEADS, MOST_SHARING = 256, 64  # query heads, and query heads that share keys
 CODES, CODED_UNIT, CODED_LAYOUT = "int8", 32, "npu.int8"
 CANONICAL = "canonical"
@@ -89,13 +91,7 @@ def attention(ctx: SelectionContext) -> str | None:
             f"takes heads of {HEAD_UNIT}, {2 * HEAD_UNIT}, ... {LONGEST_HEAD} dims, the same in keys and values, "
             f"not {spec.head_dim} and {spec.v_head_dim}"
         )
-    sharing = spec.num_heads // spec.num_kv_heads
-    if spec.num_heads > MOST_HEADS or sharing > MOST_SHARING or spec.num_heads * spec.head_dim >= INNER:
-        return (
-            f"takes up to {MOST_HEADS} heads, {MOST_SHARING} of which share keys, and fewer than {INNER} dims in all, "
-            f"not {spec.num_heads} of {spec.head_dim} dims, {sharing} sharing"
-        )
-    return halves(ctx) or pages(ctx)
+    return heads(ctx, spec.head_dim) or halves(ctx) or pages(ctx)
 
 
 def packed(ctx: SelectionContext) -> str | None:
@@ -106,6 +102,46 @@ def packed(ctx: SelectionContext) -> str | None:
     if spec.head_dim != PACKED_HEAD or ctx.site.dtype != PACKED_DTYPE:
         return f"takes {PACKED_DTYPE} heads of {PACKED_HEAD} dims, not {ctx.site.dtype} of {spec.head_dim}"
     return attention(ctx)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RaggedDims:
+    """How wide the heads of a call over keys without pages are."""
+
+    packed: bool  # many reqs are a call
+    head: int
+    value: int
+
+
+def ragged_dims(head: int, value: int, dtype: str) -> RaggedDims:
+    """The least documented dims that hold `head` of queries and keys, and `value`."""
+    if dtype == PACKED_DTYPE and max(head, value) <= PACKED_HEAD:
+        return RaggedDims(packed=True, head=PACKED_HEAD, value=PACKED_HEAD)
+    if dtype == PACKED_DTYPE and max(head, value) <= PACKED_KEYS:
+        return RaggedDims(packed=True, head=PACKED_KEYS, value=PACKED_HEAD if value <= PACKED_HEAD else PACKED_KEYS)
+    dim = -(-max(head, value) // HEAD_UNIT) * HEAD_UNIT
+    return RaggedDims(packed=False, head=dim, value=dim)
+
+
+def ragged(ctx: SelectionContext) -> str | None:
+    spec = ctx.site.spec
+    if spec.soft_cap is not None:
+        return "knows no soft caps (the vendor's op has no such argument)"
+    dims = ragged_dims(spec.head_dim, spec.v_head_dim, ctx.site.dtype)
+    if dims.head > LONGEST_HEAD:
+        return f"takes heads of up to {LONGEST_HEAD} dims, not {spec.head_dim} and {spec.v_head_dim}"
+    return heads(ctx, dims.head) or halves(ctx)
+
+
+def heads(ctx: SelectionContext, dim: int) -> str | None:
+    spec = ctx.site.spec
+    sharing = spec.num_heads // spec.num_kv_heads
+    if spec.num_heads <= MOST_HEADS and sharing <= MOST_SHARING and spec.num_heads * dim < INNER:
+        return None
+    return (
+        f"takes up to {MOST_HEADS} heads, {MOST_SHARING} of which share keys, and fewer than {INNER} dims in all, "
+        f"not {spec.num_heads} of {dim} dims, {sharing} sharing"
+    )
 
 
 def pages(ctx: SelectionContext) -> str | None:
@@ -150,6 +186,17 @@ def experts(ctx: SelectionContext) -> str | None:
     return inner(ctx) or (floats(ctx) if ctx.site.fmt == "dense" else halves(ctx))
 
 
+def experts_nz(ctx: SelectionContext) -> str | None:
+    return experts(ctx) or halves(ctx)
+
+
+def wide_experts(ctx: SelectionContext) -> str | None:
+    """Rows by rows, for what FRACTAL_NZ is not documented of."""
+    if ctx.site.fmt != "dense" or ctx.site.dtype != "float32":
+        return f"takes dense weights in float32, not {ctx.site.fmt} in {ctx.site.dtype}"
+    return experts(ctx)
+
+
 def int4_experts(ctx: SelectionContext) -> str | None:
     dims = ctx.site.dims
     if ctx.site.fmt not in INT4:
@@ -188,6 +235,7 @@ def int4(ctx: SelectionContext) -> str | None:
     return halves(ctx) or inner(ctx)
 
 
+EXPERT_PACKING = {"pack": "sglang_npu.moe:pack", "unpack": "sglang_npu.moe:unpack"}
 INT4_PACKING = {"pack": "sglang_npu.int4:pack", "unpack": "sglang_npu.int4:unpack"}
 
 
@@ -214,6 +262,7 @@ KERNELS = [
     _kernel("attn.mla_plan", "attention_plan:latent_plan", latents, kv_layouts=(LATENT_LAYOUT,)),
     _kernel("attn.mla_paged", "attention:mla_paged", latents, kv_layouts=(LATENT_LAYOUT,)),
     _kernel("kv.write_mla", "kv_write:kv_write_mla", latents, kv_layouts=(LATENT_LAYOUT,)),
+    Kernel("attn.ragged", fn="sglang_npu.ragged:ragged", device=DEVICES, supports=ragged),
     _kernel("moe.route", "moe_route:route", routing),
     _kernel(
         "moe.route",
@@ -221,8 +270,10 @@ KERNELS = [
         priority=40,
         note="PyTorch's operators, for groups that the vendor's op does not take",
     ),
-    _kernel("moe.fused", "moe:fused", experts),
-    _kernel("gemm.grouped", "moe:grouped", experts),
+    _kernel("moe.fused", "moe:fused", experts_nz, note="weights in FRACTAL_NZ", **EXPERT_PACKING),
+    _kernel("gemm.grouped", "moe:grouped", experts_nz, note="weights in FRACTAL_NZ", **EXPERT_PACKING),
+    _kernel("moe.fused", "moe:fused", wide_experts),
+    _kernel("gemm.grouped", "moe:grouped", wide_experts),
     _kernel("moe.fused", "moe:fused", int4_experts, **INT4_PACKING),
     _kernel("gemm.grouped", "moe:grouped", int4_experts, **INT4_PACKING),
     _linear("dense", dense_nz, priority=55, note="weights in FRACTAL_NZ"),
@@ -235,7 +286,18 @@ CLAIMED = {
     **dict.fromkeys(
         ("norm.rms", "norm.add_rms", "rope.apply", "act.gated", "embed.lookup", "sample.sample", "moe.route"), FLOATS
     ),
-    **dict.fromkeys(("attn.plan", "attn.paged", "kv.write", "attn.mla_plan", "attn.mla_paged", "kv.write_mla"), HALVES),
+    **dict.fromkeys(
+        (
+            "attn.plan",
+            "attn.paged",
+            "kv.write",
+            "attn.mla_plan",
+            "attn.mla_paged",
+            "kv.write_mla",
+            "attn.ragged",
+        ),
+        HALVES,
+    ),
 }
 WEIGHTED = {("moe.fused", "dense"): FLOATS, ("gemm.grouped", "dense"): FLOATS, ("gemm.linear", "dense"): FLOATS}
 WEIGHTED |= {(op, "int8.token_channel"): HALVES for op in ("moe.fused", "gemm.grouped")}

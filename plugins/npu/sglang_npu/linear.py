@@ -18,11 +18,11 @@ def dense(x: Tensor, w: PackedWeight, bias: Tensor | None = None) -> Tensor:
 
 def pack_dense(w: PackedWeight, out: PackedWeight | None = None) -> PackedWeight:
     """[out, in] in FRACTAL_NZ, which the matrix unit reads without turning it round."""
-    return _packed(w, {"weight": w["weight"]}, "npu.nz", out)
+    return packed(w, {"weight": w["weight"]}, "npu.nz", out)
 
 
 def unpack_dense(w: PackedWeight) -> PackedWeight:
-    return _canonical(w, {"weight": _nd(w["weight"])})
+    return like(w, {"weight": nd(w["weight"])})
 
 
 def int8(x: Tensor, w: PackedWeight, bias: Tensor | None = None) -> Tensor:
@@ -39,14 +39,14 @@ def int8(x: Tensor, w: PackedWeight, bias: Tensor | None = None) -> Tensor:
 
 def pack_int8(w: PackedWeight, out: PackedWeight | None = None) -> PackedWeight:
     """[in, out] in FRACTAL_NZ, scales as they are."""
-    return _packed(w, {"weight": w["weight"].t().contiguous(), "scale": w["scale"]}, "npu.int8.nz", out)
+    return packed(w, {"weight": w["weight"].t().contiguous(), "scale": w["scale"]}, "npu.int8.nz", out)
 
 
 def unpack_int8(w: PackedWeight) -> PackedWeight:
-    return _canonical(w, {"weight": _nd(w["weight"]).t().contiguous(), "scale": w["scale"].clone()})
+    return like(w, {"weight": nd(w["weight"]).t().contiguous(), "scale": w["scale"].clone()})
 
 
-def _packed(w: PackedWeight, tensors: dict[str, Tensor], layout: str, out: PackedWeight | None) -> PackedWeight:
+def packed(w: PackedWeight, tensors: dict[str, Tensor], layout: str, out: PackedWeight | None) -> PackedWeight:
     """`weight` among the tensors goes to FRACTAL_NZ. Into `out`, an earlier result, where it is given."""
     if out is not None:
         for name, tensor in tensors.items():
@@ -54,13 +54,15 @@ def _packed(w: PackedWeight, tensors: dict[str, Tensor], layout: str, out: Packe
         return out
     made = {name: tensor.clone() for name, tensor in tensors.items() if name != "weight"}  # w keeps its own
     made["weight"] = torch_npu.npu_format_cast(tensors["weight"].contiguous(), FRACTAL_NZ)
-    return PackedWeight(w.fmt, made, out_features=w.out_features, in_features=w.in_features, layout=layout)
+    return like(w, made, layout)
 
 
-def _canonical(w: PackedWeight, tensors: dict[str, Tensor]) -> PackedWeight:
-    return PackedWeight(w.fmt, tensors, out_features=w.out_features, in_features=w.in_features)
+def like(w: PackedWeight, tensors: dict[str, Tensor], layout: str = "canonical") -> PackedWeight:
+    """A weight of w's format and sizes."""
+    facts = {"out_features": w.out_features, "in_features": w.in_features}
+    return PackedWeight(w.fmt, tensors, **facts, num_experts=w.num_experts, layout=layout)
 
 
-def _nd(x: Tensor) -> Tensor:
+def nd(x: Tensor) -> Tensor:
     plain: Tensor = torch_npu.npu_format_cast(x, ND)
     return plain

@@ -11,11 +11,13 @@ from torch import Tensor
 from sglang_core.api.ops import ExpertSpec, Fmt, PackedWeight
 from sglang_npu import int4
 from sglang_npu.activation import gated
+from sglang_npu.linear import like, nd, packed
 
 SINGLE = 2  # split_item: one tensor of results
 BY_ROWS = 0  # group_type
 COUNTS = 1  # group_list_type and expert_tokens_num_type: a number of rows for each expert
 GATHER = 0  # row_idx_type: where each choice of a token went
+LAYOUT = "npu.experts.nz"
 
 
 def fused(
@@ -30,7 +32,7 @@ def fused(
     bias2: Tensor | None = None,
     expert_map: Tensor | None = None,
 ) -> Tensor:
-    """x: [T, M], w13: [X, 2F, M], w2: [X, M, F], weights: float32[T, K], ids: int32[T, K] -> [T, M].
+    """x: [T, M], w13: [X, 2F, M], w2: [X, M, F] (packed: the other way round), weights: float32[T, K], ids: int32[T, K] -> [T, M].
 
     What another rank's expert would make counts for nothing: expert 0 makes it here, with weight 0, for every row must belong to a group.
     """
@@ -89,15 +91,13 @@ def _product(x: Tensor, w: PackedWeight, counts: Tensor, bias: Tensor | None) ->
     if w.fmt.startswith("int8"):
         y = _int8(x.contiguous(), w, groups)
         return y if bias is None else y + bias.to(x.dtype).repeat_interleave(counts, dim=0, output_size=y.shape[0])
-    weight = w["weight"]
     if bias is not None:  # float16 alone takes its own
         groups["bias"] = [bias.to(torch.float16 if x.dtype == torch.float16 else torch.float32)]
-    if w.fmt == "dense":
-        weight = weight.transpose(1, 2)
-    else:
+    if w.fmt != "dense":
         groups |= _int4_scales(w, x.dtype)
         if bias is not None:
             groups["bias"] = [int4.filled(groups["bias"][0])]
+    weight = w["weight"].transpose(1, 2) if w.layout == "canonical" else w["weight"]
     made: Tensor = torch_npu.npu_grouped_matmul([x.contiguous()], [weight], **groups)[0]
     return made[:, : w.out_features]
 
@@ -118,8 +118,18 @@ def _int8(x: Tensor, w: PackedWeight, groups: dict[str, Any]) -> Tensor:
     # What each may be, as documented.
     scale = w["scale"].to(torch.bfloat16) if x.dtype == torch.bfloat16 else w["scale"]
     scales = {"scale": [scale], "per_token_scale": [by_row], "output_dtype": x.dtype}
-    made: Tensor = torch_npu.npu_grouped_matmul([code], [w["weight"].transpose(1, 2)], **scales, **groups)[0]
+    made: Tensor = torch_npu.npu_grouped_matmul([code], [w["weight"]], **scales, **groups)[0]
     return made
+
+
+def pack(w: PackedWeight, out: PackedWeight | None = None) -> PackedWeight:
+    """[X, in, out] in FRACTAL_NZ, scales as they are."""
+    return packed(w, dict(w.named_buffers()) | {"weight": w["weight"].mT}, LAYOUT, out)
+
+
+def unpack(w: PackedWeight) -> PackedWeight:
+    kept = {name: tensor.clone() for name, tensor in w.named_buffers() if name != "weight"}
+    return like(w, {"weight": nd(w["weight"]).mT.contiguous(), **kept})
 
 
 def activate(x: Tensor, act: ExpertSpec) -> Tensor:

@@ -42,6 +42,37 @@ def test_attention_takes_what_models_have() -> None:
     assert kernels.attention(context("attn.paged", spec=attn(), page_size=16)) is None
 
 
+def test_packed_keys_are_as_wide_as_is_documented() -> None:
+    wanted = {
+        (128, 128, "bfloat16"): (True, 128, 128),
+        (72, 40, "bfloat16"): (True, 128, 128),
+        (192, 128, "bfloat16"): (True, 192, 128),  # DeepSeek's
+        (80, 160, "bfloat16"): (True, 192, 192),
+        (192, 128, "float16"): (False, 192, 192),
+        (72, 72, "float16"): (False, 80, 80),
+        (200, 256, "bfloat16"): (False, 256, 256),
+    }
+    for (head, value, dtype), (packed, *dims) in wanted.items():
+        found = kernels.ragged_dims(head, value, dtype)
+        assert (found.packed, [found.head, found.value]) == (packed, dims)
+        spec = attn(head_dim=head, v_head_dim=value, causal=False)
+        assert kernels.ragged(context("attn.ragged", spec=spec, dtype=dtype)) is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [
+        ({"soft_cap": 3.0}, "soft caps"),
+        ({"head_dim": 520}, "520 and 128"),
+        ({"num_heads": 130, "num_kv_heads": 2}, "65 sharing"),
+        ({"num_heads": 256, "num_kv_heads": 256, "head_dim": 256}, "256 of 256 dims"),
+    ],
+)
+def test_packed_keys_refuse_what_is_not_documented(changes: dict[str, Any], word: str) -> None:
+    assert word in (kernels.ragged(context("attn.ragged", spec=attn(**changes))) or "")
+    assert "not float32" in (kernels.ragged(context("attn.ragged", spec=attn(), dtype="float32")) or "")
+
+
 @pytest.mark.parametrize(
     ("changes", "word"),
     [
@@ -121,7 +152,15 @@ def test_routing(spec: RouteSpec, taken: bool) -> None:
 
 
 def test_experts_are_two_or_more_dense_or_of_codes() -> None:
-    assert kernels.experts(context("moe.fused", fmt="dense", dims={"X": 8, "M": 64, "F": 128})) is None
+    sizes = {"X": 8, "M": 64, "F": 128}
+    assert kernels.experts(context("moe.fused", fmt="dense", dims=sizes)) is None
+    for fmt, dtype, in_fractals, by_rows in (
+        ("dense", "bfloat16", True, False),
+        ("dense", "float32", False, True),
+        ("int8.token_channel", "float16", True, False),
+    ):
+        ctx = context("moe.fused", fmt=fmt, dtype=dtype, dims=sizes)
+        assert (kernels.experts_nz(ctx) is None, kernels.wide_experts(ctx) is None) == (in_fractals, by_rows)
     assert "1" in (kernels.experts(context("moe.fused", fmt="dense", dims={"X": 1})) or "")
     assert kernels.experts(context("moe.fused", fmt="int8.token_channel", dims={"X": 8})) is None
     assert "float32" in (kernels.experts(context("moe.fused", fmt="int8.token_channel", dtype="float32")) or "")

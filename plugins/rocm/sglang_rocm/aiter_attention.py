@@ -7,7 +7,7 @@ from aiter import flash_attn_varlen_func
 from sglang_triton import attention
 from torch import Tensor
 
-from sglang_core.api.ops import AttnSpec
+from sglang_core.api.ops import AttnSpec, RaggedBatch
 
 UNIT = 8  # numbers of 16 bits in the 16 bytes that its kernels load at a time
 REACH = 2**31  # bytes of keys: beyond, its kernels' offsets are not known to be wide enough
@@ -21,46 +21,43 @@ def ragged(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    cu_q: Tensor,
-    cu_k: Tensor,
+    batch: RaggedBatch,
     spec: AttnSpec,
     *,
-    max_q: int,
-    max_k: int,
     lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """q: bfloat16[T, Hq, D], k: [Tk, Hk, D], v: [Tk, Hk, Dv], cu_q, cu_k: int32[R + 1] -> o: [T, Hq, Dv] (, lse: float32[T, Hq], natural log)."""
+    """q: bfloat16[T, Hq, D], k: [Tk, Hk, D], v: [Tk, Hk, Dv] -> o: [T, Hq, Dv] (, lse: float32[T, Hq], natural log)."""
 
     def launch(
-        q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, o: Tensor, sums: Tensor | None, spec: AttnSpec, max_q: int
-    ) -> None:  # fmt: skip
+        q: Tensor, k: Tensor, v: Tensor, batch: RaggedBatch, o: Tensor, sums: Tensor | None, spec: AttnSpec
+    ) -> None:
         """As `attention.attend_packed`."""
         if not k.shape[0]:
             return
         if reaches_too_far(k.shape[0], spec):
-            attention.attend_packed(q, k, v, cu_q, cu_k, o, sums, spec, max_q)
+            attention.attend_packed(q, k, v, batch, o, sums, spec)
             return
         found = flash_attn_varlen_func(
             aligned(q),
             aligned(k),
             aligned(v),
-            cu_q,
-            cu_k,
-            max_q,
-            max_k,
+            batch.cu_q,
+            batch.cu_k,
+            batch.max_q,
+            batch.max_k,
             softmax_scale=spec.scale,
             causal=spec.causal,
             return_lse=sums is not None,
         )
         got, got_sums = (found, None) if sums is None else found
         # What it leaves in rows of no req, and in those that see no key, was different from release to release.
-        seen = sees_a_key(q.shape[0], cu_q, cu_k, causal=spec.causal)[:, None]
+        seen = sees_a_key(q.shape[0], batch.cu_q, batch.cu_k, causal=spec.causal)[:, None]
         torch.where(seen[..., None], got, o, out=o)
         if sums is not None:
             assert got_sums.shape == sums.mT.shape, f"sums of {tuple(got_sums.shape)} for {tuple(o.shape)}"
             torch.where(seen, got_sums.mT, sums, out=sums)
 
-    return attention.ragged(q, k, v, cu_q, cu_k, spec, max_q=max_q, max_k=max_k, lse=lse, launch=launch)
+    return attention.ragged(q, k, v, batch, spec, lse=lse, launch=launch)
 
 
 def sees_a_key(num_rows: int, cu_q: Tensor, cu_k: Tensor, *, causal: bool) -> Tensor:

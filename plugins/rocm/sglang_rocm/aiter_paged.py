@@ -17,7 +17,7 @@ from sglang_triton.rope_paged import rope_paged as triton_rope_paged
 from torch import Tensor
 
 from sglang_core.api import Pool
-from sglang_core.api.ops import AttnBatch, AttnSpec, Plan, PlanStatic
+from sglang_core.api.ops import AttnBatch, AttnSpec, Plan, PlanStatic, RaggedBatch
 from sglang_rocm.aiter_attention import ragged, reaches_too_far
 
 # New tokens from which a req's keys are worth a copy. An estimate: at 4 TB/s and 500 TFLOP/s, with four queries to a key, the copy then takes a quarter of the products' time.
@@ -29,10 +29,8 @@ class GatheredPlan(Plan):
     """The batch on the device; which of its rows AITER takes, over which slots, and Triton's plan for the others."""
 
     rows: Tensor  # int32[T']: of q
-    cu_q: Tensor  # int32[R' + 1]
-    cu_k: Tensor  # int32[R' + 1]
+    reqs: RaggedBatch  # of these rows, and of these keys
     slots: Tensor  # int32[Tk]: of their keys, req by req
-    max_k: int
     whole: bool  # these are all rows there are
     fresh: bool  # and no key is older than the step
     others: WorkPlan | None
@@ -72,10 +70,15 @@ def plan(spec: AttnSpec, batch: AttnBatch, device: torch.device, out: Plan | Non
         tiles=(),
         tile_row=slot_mapping[:0],
         rows=placed[0],
-        cu_q=placed[1],
-        cu_k=placed[2],
+        reqs=RaggedBatch(
+            cu_q=placed[1],
+            cu_k=placed[2],
+            cu_q_cpu=mine.cu_extend_cpu,
+            cu_k_cpu=cu_k,
+            max_q=mine.max_extend,
+            max_k=int(lens.max()),
+        ),
         slots=placed[3],
-        max_k=int(lens.max()),
         whole=len(rows) == batch.num_tokens,
         fresh=not bool(mine.prefix_lens_cpu.any()),
         others=attention_plan.plan(spec, rest, device) if len(other_rows) else None,
@@ -130,12 +133,11 @@ def paged(
     if k is not None and v is not None:
         kv_write(k, v, pool, layer, plan.slot_mapping)
     packed = (k, v) if plan.whole and plan.fresh and k is not None and v is not None else pool.gather(layer, plan.slots)
-    longest = {"max_q": plan.static.max_extend, "max_k": plan.max_k}
     if plan.whole:
-        return ragged(q, *packed, plan.cu_q, plan.cu_k, spec, **longest, lse=lse)
+        return ragged(q, *packed, plan.reqs, spec, lse=lse)
     o = torch.zeros_like(q, memory_format=torch.contiguous_format)  # rows of no req stay so
     sums = torch.full(q.shape[:2], float("-inf"), dtype=torch.float32, device=q.device)
-    found = ragged(q[plan.rows], *packed, plan.cu_q, plan.cu_k, spec, **longest, lse=True)
+    found = ragged(q[plan.rows], *packed, plan.reqs, spec, lse=True)
     results = [(plan.rows, found)]
     if plan.others is not None:
         found = attention.paged(q[plan.other_rows], None, None, pool, layer, spec, plan.others, lse=True)

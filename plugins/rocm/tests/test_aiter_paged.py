@@ -11,7 +11,7 @@ from sglang_rocm.backend import RocmBackend
 from torch import Tensor
 
 from sglang_core.api import DeviceInfo, OpSite, Pool, PoolSpec
-from sglang_core.api.ops import OPS, AttnBatch, AttnSpec, RopeSpec
+from sglang_core.api.ops import OPS, AttnBatch, AttnSpec, RaggedBatch, RopeSpec
 from sglang_core.backend.selection import BoundOp, OpTable
 
 CPU = torch.device("cpu")
@@ -165,12 +165,13 @@ def test_packed_keys_of_too_many_bytes_are_tritons(
     from sglang_rocm import aiter_attention
 
     torch.manual_seed(0)
-    spec, cu = spec_of(), torch.tensor([0, 3, 7], dtype=torch.int32)
+    spec, lens = spec_of(), [3, 4]
+    batch = RaggedBatch.of(lens, lens, torch.device("cpu"))
     q, k, v = (torch.randn(7, n, 128).bfloat16() for n in (4, 2, 2))
-    want = OPS["attn.ragged"].body(q, k, v, cu, cu, spec, max_q=4, max_k=4)
+    want = OPS["attn.ragged"].body(q, k, v, batch, spec)
     for reach, called in ((7 * 2 * 128 * 2, 0), (7 * 2 * 128 * 2 + 1, 1)):
         monkeypatch.setattr(aiter_attention, "REACH", reach)
-        got = aiter_attention.ragged(q, k, v, cu, cu, spec, max_q=4, max_k=4)
+        got = aiter_attention.ragged(q, k, v, batch, spec)
         torch.testing.assert_close(got, want, rtol=2**-7, atol=1e-2)
         assert len(calls) == called
 

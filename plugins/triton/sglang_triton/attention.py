@@ -10,7 +10,7 @@ import triton
 from torch import Tensor
 
 from sglang_core.api import Pool
-from sglang_core.api.ops import AttnSpec, MLASpec
+from sglang_core.api.ops import AttnSpec, MLASpec, RaggedBatch
 from sglang_triton.attention_aot import AOT as AOT
 from sglang_triton.attention_kernels import _attend_items, _attend_packed, _merge_halves, _merge_splits
 from sglang_triton.attention_launch import (
@@ -155,21 +155,21 @@ def _attend(
 
 
 def attend_packed(
-    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, o: Tensor, sums: Tensor | None, spec: AttnSpec, max_q: int
-) -> None:  # fmt: skip
+    q: Tensor, k: Tensor, v: Tensor, batch: RaggedBatch, o: Tensor, sums: Tensor | None, spec: AttnSpec
+) -> None:
     """Rows of reqs, to o and sums. q: [T, Hq, D], and there is some req of some token."""
     q, k, v = as_heads(q), as_heads(k), as_heads(v)
-    num_reqs, group = cu_q.shape[0] - 1, spec.num_heads // spec.num_kv_heads
+    num_reqs, group = batch.cu_q.shape[0] - 1, spec.num_heads // spec.num_kv_heads
     w0, w1 = parts_of(spec.head_dim)
     widths = (w0, w1, spec.v_head_dim)
     dot = dot_dtype(q.dtype, k.dtype)
     config = choose("attn.ragged", **tile_sizes(RAGGED_ROWS, widths, dot, k.dtype))
     length = max(1, config["M"] // group)
-    num_tiles = triton.cdiv(max_q, length)
+    num_tiles = triton.cdiv(batch.max_q, length)
     grid = (num_tiles * num_reqs * spec.num_kv_heads * triton.cdiv(length * group, config["M"]),)
     _attend_packed[grid](
         q, q[..., w0:], q.stride(0), q.stride(1), k, k[..., w0:], v, k.stride(0), v.stride(0), k.stride(1), v.stride(1),
-        cu_q, cu_k, o, sums, scale_of(spec), spec.soft_cap or 0.0, num_reqs, num_tiles,
+        batch.cu_q, batch.cu_k, o, sums, scale_of(spec), spec.soft_cap or 0.0, num_reqs, num_tiles,
         NUM_HEADS=spec.num_heads, NUM_KV_HEADS=spec.num_kv_heads, GROUP=group,
         **dims_of(widths), DOT=DOT_TYPES[dot], **mask_of(spec), LSE=sums is not None, **config,
     )  # fmt: skip
@@ -179,24 +179,21 @@ def ragged(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    cu_q: Tensor,
-    cu_k: Tensor,
+    batch: RaggedBatch,
     spec: AttnSpec,
     *,
-    max_q: int,
-    max_k: int,
     lse: bool = False,
     launch: Callable[..., None] = attend_packed,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """q: [T, Hq, D], k: [Tk, Hk, D], v: [Tk, Hk, Dv], cu_q, cu_k: int32[R + 1] -> o: [T, Hq, Dv] (, lse: float32[T, Hq]).
+    """q: [T, Hq, D], k: [Tk, Hk, D], v: [Tk, Hk, Dv] -> o: [T, Hq, Dv] (, lse: float32[T, Hq]).
 
-    max_k is not needed: programs look at the lengths themselves. `launch`: in place of ours.
+    `launch`: in place of ours.
     """
-    # Rows of no req: how many there are is known on the device only.
+    # Rows of no req: a step that is replayed must find how many there are on the device.
     o = q.new_zeros(q.shape[0], spec.num_heads, spec.v_head_dim)
     sums = torch.full(o.shape[:2], float("-inf"), dtype=torch.float32, device=q.device) if lse else None
-    if o.numel() and max_q and cu_q.shape[0] > 1:
-        launch(q, k, v, cu_q, cu_k, o, sums, spec, max_q)
+    if o.numel() and batch.max_q:
+        launch(q, k, v, batch, o, sums, spec)
     return o if sums is None else (o, sums)
 
 

@@ -7,7 +7,7 @@ from functools import partial
 from torch import Tensor
 
 from sglang_core.api import Pool
-from sglang_core.api.ops import AttnSpec
+from sglang_core.api.ops import AttnSpec, RaggedBatch
 from sglang_triton import attention
 from sglang_triton.attention_plan import WorkPlan
 from sglang_triton.blackwell_kernels import GROUPS, ROWS, _attend_items_blackwell, _attend_packed_blackwell
@@ -51,17 +51,14 @@ def ragged(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    cu_q: Tensor,
-    cu_k: Tensor,
+    batch: RaggedBatch,
     spec: AttnSpec,
     *,
-    max_q: int,
-    max_k: int,
     lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """q: [T, Hq, D], k: [Tk, Hk, D], v: [Tk, Hk, Dv], cu_q, cu_k: int32[R + 1] -> o: [T, Hq, Dv] (, lse: float32[T, Hq])."""
+    """q: [T, Hq, D], k: [Tk, Hk, D], v: [Tk, Hk, Dv] -> o: [T, Hq, Dv] (, lse: float32[T, Hq])."""
     launch = partial(attend_packed, _attend_packed_blackwell, FORM)
-    return attention.ragged(q, k, v, cu_q, cu_k, spec, max_q=max_q, max_k=max_k, lse=lse, launch=launch)
+    return attention.ragged(q, k, v, batch, spec, lse=lse, launch=launch)
 
 
 AOT = form_specs(_attend_packed_blackwell, _attend_items_blackwell, FORM)

@@ -222,7 +222,7 @@ def _prepare(
         if (stop - start > SHORT) & (first < stop):
             own = tl.arange(0, CHUNK)
             at, there = tl.cast(first, tl.int64), first + own < stop
-            products = key_products(
+            by_key, by_query = key_products(
                 k + at * k_stride_t + (head // GROUP) * k_stride_h,
                 q + at * q_stride_t + (head // GROUP) * q_stride_h,
                 own,
@@ -239,8 +239,8 @@ def _prepare(
             # Summed anew from each token on: differences of running sums would lose what little decay there is after much of it.
             decay = tl.exp(tl.cumsum(tl.where(later > earlier, step[None, :], 0.0), axis=1))
             decay = tl.where(later >= earlier, decay, 0.0)
-            system = tl.where(later > earlier, products[0] * decay * weight[None, :], 0.0)
-            score = products[1] * tl.trans(decay) * scale
+            system = tl.where(later > earlier, by_key * decay * weight[None, :], 0.0)
+            score = by_query * tl.trans(decay) * scale
             inside = earlier * CHUNK + later
             tile = (tl.cast(place, tl.int64) * HV + head) * CHUNK * CHUNK
             tl.store(scores + tile + inside, score)

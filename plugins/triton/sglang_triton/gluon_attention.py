@@ -12,7 +12,7 @@ from torch import Tensor
 from triton.experimental.gluon.language import NVMMASharedLayout
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from sglang_core.api.ops import AttnSpec
+from sglang_core.api.ops import AttnSpec, RaggedBatch
 from sglang_triton.aot_spec import AotSpec
 from sglang_triton.attention import Tile
 from sglang_triton.attention_aot import spec_of, unsplit
@@ -53,17 +53,21 @@ def attend_items(kernel: Any, form: Form, q: Tensor, tile: Tile, spec: AttnSpec,
 
 
 def attend_packed(
-    kernel: Any, form: Form, q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, o: Tensor, sums: Tensor | None,
-    spec: AttnSpec, max_q: int,
+    kernel: Any, form: Form, q: Tensor, k: Tensor, v: Tensor, batch: RaggedBatch, o: Tensor, sums: Tensor | None, spec: AttnSpec
 ) -> None:  # fmt: skip
     """As `attention.attend_packed`."""
     if not k.shape[0]:  # nothing that TMA could describe, and nothing to attend to
         return
-    q, num_reqs, group, keys = as_heads(q), cu_q.shape[0] - 1, spec.num_heads // spec.num_kv_heads, form.keys(spec)
-    num_tiles = triton.cdiv(max_q, form.rows // group)
+    q, num_reqs, group, keys = (
+        as_heads(q),
+        batch.cu_q.shape[0] - 1,
+        spec.num_heads // spec.num_kv_heads,
+        form.keys(spec),
+    )
+    num_tiles = triton.cdiv(batch.max_q, form.rows // group)
     (k_desc, k_head), (v_desc, v_head) = descriptor(k, keys, CHUNK.value), descriptor(v, keys, spec.v_head_dim)
     kernel[(num_tiles * num_reqs * spec.num_kv_heads,)](
-        q, q.stride(0), q.stride(1), k_desc, v_desc, k_head, v_head, cu_q, cu_k, o, sums, scale_of(spec), num_reqs, num_tiles,
+        q, q.stride(0), q.stride(1), k_desc, v_desc, k_head, v_head, batch.cu_q, batch.cu_k, o, sums, scale_of(spec), num_reqs, num_tiles,
         GROUP=group, **constexprs(spec, keys, lse=sums is not None), num_warps=WARPS,
     )  # fmt: skip
 

@@ -11,11 +11,12 @@ import os
 
 import triton
 import triton.language as tl
-from triton import knobs
+
+from sglang_triton.tuning import interpreting
 
 # A multiplication and an addition may be one instruction. It is so up to Triton 3.9, which warns that it will not stay so.
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
-INTERPRETED = tl.constexpr(bool(knobs.runtime.interpret))
+INTERPRETED = tl.constexpr(interpreting())
 
 
 @triton.jit

@@ -24,6 +24,7 @@ Config = Mapping[str, Any]
 Entry = Mapping[str, Any]
 Table = Mapping[str, tuple[Entry, ...]]
 ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942", "gfx950")  # what is compiled ahead of time, and has a file
+ASCEND = "ascend"  # NPUs, whatever their chip: of the ops that docs/backends/npu.md names
 INTERPRETER = "interpreter"  # tiles as large as can be: its time goes by the number of programs
 FOLDER = "SGLANG_TRITON_CONFIGS"  # the user's folder, where it is not the usual one
 ABOUT = "about"  # in a user's file: when and on what its entries were found
@@ -123,16 +124,20 @@ def asking(look: Look) -> Iterator[None]:
         choose.cache_clear()
 
 
+def interpreting() -> bool:
+    """Whether Triton interprets kernels: its own switch, read as it reads it. Releases before 3.4, as triton-ascend's is one, have no other way to ask."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
+
+
 @functools.cache
 def current_arch() -> str:
     """The listed architecture that the device at hand is, or the newest that is older than it: its kernels run there too.
 
     Raises RuntimeError where there is none.
     """
-    from triton import knobs  # late: configs are read by tools that have no device
-    from triton.runtime import driver
+    from triton.runtime import driver  # late: configs are read by tools that have no device
 
-    if knobs.runtime.interpret:
+    if interpreting():
         return INTERPRETER
     target = driver.active.get_current_target()
     arch = f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch)
@@ -141,6 +146,8 @@ def current_arch() -> str:
 
 def nearest(arch: str) -> str:
     """The listed architecture whose configs are for `arch`: "sm_89" -> "sm_80". Raises RuntimeError where there is none."""
+    if arch.lower().startswith(ASCEND):
+        return ASCEND
     for family in ("sm_", "gfx9"):
         if arch.startswith(family):
             number = functools.partial(_number, family)

@@ -18,7 +18,7 @@ from triton_attention_cases import Case, Reqs, spec_of
 from triton_tolerance import assert_close
 
 from sglang_core.api import DeviceInfo, OpSite, SelectionContext
-from sglang_core.api.ops import OPS, AttnSpec
+from sglang_core.api.ops import OPS, AttnSpec, RaggedBatch
 
 # (queries, keys): several blocks and stages again, blocks in part, no query, no key, fewer keys than queries.
 LENS: Reqs = [(140, 600), (0, 0), (1, 1), (5, 90), (3, 0), (64, 256), (70, 9)]
@@ -69,17 +69,16 @@ def check(
 ) -> None:  # fmt: skip
     """Heads are slices of one projection; rows of no req, which may be read, hold NaN. `growth`: of keys, from the last, which is first met, to the first."""
     torch.manual_seed(0)
-    cu_q, cu_k = (torch.tensor([0, *n]).cumsum(0).int() for n in zip(*lens, strict=True))
-    tokens, keys = int(cu_q[-1]) + padding, int(cu_k[-1])
+    batch = RaggedBatch.of(*zip(*lens, strict=True), torch.device("cpu"))
+    tokens, keys = int(batch.cu_q[-1]) + padding, int(batch.cu_k[-1])
     q = torch.randn(tokens, 2 * spec.num_heads, spec.head_dim).to(dtype)[:, : spec.num_heads]
     k, v = (torch.randn(keys + 9, 2 * spec.num_kv_heads, d).to(dtype) for d in (spec.head_dim, spec.v_head_dim))
     k[keys:], v[keys:] = torch.nan, torch.nan
     k[:keys] *= torch.linspace(growth, 1.0, keys)[:, None, None]
     k, v = k[:, spec.num_kv_heads :], v[:, spec.num_kv_heads :]
-    longest = {"max_q": max(n for n, _ in lens), "max_k": max(n for _, n in lens)}
-    want, want_lse = OPS["attn.ragged"].body(q, k[:keys], v[:keys], cu_q, cu_k, spec, **longest, lse=True)
+    want, want_lse = OPS["attn.ragged"].body(q, k[:keys], v[:keys], batch, spec, lse=True)
     with modelled(provider, **model) as kernels:
-        got, lse = kernels.ragged(q, k, v, cu_q, cu_k, spec, **longest, lse=True)
+        got, lse = kernels.ragged(q, k, v, batch, spec, lse=True)
     assert_close(got, want, scale=4.0)
     torch.testing.assert_close(lse, want_lse, rtol=1e-5, atol=2e-5)
 
@@ -115,9 +114,9 @@ def test_a_row_does_not_depend_on_its_neighbours(provider: str) -> None:
     q, k, v = (x.bfloat16() for x in (q, k, v))
 
     def attend(q: torch.Tensor) -> torch.Tensor:
-        cu_q, cu_k = (torch.tensor([0, n], dtype=torch.int32) for n in (len(q), len(k)))
+        batch = RaggedBatch.of([len(q)], [len(k)], q.device)
         with modelled(provider) as kernels:
-            made: torch.Tensor = kernels.ragged(q, k, v, cu_q, cu_k, SPEC, max_q=len(q), max_k=len(k))
+            made: torch.Tensor = kernels.ragged(q, k, v, batch, SPEC)
         return made
 
     assert torch.equal(attend(q)[40:], attend(q[40:]))

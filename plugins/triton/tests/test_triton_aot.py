@@ -13,7 +13,7 @@ import pytest
 from sglang_triton import aot
 from sglang_triton.aot import Usage
 from sglang_triton.kernels import KERNELS
-from sglang_triton.tuning import ARCHS, INTERPRETER, choose_for, nearest, table
+from sglang_triton.tuning import ARCHS, ASCEND, INTERPRETER, choose_for, nearest, table
 
 BUDGETS = Path(__file__).parents[3] / "benchmarks" / "gpu" / "budgets.json"
 
@@ -53,6 +53,14 @@ def test_every_architecture_knows_every_op(arch: str) -> None:
         assert "up_to" not in entries[-1], f"configs/{arch}.json: the last entry of {op} must take any size"
 
 
+def test_configs_of_npus_are_of_the_kernels_that_npus_are_offered() -> None:
+    """Of any size, and with the tiles that others have: launch options are none of an NPU's."""
+    launch = {"num_warps", "num_stages"}
+    assert set(table(ASCEND)) == {op for op in table("sm_90") if op.startswith("ssm.")}
+    for op, (entry,) in table(ASCEND).items():
+        assert set(entry) == {"config"} and set(entry["config"]) == set(table("sm_90")[op][0]["config"]) - launch
+
+
 def test_the_first_entry_that_is_large_enough_is_chosen() -> None:
     narrow, wide = (choose_for("sm_90", "act.gated", {"F": width}) for width in (512, 513))
     assert narrow["BLOCK_T"] > wide["BLOCK_T"]
@@ -62,6 +70,7 @@ def test_a_device_takes_the_configs_of_the_newest_that_is_older() -> None:
     assert [nearest(a) for a in ("sm_86", "sm_90", "sm_120", "gfx942", "gfx950")] == [
         *("sm_80", "sm_90", "sm_100", "gfx942", "gfx950")
     ]
+    assert nearest("Ascend910B4") == nearest("ascend910_9391") == ASCEND
     for arch in ("sm_75", "gfx90a", "gfx1100"):
         with pytest.raises(RuntimeError, match="no kernel configs"):
             nearest(arch)

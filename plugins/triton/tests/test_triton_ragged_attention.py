@@ -8,10 +8,11 @@ from sglang_triton import attention
 from triton_attention_cases import DTYPES, Reqs, spec_of
 from triton_tolerance import assert_close
 
-from sglang_core.api.ops import OPS, AttnSpec
+from sglang_core.api.ops import OPS, AttnSpec, RaggedBatch
 
 LENS: Reqs = [(40, 40), (1, 1), (0, 0), (5, 90), (70, 9), (3, 0)]  # (queries, keys) each
 EMPTY = float("-inf")
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
@@ -20,18 +21,17 @@ def _seeded() -> None:
 
 
 def check(spec: AttnSpec, dtype: torch.dtype = torch.float32, *, padding: int = 0) -> None:
-    cu_q, cu_k = (torch.tensor([0, *n]).cumsum(0).int() for n in zip(*LENS, strict=True))
-    tokens, keys, heads = int(cu_q[-1]) + padding, int(cu_k[-1]), spec.num_heads + 2 * spec.num_kv_heads
+    batch = RaggedBatch.of(*zip(*LENS, strict=True), CPU)
+    tokens, keys, heads = int(batch.cu_q[-1]) + padding, int(batch.cu_k[-1]), spec.num_heads + 2 * spec.num_kv_heads
     width = max(spec.head_dim, spec.v_head_dim)
     qkv = torch.randn(max(tokens, keys), heads, width).to(dtype)  # one projection: rows lie apart
     q, k, v = qkv.split([spec.num_heads, spec.num_kv_heads, spec.num_kv_heads], 1)
     q, k, v = q[:tokens, :, : spec.head_dim], k[:keys, :, : spec.head_dim], v[:keys, :, : spec.v_head_dim]
-    args, longest = (q, k, v, cu_q, cu_k, spec), {"max_q": 70, "max_k": 90}
-    want, want_lse = OPS["attn.ragged"].body(*args, **longest, lse=True)
-    got, lse = attention.ragged(*args, **longest, lse=True)
+    want, want_lse = OPS["attn.ragged"].body(q, k, v, batch, spec, lse=True)
+    got, lse = attention.ragged(q, k, v, batch, spec, lse=True)
     assert_close(got, want, scale=4.0)
     torch.testing.assert_close(lse, want_lse, rtol=1e-5, atol=2e-5)
-    assert torch.equal(attention.ragged(*args, **longest), got)
+    assert torch.equal(attention.ragged(q, k, v, batch, spec), got)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -61,8 +61,8 @@ def test_rows_of_no_req_give_zeros() -> None:
 
 
 def test_no_queries() -> None:
-    none, keys, cu = torch.randn(0, 3, 32), torch.randn(0, 1, 32), torch.zeros(3, dtype=torch.int32)
-    o, lse = attention.ragged(none, keys, keys, cu, cu, spec_of(), max_q=0, max_k=0, lse=True)
+    none, keys = torch.randn(0, 3, 32), torch.randn(0, 1, 32)
+    o, lse = attention.ragged(none, keys, keys, RaggedBatch.of([0, 0], [0, 0], CPU), spec_of(), lse=True)
     assert o.shape == (0, 3, 32)
     assert lse.shape == (0, 3)
 

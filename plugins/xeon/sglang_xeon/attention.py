@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from sglang_core.api import Pool
-from sglang_core.api.ops import AttnSpec, MLASpec, Plan
+from sglang_core.api.ops import AttnSpec, MLASpec, Plan, RaggedBatch
 from sglang_xeon.attention_plan import XeonPlan
 from sglang_xeon.library import ops
 
@@ -101,20 +101,14 @@ def ragged(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    cu_q: Tensor,
-    cu_k: Tensor,
+    batch: RaggedBatch,
     spec: AttnSpec,
     *,
-    max_q: int,
-    max_k: int,
     lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """q: [T, Hq, D], k: [Tk, Hk, D], v: [Tk, Hk, Dv], cu_q, cu_k: int32[R + 1] -> o: [T, Hq, Dv] (, lse: float32[T, Hq]).
-
-    max_q and max_k are not needed: the kernel looks at the lengths themselves.
-    """
+    """q: [T, Hq, D], k: [Tk, Hk, D], v: [Tk, Hk, Dv] -> o: [T, Hq, Dv] (, lse: float32[T, Hq])."""
     result: tuple[Tensor, Tensor] = _ragged(
-        q, k, v, cu_q, cu_k, spec.scale, spec.soft_cap or 0.0, spec.window or 0, spec.causal, lse
+        q, k, v, batch.cu_q, batch.cu_k, spec.scale, spec.soft_cap or 0.0, spec.window or 0, spec.causal, lse
     )
     return result if lse else result[0]
 

@@ -6,7 +6,7 @@ from attention_cases import DTYPES, make_spec
 from sglang_xeon import attention
 from tolerance import assert_close
 
-from sglang_core.api.ops import OPS, AttnSpec
+from sglang_core.api.ops import OPS, AttnSpec, RaggedBatch
 
 LENGTHS = {  # (queries, keys) of each req
     "encoder": [(40, 40), (1, 1), (150, 150)],
@@ -18,17 +18,16 @@ LENGTHS = {  # (queries, keys) of each req
 
 def check(spec: AttnSpec, lengths: list[tuple[int, int]], dtype: torch.dtype) -> None:
     num_q, num_k = (sum(n) for n in zip(*lengths, strict=True))
-    cu_q, cu_k = (torch.tensor([0, *n]).cumsum(0).int() for n in zip(*lengths, strict=True))
     q = torch.randn(num_q + 2, spec.num_heads, spec.head_dim).to(dtype)  # two tokens of no req
     # Keys and values side by side, as one projection gives them.
     kv = torch.randn(num_k, spec.num_kv_heads, spec.head_dim + spec.v_head_dim).to(dtype)
     k, v = kv.split([spec.head_dim, spec.v_head_dim], dim=-1)
-    most = {"max_q": max(n for n, _ in lengths), "max_k": max(n for _, n in lengths)}
-    want, want_lse = OPS["attn.ragged"].body(q, k, v, cu_q, cu_k, spec, **most, lse=True)
-    got, got_lse = attention.ragged(q, k, v, cu_q, cu_k, spec, **most, lse=True)
+    batch = RaggedBatch.of(*zip(*lengths, strict=True), q.device)
+    want, want_lse = OPS["attn.ragged"].body(q, k, v, batch, spec, lse=True)
+    got, got_lse = attention.ragged(q, k, v, batch, spec, lse=True)
     assert_close(got, want, scale=6.0)  # as attention_cases has it
     torch.testing.assert_close(got_lse, want_lse, rtol=1e-4, atol=1e-4)
-    assert torch.equal(attention.ragged(q, k, v, cu_q, cu_k, spec, **most), got)
+    assert torch.equal(attention.ragged(q, k, v, batch, spec), got)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -67,11 +66,10 @@ def test_merge_is_the_body(level: str, dtype: torch.dtype, tokens: int, heads: i
 def test_merged_halves_are_the_whole(level: str) -> None:
     spec = make_spec(causal=False)
     q, k, v = torch.randn(9, 4, 64), torch.randn(90, 2, 64), torch.randn(90, 2, 64)
-    cu_q = torch.tensor([0, 9], dtype=torch.int32)
     halves = []
     for keys in (slice(0, 90), slice(0, 31), slice(31, 90)):
-        cu_k = torch.tensor([0, keys.stop - keys.start], dtype=torch.int32)
-        halves.append(attention.ragged(q, k[keys], v[keys], cu_q, cu_k, spec, max_q=9, max_k=90, lse=True))
+        batch = RaggedBatch.of([9], [keys.stop - keys.start], q.device)
+        halves.append(attention.ragged(q, k[keys], v[keys], batch, spec, lse=True))
     whole, first, second = halves
     for got, want in zip(attention.merge(*first, *second), whole, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)

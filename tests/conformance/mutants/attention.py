@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sglang_core.backend.pool import Pool
-from sglang_core.ops.attention import AttnBatch, AttnSpec, Plan
+from sglang_core.ops.attention import AttnBatch, AttnSpec, Plan, RaggedBatch
 from tests.conformance.mutants.bodies import Mutant, body, naive_paged
 
 lse_in_base_2 = partial(naive_paged, log=1 / math.log(2))
@@ -104,17 +105,13 @@ def merge_in_base_2(o_a: Tensor, lse_a: Tensor, o_b: Tensor, lse_b: Tensor) -> A
     return o, lse / math.log(2)
 
 
-def ragged_aligned_at_the_start(
-    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, spec: AttnSpec, **kw: Any
-) -> Any:
+def ragged_aligned_at_the_start(q: Tensor, k: Tensor, v: Tensor, batch: RaggedBatch, spec: AttnSpec, **kw: Any) -> Any:
     """Causal from the first key, where there are more keys than queries."""
     outs, lses = [], []
-    for r in range(len(cu_q) - 1):
-        a, b = int(cu_q[r]), int(cu_q[r + 1])
-        c, d = int(cu_k[r]), int(cu_k[r + 1])
-        d = min(d, c + b - a) if spec.causal else d
-        cu = [torch.tensor([0, n], dtype=torch.int32) for n in (b - a, d - c)]
-        o, s = body("attn.ragged", q[a:b], k[c:d], v[c:d], *cu, spec, max_q=b - a, max_k=d - c, lse=True)
+    for (a, b), (c, d) in zip(*(pairwise(cu.tolist()) for cu in (batch.cu_q_cpu, batch.cu_k_cpu)), strict=True):
+        end = min(d, c + b - a) if spec.causal else d
+        alone = RaggedBatch.of([b - a], [end - c], q.device)
+        o, s = body("attn.ragged", q[a:b], k[c:end], v[c:end], alone, spec, lse=True)
         outs.append(o)
         lses.append(s)
     return torch.cat(outs), torch.cat(lses)

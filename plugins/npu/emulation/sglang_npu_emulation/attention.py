@@ -1,7 +1,7 @@
 """Attention over paged keys and values, and what writes them.
 
 `npu_fused_infer_attention_score_v2` documents a query of one token and a longer one apart; so does this. Only what sglang-npu passes is taken:
-layouts BSND and TND, keys in blocks [blocks, tokens, heads * dims] or of one longer query, int8 with scales of tokens and heads under queries of one token.
+layouts BSND and TND, keys in blocks [blocks, tokens, heads * dims] or with no pages (`ragged`), int8 with scales of tokens and heads under queries of one token.
 """
 
 from __future__ import annotations
@@ -12,10 +12,8 @@ import torch
 from torch import Tensor
 
 from sglang_npu_emulation.contract import HALVES, emulated, require, require_contiguous, require_dtype
+from sglang_npu_emulation.ragged import BAND, EVER, NO_MASK, Band, attend, attend_rows, outside, require_band
 
-MASK = 2048
-NO_MASK, BAND = 0, 4  # sparse_mode
-EVER = 2**31 - 1
 PACKED, MOST_PACKED, MOST_TOKENS = 128, 4096, 2**20  # of layout TND: dims of a head, queries, and tokens in all
 ELEMENTS = 2**31 - 1
 LATENT_HEADS = (1, 2, 4, 8, 16, 32, 64, 128)
@@ -94,12 +92,6 @@ def fused_infer_attention_score_v2(
     require(actual_seq_kvlen is not None, "pages need actual_seq_kvlen")
     assert actual_seq_kvlen is not None
     require(query.numel() > 0, "query is empty")
-    paged = block_table is not None
-    if block_table is None:
-        require(query.dim() == 4 and len(query) == 1 < query.shape[1], "one longer query has keys without pages")
-        require(key.dim() == 4 and len(key) == 1 and list(actual_seq_kvlen) == [key.shape[1]], "keys [1, S, N, D]")
-        block_table, block_size = torch.zeros(1, 1, dtype=torch.int32), key.shape[1]
-        key, value = key.flatten(2), value.flatten(2)
     scales = (dequant_scale_key, dequant_scale_value)
     lens = list(actual_seq_kvlen)
     packed = input_layout == "TND"
@@ -109,6 +101,15 @@ def fused_infer_attention_score_v2(
     require(heads == num_query_heads and heads % shared == 0 and heads // shared <= 64, f"{heads} heads over {shared}")
     require(len(ends) <= 65536 and heads <= 256 and dim <= 512 and dim % 16 == 0, f"B {len(ends)}, N {heads}, D {dim}")
     require_dtype(HALVES, query=query)
+    if block_table is None:
+        require(
+            query_rope is None and key_rope is None and scales == (None, None),
+            "no pages: keys are numbers, in one part",
+        )
+        require(key_quant_mode == value_quant_mode == block_size == 0, "no pages: no modes of codes, no size of blocks")
+        band = Band(mode=sparse_mode, mask=atten_mask, before=pre_tokens, after=next_tokens)
+        out, sums = attend_rows(query, key, value, ends, lens, shared, band, softmax_scale)
+        return _laid_out(query, out, sums, packed=packed, lse=return_softmax_lse)
     if key.dtype == torch.int8:
         require(query.shape[:-2].numel() == len(ends) and query_rope is None, "codes are for queries of one token")
         _require_scales(key, value, scales, (key_quant_mode, value_quant_mode), shared, dim)
@@ -142,9 +143,9 @@ def fused_infer_attention_score_v2(
         if packed:
             require(dim == PACKED and query.dtype == torch.bfloat16, f"TND: bfloat16 of {PACKED} dims, not {dim}")
         if packed or lengths[0] > 1:
-            _require_band(lengths, lens, sparse_mode, atten_mask, pre_tokens, next_tokens)
+            require_band(lengths, lens, Band(mode=sparse_mode, mask=atten_mask, before=pre_tokens, after=next_tokens))
             require(
-                not paged or (128 <= block_size <= 512 and block_size % 128 == 0),
+                128 <= block_size <= 512 and block_size % 128 == 0,
                 f"longer queries: blocks of 128, 256, 384, 512 tokens, not {block_size}",
             )
             require(packed or heads * dim < 65535, f"longer queries: N * D below 65535, not {heads * dim}")
@@ -170,13 +171,19 @@ def fused_infer_attention_score_v2(
             )
             k, v = k.to(query.dtype), v.to(query.dtype)
         if sparse_mode == BAND:
-            hidden = _outside(end - start, n, pre_tokens, next_tokens)
+            hidden = outside(end - start, n, pre_tokens, next_tokens)
         else:
             hidden = torch.zeros(1, n, dtype=torch.bool) if atten_mask is None else atten_mask[b, 0, :, :n].bool()
-        out[start:end], sums[start:end] = _attend(q.float(), k.float(), v.float(), hidden, softmax_scale)
-    if not return_softmax_lse:
-        return out.view(query.shape), sums.new_empty(0)
-    return out.view(query.shape), sums[..., None] if packed else sums.view(*query.shape[:3], 1).transpose(1, 2)
+        out[start:end], sums[start:end] = attend(q.float(), k.float(), v.float(), hidden, softmax_scale)
+    return _laid_out(query, out, sums, packed=packed, lse=return_softmax_lse)
+
+
+def _laid_out(query: Tensor, out: Tensor, sums: Tensor, *, packed: bool, lse: bool) -> tuple[Tensor, Tensor]:
+    """out: [T, N, Dv], sums: [T, N], as the layout of the query has them."""
+    out = out.view(*query.shape[:-1], out.shape[-1])
+    if not lse:
+        return out, sums.new_empty(0)
+    return out, sums[..., None] if packed else sums.view(*query.shape[:3], 1).transpose(1, 2)
 
 
 def _ends(query: Tensor, packed: bool, qlens: list[int] | None, lens: list[int]) -> list[int]:
@@ -232,21 +239,6 @@ def _require_one_token(batch: int, columns: int, block: int, mask: Tensor | None
     require(mask.shape == wanted, f"a query of one token: a mask {list(wanted)}, of its blocks, not {list(mask.shape)}")
 
 
-def _require_band(lengths: list[int], lens: list[int], mode: int, mask: Tensor | None, before: int, after: int) -> None:
-    require(mode == BAND, f"sparse_mode {mode} is not emulated for longer queries")
-    shape = None if mask is None else list(mask.shape)
-    require(mask is not None and shape == [MASK, MASK], f"sparse_mode 4 wants a mask of {MASK} x {MASK}, not {shape}")
-    assert mask is not None
-    require_dtype((torch.bool, torch.int8, torch.uint8), atten_mask=mask)
-    require(torch.equal(mask.bool(), torch.ones_like(mask, dtype=torch.bool).triu(1)), "the mask is the upper triangle")
-    require(all(length <= n for length, n in zip(lengths, lens, strict=True)), "a query is no longer than its keys")
-    require(before + after >= 0, f"a band from {before} keys before to {after} after is empty")
-    require(
-        all(before >= -length and after >= -n for length, n in zip(lengths, lens, strict=True)),
-        f"a band of {before} keys before and {after} after leaves its query",
-    )
-
-
 def _require_latents(
     query: Tensor,
     shared: int,
@@ -274,22 +266,3 @@ def _require_latents(
     require(
         set(lengths) == {1} and mode == NO_MASK and mask is None, "queries of several tokens over latents: not emulated"
     )
-
-
-def _outside(length: int, n: int, before: int, after: int) -> Tensor:
-    """bool[length, n]: what a band leaves out. The last query's own key is the last one."""
-    place = torch.arange(n - length, n)[:, None]
-    key = torch.arange(n)
-    return (key < place - before) | (key > place + after)
-
-
-def _attend(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """q: [S, N, D], k: [n, shared, D], v: [n, shared, Dv], hidden: [S or 1, n] -> [S, N, Dv], [S, N]. In one piece. A hidden key's value is
-    multiplied by 0, as a device may do that reads whole blocks: it had better be a number."""
-    length, heads, _ = q.shape
-    shared = k.shape[1]
-    q = q.view(length, shared, heads // shared, -1)
-    scores = torch.einsum("shgd,nhd->shgn", q, k) * scale
-    scores = scores.masked_fill(hidden[:, None, None], -torch.inf)
-    o = torch.einsum("shgn,nhd->shgd", scores.softmax(-1), v)
-    return o.flatten(1, 2), scores.logsumexp(-1).flatten(1)

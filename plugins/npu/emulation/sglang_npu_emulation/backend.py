@@ -58,7 +58,7 @@ class EmulatedNpuBackend(NpuBackend):
         from sglang_npu_emulation.ops import load  # torch
 
         load()
-        return [replace(kernel, provider=self.name) for kernel in super().kernels(ctx)]
+        return [replace(kernel, provider=kernel.provider or self.name) for kernel in super().kernels(ctx)]
 
     def claims(self, ctx: KernelContext) -> Claims:
         """And collectives, which are gloo's here: of HCCL's nothing is stated."""

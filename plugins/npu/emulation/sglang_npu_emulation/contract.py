@@ -6,7 +6,9 @@ the same call without numbers; what it says of shapes and dtypes the body's resu
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 HALVES = (torch.float16, torch.bfloat16)
 FLOATS = (*HALVES, torch.float32)
 BODIES: dict[str, Callable[..., Any]] = {}
+_watchers: list[Counter[str]] = []
 
 
 class ContractError(ValueError):
@@ -57,18 +60,36 @@ def install(library: torch.library.Library) -> None:
         library.impl(op, _checked(op, body), "CPU")
 
 
+@contextmanager
+def watched() -> Iterator[Counter[str]]:
+    """How often each op is called meanwhile, by every thread. A call is counted once its schema, its Meta kernel and its documentation found nothing wrong."""
+    calls: Counter[str] = Counter()
+    _watchers.append(calls)
+    try:
+        yield calls
+    finally:
+        _watchers.remove(calls)
+
+
+def has_meta(op: str) -> bool:
+    """Whether the vendor has a Meta kernel for it."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(getattr(torch.ops.npu, op).default.name(), "Meta")
+
+
 def _checked(op: str, body: Callable[..., Any]) -> Callable[..., Any]:
     overload = getattr(torch.ops.npu, op).default
-    has_meta = torch._C._dispatch_has_kernel_for_dispatch_key(overload.name(), "Meta")
+    meta = has_meta(op)
 
     def run(*args: Any, **kwargs: Any) -> Any:
         try:
-            expected = overload(*_on_meta(args), **_on_meta(kwargs)) if has_meta else None
+            expected = overload(*_on_meta(args), **_on_meta(kwargs)) if meta else None
             made = body(*args, **kwargs)
         except ContractError as e:
             raise ContractError(f"npu::{op}: {e}") from None
-        if has_meta:
+        if meta:
             _compare(op, made, expected)
+        for calls in _watchers:
+            calls[op] += 1
         return made
 
     return run

@@ -117,6 +117,21 @@ def unpaged() -> Call:
     return prefill() | keys | {"block_table": None, "block_size": None}
 
 
+def rows() -> Call:
+    """Queries of 3, 1 and 4 tokens, and their keys in rows beside one another."""
+    changes = {
+        "query": randn(8, 4, 192),
+        "key": randn(20, 4, 192, seed=1),
+        "value": randn(20, 4, 128, seed=2),
+        "actual_seq_qlen": [3, 4, 8],
+        "actual_seq_kvlen": [7, 16, 20],
+        "num_key_value_heads": 4,
+        "input_layout": "TND",
+        "pre_tokens": 4,
+    }
+    return unpaged() | changes
+
+
 def latents() -> Call:
     latent = randn(6, 16, 512, seed=1)
     changes = {
@@ -223,6 +238,7 @@ CALLS: dict[str, tuple[str, Callable[[], Call]]] = {
     "packed": ("npu_fused_infer_attention_score_v2", packed),
     "coded": ("npu_fused_infer_attention_score_v2", coded),
     "unpaged": ("npu_fused_infer_attention_score_v2", unpaged),
+    "rows": ("npu_fused_infer_attention_score_v2", rows),
     "latents": ("npu_fused_infer_attention_score_v2", latents),
     "gating": ("npu_moe_gating_top_k", gating),
     "gating_softmax": ("npu_moe_gating_top_k_softmax_v2", gating_softmax),
@@ -286,6 +302,26 @@ BROKEN: list[tuple[str, Call]] = [
     ("prefill", {name: coded()[name].view(-1, 64)[:128].expand(3, 128, 64).contiguous() for name in ("key", "value")}),
     ("unpaged", {"actual_seq_kvlen": [149]}),
     ("unpaged", {"query": randn(1, 1, 4, 32), "actual_seq_qlen": [1]}),
+    ("unpaged", {"value": randn(1, 150, 2, 64)}),
+    ("unpaged", {"query": randn(2, 7, 4, 32), "actual_seq_qlen": [7, 7], "actual_seq_kvlen": [150, 150]}),
+    ("unpaged", {"block_size": 128}),
+    ("rows", {"query": randn(8, 4, 64), "key": randn(20, 4, 64), "value": randn(20, 4, 64)}),
+    ("rows", {"query": randn(8, 4, 128), "key": randn(20, 4, 128), "value": randn(20, 4, 192)}),
+    ("rows", {name: rows()[name].half() for name in ("query", "key", "value")}),
+    ("rows", {"value": rows()["value"].half()}),
+    ("rows", {"value": randn(20, 4, 256)[..., :128]}),
+    ("rows", {"key": rows()["key"][:, :2].contiguous()}),
+    ("rows", {"actual_seq_kvlen": [7, 9, 4]}),
+    ("rows", {"actual_seq_kvlen": [7, 16, 19]}),
+    ("rows", {"actual_seq_kvlen": [7, 16]}),
+    ("rows", {"actual_seq_kvlen": [0, 16, 20], "sparse_mode": 0, "atten_mask": None}),
+    ("rows", {"actual_seq_kvlen": [2, 16, 20]}),
+    ("rows", {"actual_seq_kvlen": None}),
+    ("rows", {"sparse_mode": 3}),
+    ("rows", {"sparse_mode": 0}),
+    ("rows", {"atten_mask": None}),
+    ("rows", {"key": randn(0, 4, 192), "value": randn(0, 4, 128), "actual_seq_kvlen": [0, 0, 0]}),
+    ("rows", {"query_rope": randn(8, 4, 64), "key_rope": randn(20, 4, 64)}),
     ("packed", {"actual_seq_qlen": None}),
     ("packed", {"actual_seq_qlen": [3, 8]}),
     ("packed", {"actual_seq_qlen": [4, 3, 8]}),
@@ -455,6 +491,20 @@ def test_queries_in_one_call_see_what_their_tokens_see_one_by_one() -> None:
             torch.testing.assert_close(o[row], expected[0], atol=1e-2, rtol=1e-2)
             torch.testing.assert_close(lse[row, :, 0], expected[1])
             row += 1
+
+
+@pytest.mark.parametrize("band", [True, False])
+def test_rows_see_keys_of_their_own_req(band: bool) -> None:
+    """All of them where there is no band; else those up to their own place, the last query's being the last key."""
+    call, (o, lse) = rows(), run("rows", {} if band else {"sparse_mode": 0, "atten_mask": None})
+    for (start, end), (first, last) in zip(((0, 3), (3, 4), (4, 8)), ((0, 7), (7, 16), (16, 20)), strict=True):
+        for row in range(start, end):
+            own = last - (end - 1 - row)
+            seen = slice(max(first, own - 5), own) if band else slice(first, last)
+            scores = torch.einsum("hd,nhd->hn", call["query"][row].float(), call["key"][seen].float()) * 0.2
+            expected = torch.einsum("hn,nhd->hd", scores.softmax(-1), call["value"][seen].float())
+            torch.testing.assert_close(o[row].float(), expected, atol=1e-2, rtol=1e-2)
+            torch.testing.assert_close(lse[row, :, 0], scores.logsumexp(-1))
 
 
 def test_experts_get_their_rows_and_give_them_back() -> None:

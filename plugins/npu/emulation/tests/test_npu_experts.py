@@ -35,7 +35,7 @@ def test_experts_of_codes(fmt: str, dtype: torch.dtype, mapped: bool, biased: bo
     chosen = {"expert_map": torch.tensor([3, -1, 0, 5, -1, 1], dtype=torch.int32)} if mapped else {}
     given = weights, ids, ExpertSpec()
     x = randn(TOKENS, MODEL).to(dtype)
-    packed = [int4.pack(w) if fmt.startswith("int4") else w for w in (w13, w2)]
+    packed = [(int4 if fmt.startswith("int4") else moe).pack(w) for w in (w13, w2)]
     ours = moe.fused(x, *packed, *given, **biases, **chosen)
     body = OPS["moe.fused"].body(x, w13, w2, *given, **biases, **chosen)
     error = (ours.float() - body.float()).square().mean().sqrt() / body.float().square().mean().sqrt()
