@@ -19,7 +19,7 @@ from sglang_core.api import (
     MeshContext,
     RuntimeContext,
 )
-from sglang_tpu import chips
+from sglang_tpu import chips, jax_kernels
 from sglang_tpu.kernels import DTYPES, KERNELS, claims
 
 TESTED = (  # formats of weights that the suite has cases of
@@ -101,7 +101,7 @@ class TpuBackend(Backend):
         return claims(PROFILES, attention=("bfloat16",))
 
     def kernels(self, ctx: KernelContext) -> list[Kernel]:
-        return KERNELS
+        return [*KERNELS, *jax_kernels.KERNELS]
 
     def config_defaults(self, ctx: DefaultsContext) -> dict[str, Any]:
         return {"page_size": 16 if ctx.device.path == HOST else TPU_PAGE}
