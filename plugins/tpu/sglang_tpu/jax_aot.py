@@ -9,7 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from sglang_core.api.ops import AttnSpec
+from sglang_tpu import jax_experts
 from sglang_tpu.aot import AotSpec
+from sglang_tpu.aot_matmul import EXPERT_TOKENS, EXPERTS, experts
 from sglang_tpu.attention_aot import LLAMA, NUM_PAGES, heads_of
 from sglang_tpu.jax_attention import Facts, step
 from sglang_tpu.pools import whole_lanes
@@ -50,4 +52,9 @@ AOT = (
     _attention("4 of 1 heads, prefill of 2048", heads_of(4, 1), 2048),
     _attention("soft cap, prefill of 2048", heads_of(32, 8, soft_cap=50.0), 2048),
     _attention("D=64, decode of 64", heads_of(64, 8, 64), 64),
+    *(
+        experts("dense", name, tokens, op="moe.fused by jax", fused=jax_experts.fused)
+        for name in EXPERTS
+        for tokens in (*EXPERT_TOKENS, 4096)
+    ),
 )

@@ -8,11 +8,12 @@ from __future__ import annotations
 from typing import Any
 
 from sglang_core.api import Kernel, SelectionContext
-from sglang_tpu.kernels import DTYPES, GRAPHS
+from sglang_tpu.kernels import DTYPES, GRAPHS, dense_limits
 
 PROVIDER = "jax"
 INTERLEAVED = "jax.interleaved"
 LANES = 128
+IN_HALF = "takes bfloat16 on a TPU: it multiplies float32 as bfloat16 there"
 PACKING = {"bfloat16": 2, "float32": 1}  # rows of a tile's 32-bit word
 ATTENTION = {"attn.paged": "paged", "attn.plan": "plan", "kv.write": "kv_write"}
 
@@ -34,7 +35,7 @@ def attention_limits(ctx: SelectionContext) -> str | None:
     if spec.kv_dtype not in ("auto", dtype):
         return f"reads pools in the dtype of the activations, not {spec.kv_dtype}"
     if dtype == "float32" and not emulated:
-        return "takes bfloat16 on a TPU: it multiplies float32 as bfloat16 there"
+        return IN_HALF
     words = 2 * spec.num_kv_heads // PACKING[dtype]
     if words % 8 and words not in (1, 2, 4):
         return f"keys and values of {spec.num_kv_heads} heads in {dtype} are {words} rows of words; it takes 1, 2, 4 or multiples of 8"
@@ -47,6 +48,13 @@ def attention_limits(ctx: SelectionContext) -> str | None:
     return None
 
 
+def expert_limits(ctx: SelectionContext) -> str | None:
+    """What megablox does not take."""
+    if ctx.site.dtype == "float32" and not ctx.device.facts.get("emulated"):
+        return IN_HALF
+    return dense_limits(ctx)
+
+
 def _kernel(op: str, fn: str, **facts: Any) -> Kernel:
     return Kernel(op, PROVIDER, fn=f"sglang_tpu.{fn}", device=("tpu",), priority=20, features=GRAPHS, **facts)
 
@@ -56,4 +64,6 @@ KERNELS = [
         _kernel(op, f"jax_attention:{name}", supports=attention_limits, kv_layouts=(INTERLEAVED,))
         for op, name in ATTENTION.items()
     ),
+    _kernel("gemm.grouped", "jax_experts:grouped", supports=expert_limits),
+    _kernel("moe.fused", "jax_experts:fused", supports=expert_limits),
 ]
