@@ -8,10 +8,12 @@ from test_tpu_matmul import MOST, error, made, rows
 
 pytest.importorskip("jax")
 
+from sglang_conformance.result import Verdict
+from sglang_conformance.runner import Suite
 from sglang_tpu import jax_experts
 from sglang_tpu.backend import HOST, TpuBackend
 
-from sglang_core.api import DeviceInfo, OpSite
+from sglang_core.api import DeviceInfo, KernelContext, OpSite
 from sglang_core.api.ops import OPS, ExpertSpec, PackedWeight
 from sglang_core.backend.selection import OpTable
 from sglang_core.errors import KernelSelectionError
@@ -76,3 +78,14 @@ def test_they_run_where_they_are_asked_for(op: str) -> None:
         provider(tpu, "float32")
     with pytest.raises(KernelSelectionError, match="takes dense weights, not fp8.block128"):
         provider(tpu, "bfloat16", "fp8.block128")
+
+
+@pytest.mark.parametrize("op", ["gemm.grouped", "moe.fused"])
+def test_the_suite_finds_nothing_wrong(op: str) -> None:
+    host = next(info for info in TpuBackend().probe() if info.path == HOST)
+    kernels = [k for k in TpuBackend().kernels(KernelContext(device=host)) if k.op != op or k.provider == "jax"]
+    suite = Suite(TpuBackend(), host, kernels=kernels)
+    claimed = [(case, dtype) for case, dtype in suite.select([f"{op}["]) if dtype != torch.float16 and not case.full]
+    results = [suite.judge(case, dtype) for case, dtype in claimed[:4]]
+    suite.close()
+    assert [(r.verdict, r.provider) for r in results] == [(Verdict.EMULATED, "jax")] * 4, results
