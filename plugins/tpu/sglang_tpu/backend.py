@@ -30,7 +30,7 @@ TESTED = (  # formats of weights that the suite has cases of
 )
 PROFILES = (
     *("base", "serving", "graph", "mla", "moe", "ssm"),
-    *("window", "soft_cap", "sinks", "cross", "buckets"),
+    *("window", "soft_cap", "sinks", "cross", "buckets", "mesh"),
     *(f"quant:{fmt}" for fmt in TESTED),
 )
 HOST = "tpu/cpu"
