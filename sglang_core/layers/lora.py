@@ -90,8 +90,8 @@ class AdapterSlots(nn.Module):
         """The stacks beside `scale`, by buffer name."""
         raise NotImplementedError
 
-    def put(self, slot: int, pairs: Mapping[str, Pair]) -> None:
-        """Fill an empty slot with the pairs of this layer's targets, by name; targets without one add nothing."""
+    def put(self, held: Mapping[str, Tensor], pairs: Mapping[str, Pair]) -> None:
+        """Fill an empty slot, in host memory and by buffer name, with the pairs of this layer's targets; those without one add nothing."""
         raise NotImplementedError
 
     def site(self, op: str, dims: Mapping[str, int]) -> OpSite:
@@ -113,12 +113,14 @@ class AdapterSlots(nn.Module):
         self.register_buffer("scale", torch.zeros(self.scale_shape, device=device), persistent=False)
 
     def write(self, slot: int, pairs: Mapping[str, Pair]) -> None:
-        """Replace what the slot holds. Called between steps only."""
+        """Replace what the slot holds, by one write to each stack itself: through a view a functional device loses it. Between steps only."""
+        held = {name: torch.zeros(x.shape[1:], dtype=x.dtype, device="cpu") for name, x in self.named_buffers()}
+        if not pairs.keys().isdisjoint(target.name for target in self.targets):
+            self.put(held, pairs)
         with torch.no_grad():
-            for buffer in self.buffers():
-                buffer[slot].zero_()
-            if not pairs.keys().isdisjoint(target.name for target in self.targets):
-                self.put(slot, pairs)
+            for name, buffer in self.named_buffers():
+                at = torch.tensor([slot], dtype=torch.int32, device="cpu").to(buffer.device)
+                buffer.index_put_((at,), held[name][None].to(buffer.device))
 
 
 class LinearSlots(AdapterSlots):
@@ -145,14 +147,14 @@ class LinearSlots(AdapterSlots):
         num, rank = self.spec.num_slots, self.spec.max_rank
         return {"a": (num, len(self.targets) * rank, self.width), "b": (num, self.out, rank)}
 
-    def put(self, slot: int, pairs: Mapping[str, Pair]) -> None:
+    def put(self, held: Mapping[str, Tensor], pairs: Mapping[str, Pair]) -> None:
         row = 0
         for part, (target, size) in enumerate(zip(self.targets, self.parts, strict=True)):
             if (pair := pairs.get(target.name)) is not None:
                 rank = pair.a.shape[0]
-                self.a[slot, part * self.spec.max_rank :][:rank].copy_(pair.a)
-                self.b[slot, row : row + size, :rank].copy_(pair.b)
-                self.scale[slot, part] = pair.scale
+                held["a"][part * self.spec.max_rank :][:rank].copy_(pair.a)
+                held["b"][row : row + size, :rank].copy_(pair.b)
+                held["scale"][part] = pair.scale
             row += size
 
     def forward(self, y: Tensor, x: Tensor, token_adapter: Tensor | None = None) -> Tensor:
@@ -181,12 +183,12 @@ class EmbeddingSlots(AdapterSlots):
         num, rank = self.spec.num_slots, self.spec.max_rank
         return {"a": (num, self.last - self.first, rank), "b": (num, self.targets[0].out_features, rank)}
 
-    def put(self, slot: int, pairs: Mapping[str, Pair]) -> None:
+    def put(self, held: Mapping[str, Tensor], pairs: Mapping[str, Pair]) -> None:
         pair = pairs[self.targets[0].name]
         rank = pair.b.shape[1]
-        self.a[slot, :, :rank].copy_(pair.a)
-        self.b[slot, :, :rank].copy_(pair.b)
-        self.scale[slot, 0] = pair.scale
+        held["a"][:, :rank].copy_(pair.a)
+        held["b"][:, :rank].copy_(pair.b)
+        held["scale"][0] = pair.scale
 
     def forward(self, y: Tensor, ids: Tensor) -> Tensor:
         """y: [T, M], ids: int32[T] -> y with what each token's adapter adds."""
@@ -223,20 +225,20 @@ class ExpertSlots(AdapterSlots):
     def scale_shape(self) -> tuple[int, ...]:
         return (self.spec.num_slots, len(self.targets) // self.KINDS, self.KINDS)
 
-    def put(self, slot: int, pairs: Mapping[str, Pair]) -> None:
+    def put(self, held: Mapping[str, Tensor], pairs: Mapping[str, Pair]) -> None:
         max_rank = self.spec.max_rank
         for i, target in enumerate(self.targets):
             if (pair := pairs.get(target.name)) is None:
                 continue
             expert, kind = divmod(i, self.KINDS)
-            at, rank, rows = (slot, expert), pair.b.shape[1], target.num_rows
+            rank, rows = pair.b.shape[1], target.num_rows
             if kind == 2:
-                self.a2[at][:rank].copy_(pair.a)
-                self.b2[at][:, :rank].copy_(pair.b)
+                held["a2"][expert, :rank].copy_(pair.a)
+                held["b2"][expert, :, :rank].copy_(pair.b)
             else:
-                self.a13[at][kind * max_rank :][:rank].copy_(pair.a)
-                self.b13[at][kind * rows : (kind + 1) * rows, :rank].copy_(pair.b)
-            self.scale[(*at, kind)] = pair.scale
+                held["a13"][expert, kind * max_rank :][:rank].copy_(pair.a)
+                held["b13"][expert, kind * rows : (kind + 1) * rows, :rank].copy_(pair.b)
+            held["scale"][expert, kind] = pair.scale
 
     @property
     def adapters(self) -> ExpertAdapters:
