@@ -29,7 +29,7 @@ TESTED = (  # formats of weights that the suite has cases of
     *("w4a8_fp8.g128", "mxfp4.g32", "nvfp4.g16", "nvfp4.g16.static", "nvfp4.g16.a16"),
 )
 PROFILES = (
-    *("base", "serving", "graph", "mla", "moe", "ssm"),
+    *("base", "serving", "graph", "mla", "moe", "lora", "ssm"),
     *("window", "soft_cap", "sinks", "cross", "buckets", "mesh"),
     *(f"quant:{fmt}" for fmt in TESTED),
 )

@@ -24,6 +24,8 @@ TRACED = {
     "moe.route": "moe_route",
     "ssm.causal_conv1d": "causal_conv1d",
     "ssm.gated_delta_rule": "gated_delta_rule",
+    "lora.apply": "lora_apply",
+    "lora.embed": "lora_embed",
 }
 
 # Codes that the Pallas products widen. Of act_order, whose groups are anywhere, they know nothing.
