@@ -7,7 +7,7 @@ Stacks are zero where a slot is empty, and always finite. They are rewritten bet
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -112,15 +112,24 @@ class AdapterSlots(nn.Module):
             self.register_buffer(name, torch.zeros(shape, dtype=self.dtype, device=device), persistent=False)
         self.register_buffer("scale", torch.zeros(self.scale_shape, device=device), persistent=False)
 
-    def write(self, slot: int, pairs: Mapping[str, Pair]) -> None:
-        """Replace what the slot holds, by one write to each stack itself: through a view a functional device loses it. Between steps only."""
-        held = {name: torch.zeros(x.shape[1:], dtype=x.dtype, device="cpu") for name, x in self.named_buffers()}
+    def filled(self, pairs: Mapping[str, Pair]) -> Mapping[str, Tensor]:
+        """A slot with these pairs, in host memory and by buffer name."""
+        held = {name: torch.zeros(shape[1:], dtype=self.dtype, device="cpu") for name, shape in self.shapes().items()}
+        held["scale"] = torch.zeros(self.scale_shape[1:], device="cpu")
         if not pairs.keys().isdisjoint(target.name for target in self.targets):
             self.put(held, pairs)
+        return held
+
+    def write(self, slot: int, parts: Sequence[Mapping[str, Tensor]]) -> None:
+        """Replace what the slot holds, by one write to each stack itself: through a view a functional device loses it. Between steps only.
+
+        `parts`: what each rank is to hold that this process drives. Their stacks are one, rank after rank.
+        """
+        rows = [slot + rank * self.spec.num_slots for rank in range(len(parts))]
         with torch.no_grad():
             for name, buffer in self.named_buffers():
-                at = torch.tensor([slot], dtype=torch.int32, device="cpu").to(buffer.device)
-                buffer.index_put_((at,), held[name][None].to(buffer.device))
+                at = torch.tensor(rows, dtype=torch.int32, device="cpu").to(buffer.device)
+                buffer.index_put_((at,), torch.stack([part[name] for part in parts]).to(buffer.device))
 
 
 class LinearSlots(AdapterSlots):
@@ -254,6 +263,7 @@ class ModelSlots:
         model.adapter_rows = spec.rows  # type: ignore[assignment]  # a CausalLM: it sets them at the start of a step
         self.layers = [module for module in model.modules() if isinstance(module, AdapterSlots)]
         self.targets = {target.name: (target, layer.dtype) for layer in self.layers for target in layer.targets}
+        self.others: list[ModelSlots] = []  # of the other ranks that this process drives: what they hold of an adapter
 
     @property
     def nbytes(self) -> int:
@@ -263,10 +273,11 @@ class ModelSlots:
         for layer in self.layers:
             layer.allocate(device)
 
-    def write(self, slot: int, pairs: Mapping[str, Pair]) -> None:
-        """Put an adapter into a slot. On the stream, between steps."""
-        for layer in self.layers:
-            layer.write(slot, pairs)
+    def write(self, slot: int, pairs: Mapping[str, Pair], others: Sequence[Mapping[str, Pair]] = ()) -> None:
+        """Put an adapter into a slot; `others` are the pairs of `self.others`. On the stream, between steps."""
+        for i, layer in enumerate(self.layers):
+            theirs = zip(self.others, others, strict=True)
+            layer.write(slot, [layer.filled(pairs), *(rank.layers[i].filled(held) for rank, held in theirs)])
 
 
 def covered(spec: LoraSpec | None, names: Iterable[str]) -> LoraSpec | None:

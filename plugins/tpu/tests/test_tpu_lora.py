@@ -26,14 +26,22 @@ GREEDY = {"temperature": 0, "max_new_tokens": 8, "ignore_eos": True}
 PROMPTS = ["The capital of France is", "x"]
 
 
-def test_an_adapter_changes_the_tokens_of_its_req_only() -> None:
-    """It is loaded while the engine runs, and gone again."""
-    found = []
-    for device in ("cpu", "tpu:cpu"):
-        with Engine(device=device, **SETTINGS) as engine:
-            plain = [a["output_ids"] for a in engine.generate(PROMPTS, GREEDY)]
-            engine.load_lora_adapter("capitals", "demo:capitals")
-            mixed = [a["output_ids"] for a in engine.generate(PROMPTS, GREEDY, lora_path=["capitals", None])]
-        assert mixed[0] != plain[0] and mixed[1] == plain[1]
-        found.append((plain, mixed))
-    assert found[0] == found[1]
+def answers(device: str, **more: Any) -> tuple[list[list[int]], list[list[int]]]:
+    """-> greedy tokens before an adapter is loaded, and then with it for the first prompt alone."""
+    with Engine(device=device, **SETTINGS, **more) as engine:
+        plain = [a["output_ids"] for a in engine.generate(PROMPTS, GREEDY)]
+        engine.load_lora_adapter("capitals", "demo:capitals")
+        return plain, [a["output_ids"] for a in engine.generate(PROMPTS, GREEDY, lora_path=["capitals", None])]
+
+
+@pytest.fixture(scope="module")
+def expected() -> tuple[list[list[int]], list[list[int]]]:
+    plain, mixed = answers("cpu")
+    assert mixed[0] != plain[0] and mixed[1] == plain[1]
+    return plain, mixed
+
+
+@pytest.mark.parametrize("tp_size", [1, 2])
+def test_an_adapter_changes_the_tokens_of_its_req_only(tp_size: int, expected: Any) -> None:
+    """It is loaded while the engine runs; of two ranks each takes its part."""
+    assert answers("tpu:cpu", tp_size=tp_size) == expected
