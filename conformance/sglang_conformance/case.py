@@ -13,7 +13,18 @@ from torch import Tensor
 
 Outputs = Mapping[str, Tensor]
 Profile = Literal[
-    "core", "window", "soft_cap", "sinks", "tree", "cross", "kv_half", "kv_fp8", "kv_int8", "odd_sizes", "buckets"
+    "core",
+    "window",
+    "soft_cap",
+    "sinks",
+    "tree",
+    "cross",
+    "kv_half",
+    "kv_fp8",
+    "kv_int8",
+    "odd_sizes",
+    "buckets",
+    "mesh",
 ]
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)

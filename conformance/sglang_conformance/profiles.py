@@ -19,6 +19,12 @@ OPTIONS = tuple(name for name in get_args(Profile) if name != "core")
 # Cases of the device itself, which no op stands for. Every backend is held to the first, to the others once it states the profile.
 RUNTIME, GRAPH, COMM = "runtime.", "graph.", "comm."
 OF_DEVICE = {RUNTIME: None, GRAPH: "graph", COMM: "comm"}
+# Of a backend that drives all ranks from one process: its collectives are parts of a step, where nothing is sent, and no rank dies alone.
+MESH = "mesh"
+OF_MESH = (
+    *("comm.all_reduce", "comm.all_gather", "comm.reduce_scatter", "comm.all_to_all", "comm.broadcast"),
+    "comm.engine",
+)
 QUANT = "quant:"
 
 
@@ -97,7 +103,7 @@ def is_of_device(op: str) -> bool:
 def is_held(op: str, stated: Iterable[str]) -> bool:
     """Whether a failure of `op` counts; that of an op always does."""
     profile = next((name for prefix, name in OF_DEVICE.items() if op.startswith(prefix)), None)
-    return profile is None or profile in stated
+    return profile is None or profile in stated or (op in OF_MESH and MESH in stated)
 
 
 def level_of(name: str) -> Level | None:

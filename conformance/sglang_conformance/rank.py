@@ -151,9 +151,19 @@ class ReferenceCommunicator:
 
 
 def run_reference(
-    program: Program, args: Mapping[str, Any], *, size: int, dtype: torch.dtype, seed: int, oracle: bool
+    program: Program,
+    args: Mapping[str, Any],
+    *,
+    size: int,
+    dtype: torch.dtype,
+    seed: int,
+    oracle: bool,
+    seen: Callable[[int, Tensor], None] = lambda rank, x: None,
 ) -> dict[int, Mapping[str, Tensor]]:
-    """What each rank's program returns, by rank; a rank that dies returns nothing. In float64 for the oracle."""
+    """What each rank's program returns, by rank; a rank that dies returns nothing. In float64 for the oracle.
+
+    `seen` is called with a rank and a copy of each tensor that the rank is given, in order.
+    """
     world = World(size)
     runtime = TorchRuntime(RuntimeContext(devices=()))
 
@@ -163,6 +173,10 @@ def run_reference(
 
     def one(rank: int) -> Mapping[str, Tensor] | None:
         made = 0
+
+        def place(x: Tensor) -> Tensor:
+            seen(rank, x.clone())  # a program may write to its own
+            return x.double() if oracle and x.is_floating_point() else x
 
         def another() -> Communicator:
             nonlocal made
@@ -175,7 +189,7 @@ def run_reference(
             seed=seed,
             timeout=60.0,
             runtime=runtime,
-            place=lambda x: x.double() if oracle and x.is_floating_point() else x,
+            place=place,
             another=another,
             die=die,
         )

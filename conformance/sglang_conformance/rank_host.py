@@ -1,4 +1,4 @@
-"""Ranks in processes of their own. A helper process imports torch once and forks them, and never opens a device itself.
+"""Ranks in processes of their own, or those of a mesh in one. A helper process imports torch once and forks them, and never opens a device itself.
 
     python -m sglang_conformance.rank_host     reads a job a line on stdin and answers each with a line on stdout
 
@@ -29,8 +29,9 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from sglang_conformance.mesh_ranks import run_over_mesh
 from sglang_conformance.rank import DIED, Program, Rank
-from sglang_core.backend.interface import Backend, RuntimeContext
+from sglang_core.backend.interface import Backend, DeviceInfo, MeshContext, RuntimeContext
 
 COLLECTIVE_LIMIT = 30.0  # seconds
 GRACE = 30.0  # beyond that: opening a device, closing it
@@ -51,13 +52,15 @@ class Job:
     timeout: float  # seconds that a collective may take before it raises
     seconds: float
     folder: str
+    mesh: str = ""  # the label of a device whose ranks one process drives; empty where each has a process
 
 
 class RankHost:
     """Runs programs over ranks of one backend. The helper process is started by the first of them."""
 
-    def __init__(self, backend: Backend, num_threads: int | None) -> None:
-        """The ranks make a backend of their own, of this one's class."""
+    def __init__(self, backend: Backend, num_threads: int | None, info: DeviceInfo | None = None) -> None:
+        """The ranks make a backend of their own, of this one's class. `info`: the device that a mesh of its would begin with."""
+        self._info, self._mesh = info, backend.mesh
         self._backend, self._num_threads = f"{type(backend).__module__}:{type(backend).__qualname__}", num_threads
         self._process: subprocess.Popen[str] | None = None
 
@@ -74,8 +77,11 @@ class RankHost:
     ) -> dict[int, Mapping[str, Tensor]]:
         """What each rank's program returns, by rank; those in `dead` are to end with status DIED, and return nothing.
 
-        Raises AssertionError where a rank ends otherwise, or leaves a process behind.
+        Raises AssertionError where a rank ends otherwise, or leaves a process behind, ValueError where one of a mesh is to die.
         """
+        label = self._mesh_label(size)
+        if label and dead:
+            raise ValueError("one process drives all ranks: none of them dies alone")
         with tempfile.TemporaryDirectory() as folder:
             job = Job(
                 backend=self._backend,
@@ -88,12 +94,18 @@ class RankHost:
                 timeout=timeout,
                 seconds=timeout + GRACE,
                 folder=folder,
+                mesh=label,
             )
             answer = self._ask(job)
             for rank, (status, said) in enumerate(zip(answer["statuses"], answer["said"], strict=True)):
                 assert status == (DIED if rank in dead else 0), f"rank {rank} {_how(status, job)}{said}"
             assert not answer["orphans"], f"its ranks ended and left {answer['orphans']} processes behind"
             return {rank: load_file(f"{folder}/{rank}.safetensors") for rank in range(size) if rank not in dead}
+
+    def _mesh_label(self, size: int) -> str:
+        if self._info is None or not self._mesh(MeshContext(device=self._info, num_ranks=size)):
+            return ""
+        return self._info.label
 
     def process(self) -> subprocess.Popen[str]:
         """The helper, started by who asks first."""
@@ -136,11 +148,11 @@ def main() -> None:
 
 
 def _answer(job: Job) -> dict[str, Any]:
-    pids = [_fork(job, rank) for rank in range(job.size)]
+    pids = [_fork(job, rank) for rank in range(1 if job.mesh else job.size)]
     statuses: dict[int, int] = {}
     deadline = time.monotonic() + job.seconds
     try:
-        while len(statuses) < job.size and time.monotonic() < deadline and not _abandoned():
+        while len(statuses) < len(pids) and time.monotonic() < deadline and not _abandoned():
             for rank, pid in enumerate(pids):
                 if rank not in statuses and (ended := os.waitpid(pid, os.WNOHANG))[0]:
                     statuses[rank] = os.waitstatus_to_exitcode(ended[1])
@@ -151,9 +163,9 @@ def _answer(job: Job) -> dict[str, Any]:
                 os.kill(pid, signal.SIGKILL)
                 statuses[rank] = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         orphans = _end_sessions(set(pids))
-    said = [(Path(job.folder) / f"{rank}.txt") for rank in range(job.size)]
+    said = [(Path(job.folder) / f"{rank}.txt") for rank in range(len(pids))]
     return {
-        "statuses": [statuses[rank] for rank in range(job.size)],
+        "statuses": [statuses[rank] for rank in range(len(pids))],
         "said": [file.read_text() if file.exists() else "" for file in said],
         "orphans": orphans,
     }
@@ -182,7 +194,7 @@ def _fork(job: Job, rank: int) -> int:
     status = 1
     try:
         os.setsid()
-        _run(job, rank)
+        _run_mesh(job) if job.mesh else _run(job, rank)
         status = 0
     except BaseException as e:
         traceback.print_exc()
@@ -217,6 +229,26 @@ def _run(job: Job, rank: int) -> None:
     with torch.inference_mode():
         outputs = {name: x.cpu().contiguous() for name, x in _named(job.program)(me, **job.args).items()}
     save_file(outputs, f"{job.folder}/{rank}.safetensors")
+    runtime.close()
+
+
+def _run_mesh(job: Job) -> None:
+    """All ranks' life."""
+    backend: Backend = _named(job.backend)()
+    info = next(info for info in backend.probe() if info.label == job.mesh)
+    devices = backend.mesh(MeshContext(device=info, num_ranks=job.size))
+    runtime = backend.create_runtime(RuntimeContext(devices=devices, num_threads=job.num_threads))
+    with torch.inference_mode():
+        found = run_over_mesh(
+            _named(job.program),
+            job.args,
+            runtime=runtime,
+            size=job.size,
+            dtype=getattr(torch, job.dtype),
+            seed=job.seed,
+        )
+    for rank, outputs in found.items():
+        save_file(outputs, f"{job.folder}/{rank}.safetensors")
     runtime.close()
 
 

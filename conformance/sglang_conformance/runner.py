@@ -75,7 +75,7 @@ class Suite:
 
     @cached_property
     def _rank_host(self) -> RankHost:
-        return RankHost(self.backend, self._num_threads)
+        return RankHost(self.backend, self._num_threads, self.info)
 
     @cached_property
     def engines(self) -> EngineEnvs:

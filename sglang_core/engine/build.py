@@ -240,10 +240,19 @@ def build_rank(
         if (folder := settled.model.packed_cache) is None
         else PackedCache(Path(folder), runtime.alloc_packed),
     )
-    model = runtime.join_ranks(loaded_ranks(model, contexts, lambda part, ctx: load(part, ctx=ctx)))
+
+    def with_slots(part: CausalLM, ctx: BuildContext) -> CausalLM:
+        part = load(part, ctx=ctx)
+        if slots is not None and ctx.lora is not None:
+            mine = slots if ctx is contexts[0] else ModelSlots(part, ctx.lora)
+            mine.allocate(runtime.torch_device)
+            if mine is not slots:
+                slots.others.append(mine)
+        return part
+
+    model = runtime.join_ranks(loaded_ranks(model, contexts, with_slots))
     adapters, versions = None, {}
     if slots is not None and resolved.lora is not None:
-        slots.allocate(runtime.torch_device)
         adapters = AdapterHost(model, slots)
         for name, source in resolved.lora.sources.items():
             files, adapter = adapters.read_now(source.path)

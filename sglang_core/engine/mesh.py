@@ -26,11 +26,6 @@ class RankOf(LocalCommunicator):
 def check_mesh(resolved: Resolved, table: OpTable, make_context: MakeContext) -> None:
     """Raises ConfigError for what ranks that one process drives cannot do: their steps are one program, the first rank's."""
     num_ranks = resolved.config.parallel.tp_size
-    if resolved.lora is not None:
-        raise ConfigError(
-            f"LoRA adapters over tp_size={num_ranks} are not supported by {resolved.device.backend.name!r}, where one process drives all"
-            " ranks; leave out --tp-size, or --enable-lora and --lora-paths"
-        )
 
     def uneven(size: int) -> tuple[WeightSpec, WeightSpec] | None:
         """A weight of which the first rank of so many and the last hold unequal parts: no others differ more."""

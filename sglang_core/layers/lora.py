@@ -7,7 +7,7 @@ Stacks are zero where a slot is empty, and always finite. They are rewritten bet
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -90,8 +90,8 @@ class AdapterSlots(nn.Module):
         """The stacks beside `scale`, by buffer name."""
         raise NotImplementedError
 
-    def put(self, slot: int, pairs: Mapping[str, Pair]) -> None:
-        """Fill an empty slot with the pairs of this layer's targets, by name; targets without one add nothing."""
+    def put(self, held: Mapping[str, Tensor], pairs: Mapping[str, Pair]) -> None:
+        """Fill an empty slot, in host memory and by buffer name, with the pairs of this layer's targets; those without one add nothing."""
         raise NotImplementedError
 
     def site(self, op: str, dims: Mapping[str, int]) -> OpSite:
@@ -112,13 +112,24 @@ class AdapterSlots(nn.Module):
             self.register_buffer(name, torch.zeros(shape, dtype=self.dtype, device=device), persistent=False)
         self.register_buffer("scale", torch.zeros(self.scale_shape, device=device), persistent=False)
 
-    def write(self, slot: int, pairs: Mapping[str, Pair]) -> None:
-        """Replace what the slot holds. Called between steps only."""
+    def filled(self, pairs: Mapping[str, Pair]) -> Mapping[str, Tensor]:
+        """A slot with these pairs, in host memory and by buffer name."""
+        held = {name: torch.zeros(shape[1:], dtype=self.dtype, device="cpu") for name, shape in self.shapes().items()}
+        held["scale"] = torch.zeros(self.scale_shape[1:], device="cpu")
+        if not pairs.keys().isdisjoint(target.name for target in self.targets):
+            self.put(held, pairs)
+        return held
+
+    def write(self, slot: int, parts: Sequence[Mapping[str, Tensor]]) -> None:
+        """Replace what the slot holds, by one write to each stack itself: through a view a functional device loses it. Between steps only.
+
+        `parts`: what each rank is to hold that this process drives. Their stacks are one, rank after rank.
+        """
+        rows = [slot + rank * self.spec.num_slots for rank in range(len(parts))]
         with torch.no_grad():
-            for buffer in self.buffers():
-                buffer[slot].zero_()
-            if not pairs.keys().isdisjoint(target.name for target in self.targets):
-                self.put(slot, pairs)
+            for name, buffer in self.named_buffers():
+                at = torch.tensor(rows, dtype=torch.int32, device="cpu").to(buffer.device)
+                buffer.index_put_((at,), torch.stack([part[name] for part in parts]).to(buffer.device))
 
 
 class LinearSlots(AdapterSlots):
@@ -145,14 +156,14 @@ class LinearSlots(AdapterSlots):
         num, rank = self.spec.num_slots, self.spec.max_rank
         return {"a": (num, len(self.targets) * rank, self.width), "b": (num, self.out, rank)}
 
-    def put(self, slot: int, pairs: Mapping[str, Pair]) -> None:
+    def put(self, held: Mapping[str, Tensor], pairs: Mapping[str, Pair]) -> None:
         row = 0
         for part, (target, size) in enumerate(zip(self.targets, self.parts, strict=True)):
             if (pair := pairs.get(target.name)) is not None:
                 rank = pair.a.shape[0]
-                self.a[slot, part * self.spec.max_rank :][:rank].copy_(pair.a)
-                self.b[slot, row : row + size, :rank].copy_(pair.b)
-                self.scale[slot, part] = pair.scale
+                held["a"][part * self.spec.max_rank :][:rank].copy_(pair.a)
+                held["b"][row : row + size, :rank].copy_(pair.b)
+                held["scale"][part] = pair.scale
             row += size
 
     def forward(self, y: Tensor, x: Tensor, token_adapter: Tensor | None = None) -> Tensor:
@@ -181,12 +192,12 @@ class EmbeddingSlots(AdapterSlots):
         num, rank = self.spec.num_slots, self.spec.max_rank
         return {"a": (num, self.last - self.first, rank), "b": (num, self.targets[0].out_features, rank)}
 
-    def put(self, slot: int, pairs: Mapping[str, Pair]) -> None:
+    def put(self, held: Mapping[str, Tensor], pairs: Mapping[str, Pair]) -> None:
         pair = pairs[self.targets[0].name]
         rank = pair.b.shape[1]
-        self.a[slot, :, :rank].copy_(pair.a)
-        self.b[slot, :, :rank].copy_(pair.b)
-        self.scale[slot, 0] = pair.scale
+        held["a"][:, :rank].copy_(pair.a)
+        held["b"][:, :rank].copy_(pair.b)
+        held["scale"][0] = pair.scale
 
     def forward(self, y: Tensor, ids: Tensor) -> Tensor:
         """y: [T, M], ids: int32[T] -> y with what each token's adapter adds."""
@@ -228,7 +239,7 @@ class ExpertSlots(AdapterSlots):
     def scale_shape(self) -> tuple[int, ...]:
         return (self.spec.num_slots, len(self.experts), self.KINDS)
 
-    def put(self, slot: int, pairs: Mapping[str, Pair]) -> None:
+    def put(self, held: Mapping[str, Tensor], pairs: Mapping[str, Pair]) -> None:
         max_rank = self.spec.max_rank
         for i, target in enumerate(self.targets):
             if (pair := pairs.get(target.name)) is None:
@@ -236,14 +247,14 @@ class ExpertSlots(AdapterSlots):
             expert, kind = divmod(i, self.KINDS)
             if expert not in self.experts:
                 continue
-            at, rank, rows = (slot, expert - self.experts.start), pair.b.shape[1], target.num_rows
+            at, rank, rows = expert - self.experts.start, pair.b.shape[1], target.num_rows
             if kind == 2:
-                self.a2[at][:rank].copy_(pair.a)
-                self.b2[at][:, :rank].copy_(pair.b)
+                held["a2"][at, :rank].copy_(pair.a)
+                held["b2"][at, :, :rank].copy_(pair.b)
             else:
-                self.a13[at][kind * max_rank :][:rank].copy_(pair.a)
-                self.b13[at][kind * rows : (kind + 1) * rows, :rank].copy_(pair.b)
-            self.scale[(*at, kind)] = pair.scale
+                held["a13"][at, kind * max_rank :][:rank].copy_(pair.a)
+                held["b13"][at, kind * rows : (kind + 1) * rows, :rank].copy_(pair.b)
+            held["scale"][at, kind] = pair.scale
 
     @property
     def adapters(self) -> ExpertAdapters:
@@ -259,6 +270,7 @@ class ModelSlots:
         model.adapter_rows = spec.rows  # type: ignore[assignment]  # a CausalLM: it sets them at the start of a step
         self.layers = [module for module in model.modules() if isinstance(module, AdapterSlots)]
         self.targets = {target.name: (target, layer.dtype) for layer in self.layers for target in layer.targets}
+        self.others: list[ModelSlots] = []  # of the other ranks that this process drives: what they hold of an adapter
 
     @property
     def nbytes(self) -> int:
@@ -268,10 +280,11 @@ class ModelSlots:
         for layer in self.layers:
             layer.allocate(device)
 
-    def write(self, slot: int, pairs: Mapping[str, Pair]) -> None:
-        """Put an adapter into a slot. On the stream, between steps."""
-        for layer in self.layers:
-            layer.write(slot, pairs)
+    def write(self, slot: int, pairs: Mapping[str, Pair], others: Sequence[Mapping[str, Pair]] = ()) -> None:
+        """Put an adapter into a slot; `others` are the pairs of `self.others`. On the stream, between steps."""
+        for i, layer in enumerate(self.layers):
+            theirs = zip(self.others, others, strict=True)
+            layer.write(slot, [layer.filled(pairs), *(rank.layers[i].filled(held) for rank, held in theirs)])
 
 
 def covered(spec: LoraSpec | None, names: Iterable[str]) -> LoraSpec | None:

@@ -58,7 +58,7 @@ class AdapterHost:
     def write(self, written: Written) -> None:
         """Fill slots. On the stream, before the step that the writes came with."""
         for slot, adapter in written:
-            self._slots.write(slot, adapter.pairs)
+            self._slots.write(slot, adapter.pairs, adapter.others)
 
     def close(self) -> None:
         self._reader.shutdown(wait=False, cancel_futures=True)

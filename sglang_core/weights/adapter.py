@@ -50,10 +50,11 @@ class Adapter:
 
     version: str
     pairs: dict[str, Pair]  # by the model's name of the module
+    others: tuple[dict[str, Pair], ...] = ()  # those of other ranks that this process drives
 
     @property
     def nbytes(self) -> int:
-        return sum(pair.nbytes for pair in self.pairs.values())
+        return sum(pair.nbytes for held in (self.pairs, *self.others) for pair in held.values())
 
 
 def adapter_folder(path: str) -> Path:
@@ -97,7 +98,8 @@ def inspect_adapter(path: str, pace: Callable[[], None] = lambda: None) -> Adapt
 def load_adapter(
     files: AdapterFiles, model: CausalLM, slots: ModelSlots, pace: Callable[[], None] = lambda: None
 ) -> Adapter:
-    """Read the matrices that this rank holds a part of, and cut them. Raises WeightError that names what does not fit."""
+    """Read the matrices that the ranks of this process hold parts of, and cut them. Raises WeightError that names what does not fit."""
+    others = tuple(load_adapter(files, model, rank, pace).pairs for rank in slots.others)
     file = _weights_file(files.folder)
     pairs: dict[str, Pair] = {}
     with opened(file) as f:
@@ -112,7 +114,7 @@ def load_adapter(
             a, b = (f.get_tensor(keys[side]) for side in "AB")
             _check(file, keys, a, b, target, files.config, slots.spec)
             pairs[module] = _cut(a, b, target, files.config.scale_of(_peft_name(keys["A"])), dtype, file, keys)
-    return Adapter(files.version, pairs)
+    return Adapter(files.version, pairs, others)
 
 
 def lora_spec(

@@ -23,6 +23,7 @@ from sglang_core.config import EngineConfig
 from sglang_core.engine.build import build_rank
 from sglang_core.engine.mesh import RankOf
 from sglang_core.errors import ConfigError, PluginError
+from sglang_core.layers.lora import AdapterSlots
 
 MIB = 2**20
 
@@ -37,6 +38,7 @@ class MeshRuntime(TorchRuntime):
     def __init__(self, ctx: RuntimeContext) -> None:
         super().__init__(ctx, "cpu")
         self.parts: list[torch.Tensor] = []
+        self.stacks: list[list[list[int]]] = []  # of adapters on the same layer
 
     def memory(self) -> MemoryInfo:
         return MemoryInfo(total=9 * MIB, free=9 * MIB)
@@ -51,7 +53,11 @@ class MeshRuntime(TorchRuntime):
             assert not any(one() for one in held[1:]), "an earlier rank's model is still there; the first one runs"
             model = next(models)
             held.append(weakref.ref(model))
-            self.parts.append(model.model.layers[0].self_attn.o_proj.weight["weight"].clone())
+            layer = model.model.layers[0].self_attn.o_proj
+            self.parts.append(layer.weight["weight"].clone())
+            slots = [module for module in layer.modules() if isinstance(module, AdapterSlots)]
+            self.stacks.append([list(stack.shape) for module in slots for stack in module.buffers()])
+            del layer, slots
             del model
         raise Joined
 
@@ -122,9 +128,13 @@ def test_unequal_parts_are_refused_before_anything_is_loaded(mesh: ChosenDevice,
     assert not mesh.backend.runtime.parts  # type: ignore[attr-defined]
 
 
-def test_adapters_are_refused(mesh: ChosenDevice) -> None:
-    with pytest.raises(ConfigError, match="adapters over tp_size=2 are not supported by 'mesh'.* leave out --tp-size"):
-        build(mesh, lora_paths=("demo:capitals",))
+def test_each_rank_brings_room_for_its_part_of_adapters(mesh: ChosenDevice) -> None:
+    """Of the demo adapter's rank, with two slots: A is cut as the layer's columns are, and B is whole."""
+    with pytest.raises(Joined):
+        build(mesh, lora_paths=("demo:capitals",), max_loras_per_batch=2)
+    (first, *others) = mesh.backend.runtime.stacks  # type: ignore[attr-defined]
+    assert [shape[0] for shape in first] == [2, 2, 2] and first[0][2] == 128
+    assert others == [first]
 
 
 def test_memory_is_that_of_one_device(mesh: ChosenDevice) -> None:

@@ -1,4 +1,4 @@
-"""Collectives over ranks in processes of their own: right, and the same bits on all of them.
+"""Collectives over ranks in processes of their own, or over those of a mesh that one process drives: right, and the same bits on all of them.
 
 Sizes are odd on purpose: a kernel's vectors, and a ring's parts, leave a tail.
 """
@@ -21,6 +21,8 @@ FLOAT32 = (torch.float32,)
 SHAPES = [(1,), (7,), (3, 65), (2, 4099)]
 EMPTY = [(0,), (0, 8), (5, 301)]  # and one that is not: an empty one must leave nothing behind
 DEATH_TIMEOUT = 8.0  # seconds; what a backend's communicator is told
+# Where steps are compiled, an engine compiles every bucket that its limits allow.
+FEW: dict[str, Any] = {"max_running_requests": 2, "context_length": 64, "chunked_prefill_size": 32}
 TP_PROMPTS = ["The capital of France is", "1, 2, 3, 4,"]
 
 
@@ -42,7 +44,7 @@ def a_rank_dies(env: Env, size: int) -> Outputs:
 
 def engine(env: Env) -> Outputs:
     """Greedy tokens of the demo model over two ranks are those over one."""
-    one, two = (env.engine_tokens(TP_PROMPTS, tp_size=size) for size in (1, 2))
+    one, two = (env.engine_tokens(TP_PROMPTS, tp_size=size, **FEW) for size in (1, 2))
     assert one == two, f"over one rank {one}, over two {two}"
     return {"equal": torch.ones(1, dtype=torch.int32)}
 

@@ -25,7 +25,7 @@ from sglang_tpu.chips import CHIPS
 from sglang_tpu.hlo import VMEM, Module
 
 SECTION = "kernels"  # of the budget file
-MODULES = ("sglang_tpu.attention_aot", "sglang_tpu.aot_matmul")  # each has a tuple AOT
+MODULES = ("sglang_tpu.attention_aot", "sglang_tpu.aot_matmul", "sglang_tpu.jax_aot")  # each has a tuple AOT
 MANY = 4 << 20  # elements, of a tensor whose copies are looked for
 
 

@@ -5,6 +5,7 @@ Linear layers are the widest and the deepest of Llama-3.1-8B, experts those of Q
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -65,7 +66,10 @@ def _linear(fmt: str, name: str, num_tokens: int) -> AotSpec:
     return AotSpec(op="gemm.linear", case=case, fn=run, args=args, uncopied=1, chips=chips)
 
 
-def _experts(fmt: str, name: str, num_tokens: int) -> AotSpec:
+def experts(
+    fmt: str, name: str, num_tokens: int, *, op: str = "moe.fused", fused: Callable[..., Any] = moe.fused
+) -> AotSpec:
+    """A layer of experts. `fused`: what runs it."""
     model = EXPERTS[name]
     stacks = ((2 * model.width, model.hidden), (model.hidden, model.width))
 
@@ -80,7 +84,7 @@ def _experts(fmt: str, name: str, num_tokens: int) -> AotSpec:
         given = [wrap(each) for each in (x, weights, ids, expert_map)]
         with environment():
             return array(
-                moe.fused(given[0], w13, w2, given[1], given[2], ExpertSpec(activation="silu"), expert_map=given[3])
+                fused(given[0], w13, w2, given[1], given[2], ExpertSpec(activation="silu"), expert_map=given[3])
             )
 
     routed = (num_tokens, model.top_k)
@@ -92,7 +96,7 @@ def _experts(fmt: str, name: str, num_tokens: int) -> AotSpec:
         jax.ShapeDtypeStruct((model.num_experts,), jnp.int32),
     )
     case = f"{fmt}, {name}, {num_tokens} tokens"
-    return AotSpec(op="moe.fused", case=case, fn=run, args=args, uncopied=1, chips=ONE)
+    return AotSpec(op=op, case=case, fn=run, args=args, uncopied=1, chips=ONE)
 
 
 def packed_shapes(fmt: str, rows: int, columns: int, num_experts: int | None = None) -> dict[str, Any]:
@@ -126,6 +130,6 @@ def _weight(
 AOT = (
     *(_linear(fmt, name, n) for fmt in LINEAR_FORMATS for name, n in LINEAR_TOKENS),
     *(_linear(fmt, "down", 4096) for fmt in LONG_FORMATS),
-    *(_experts(fmt, name, n) for name, formats in EXPERT_FORMATS.items() for fmt in formats for n in EXPERT_TOKENS),
-    *(_experts("dense", name, 4096) for name in EXPERTS),
+    *(experts(fmt, name, n) for name, formats in EXPERT_FORMATS.items() for fmt in formats for n in EXPERT_TOKENS),
+    *(experts("dense", name, 4096) for name in EXPERTS),
 )

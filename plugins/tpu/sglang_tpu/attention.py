@@ -139,7 +139,7 @@ def step(
         leaves, new = scatter(new, leaves, slots), None
     if heads == 1:
         leaves = tuple(leaf[:, :, 0] for leaf in leaves)
-    wide = (_widened(q, leaf.shape[-1]) for q, leaf in zip(queries, leaves, strict=False))
+    wide = (widened(q, leaf.shape[-1]) for q, leaf in zip(queries, leaves, strict=False))
     laid = tuple(_to_blocks(q, heads, facts.block) for q in wide)
     rows = facts.block * group
     if sinks is not None:
@@ -180,10 +180,10 @@ def on_platform(kernel: Callable[..., Any], *args: Any) -> Any:
 
 
 def _as_stored(rows: Arrays, leaves: Arrays) -> Arrays:
-    return tuple(_widened(x, leaf.shape[-1]).astype(leaf.dtype) for x, leaf in zip(rows, leaves, strict=True))
+    return tuple(widened(x, leaf.shape[-1]).astype(leaf.dtype) for x, leaf in zip(rows, leaves, strict=True))
 
 
-def _widened(x: jax.Array, width: int) -> jax.Array:
+def widened(x: jax.Array, width: int) -> jax.Array:
     """[..., D] -> [..., width], with zeros: they add nothing to a score."""
     return jnp.pad(x, ((0, 0),) * (x.ndim - 1) + ((0, width - x.shape[-1]),))
 

@@ -59,13 +59,13 @@ def _write(case: str, heads: int, tokens: int) -> AotSpec:
     )
 
 
-def _heads(heads: int, kv_heads: int, dim: int = 128, **more: Any) -> AttnSpec:
+def heads_of(heads: int, kv_heads: int, dim: int = 128, **more: Any) -> AttnSpec:
     return AttnSpec(num_heads=heads, num_kv_heads=kv_heads, head_dim=dim, v_head_dim=dim, scale=dim**-0.5, **more)
 
 
-LLAMA = _heads(32, 8)  # Llama-3.1-8B
-GEMMA = _heads(8, 4, 256, window=4096, soft_cap=50.0)  # Gemma-2-2B
-GPT_OSS = _heads(64, 8, 64, window=128, has_sinks=True)
+LLAMA = heads_of(32, 8)  # Llama-3.1-8B
+GEMMA = heads_of(8, 4, 256, window=4096, soft_cap=50.0)  # Gemma-2-2B
+GPT_OSS = heads_of(64, 8, 64, window=128, has_sinks=True)
 
 
 def _deepseek(heads: int) -> MLASpec:
@@ -78,10 +78,10 @@ AOT = (
     _spec("32 of 8 heads, prefill of 2048", LLAMA, 2048, 2048),
     _spec("32 of 8 heads, prefill of 8192", LLAMA, 8192, 8192),
     _spec("32 of 8 heads, verification of 64 x 8", LLAMA, 512, 8),
-    _spec("8 of 2 heads, decode of 64", _heads(8, 2), 64, 1),
-    _spec("64 of 64 heads, prefill of 2048", _heads(64, 64), 2048, 2048),
-    _spec("4 of 1 heads, decode of 64", _heads(4, 1), 64, 1),
-    _spec("4 of 1 heads, prefill of 2048", _heads(4, 1), 2048, 2048),
+    _spec("8 of 2 heads, decode of 64", heads_of(8, 2), 64, 1),
+    _spec("64 of 64 heads, prefill of 2048", heads_of(64, 64), 2048, 2048),
+    _spec("4 of 1 heads, decode of 64", heads_of(4, 1), 64, 1),
+    _spec("4 of 1 heads, prefill of 2048", heads_of(4, 1), 2048, 2048),
     _spec("D=256, window and soft cap, decode of 64", GEMMA, 64, 1),
     _spec("D=256, window and soft cap, prefill of 2048", GEMMA, 2048, 2048),
     _spec("D=64, window and sinks, decode of 64", GPT_OSS, 64, 1),

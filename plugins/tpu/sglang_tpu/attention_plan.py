@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +19,7 @@ from torch import Tensor
 from sglang_core.api.ops import OPS, AttnBatch, AttnSpec, MLASpec, Plan, PlanStatic
 
 Ints = npt.NDArray[np.int32]
+P = TypeVar("P", bound=Plan)
 
 # int32 of an item. Positions count from the req's first token; rows from the block's.
 FIELDS = BLOCK, REQ, FIRST_ROW, END_ROW, POSITION, END_KEY, FIRST_PAGE, END_PAGE = range(8)
@@ -79,8 +81,11 @@ def plan(spec: AttnSpec | MLASpec, batch: AttnBatch, device: torch.device, out: 
         count=torch.tensor([count], dtype=torch.int32, device=device),
         live=torch.from_numpy(live).to(device),
     )
-    if out is None:
-        return made
+    return made if out is None else refilled(out, made)
+
+
+def refilled(out: P, made: P) -> P:
+    """An earlier plan of the same bucket, with what is in `made`."""
     assert out.static == made.static, f"plan of another bucket: {made.static} into {out.static}"
     for old, new in zip(out.buffers(), made.buffers(), strict=True):
         old.copy_(new)

@@ -19,7 +19,7 @@ from sglang_core.api import (
     MeshContext,
     RuntimeContext,
 )
-from sglang_tpu import chips
+from sglang_tpu import chips, jax_kernels
 from sglang_tpu.kernels import DTYPES, KERNELS, claims
 
 TESTED = (  # formats of weights that the suite has cases of
@@ -29,8 +29,8 @@ TESTED = (  # formats of weights that the suite has cases of
     *("w4a8_fp8.g128", "mxfp4.g32", "nvfp4.g16", "nvfp4.g16.static", "nvfp4.g16.a16"),
 )
 PROFILES = (
-    *("base", "serving", "graph", "mla", "moe"),
-    *("window", "soft_cap", "sinks", "cross", "buckets"),
+    *("base", "serving", "graph", "mla", "moe", "lora", "ssm"),
+    *("window", "soft_cap", "sinks", "cross", "buckets", "mesh"),
     *(f"quant:{fmt}" for fmt in TESTED),
 )
 HOST = "tpu/cpu"
@@ -104,7 +104,7 @@ class TpuBackend(Backend):
         return claims(PROFILES, attention=("bfloat16",))
 
     def kernels(self, ctx: KernelContext) -> list[Kernel]:
-        return KERNELS
+        return [*KERNELS, *jax_kernels.KERNELS]
 
     def config_defaults(self, ctx: DefaultsContext) -> dict[str, Any]:
         return {"page_size": 16 if ctx.device.path == HOST else TPU_PAGE}

@@ -22,6 +22,10 @@ TRACED = {
     "logits.adjust": "logits_adjust",
     "sample.sample": "sample",
     "moe.route": "moe_route",
+    "ssm.causal_conv1d": "causal_conv1d",
+    "ssm.gated_delta_rule": "gated_delta_rule",
+    "lora.apply": "lora_apply",
+    "lora.embed": "lora_embed",
 }
 
 # Codes that the Pallas products widen. Of act_order, whose groups are anywhere, they know nothing.
@@ -61,8 +65,6 @@ TILES: dict[str, Any] = {
 
 KERNELS = [
     *(_kernel(op, f"traced:{name}") for op, name in TRACED.items()),
-    # The body writes to a tensor of its own what it makes of the pool's: all must be on the device. Not claimed: few cases were seen.
-    _kernel("ssm.gated_delta_rule", "traced:gated_delta_rule"),
     _kernel("gemm.linear", "gemm:linear_dense", supports=dense_limits),
     _kernel("gemm.linear", "gemm:linear", **TILES),
     _kernel("gemm.grouped", "gemm:grouped", supports=dense_limits),

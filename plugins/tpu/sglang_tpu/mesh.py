@@ -34,6 +34,8 @@ class MeshCommunicator:
         return wrap(jax.lax.psum(array(x), AXIS))
 
     def all_gather(self, x: Tensor, dim: int = -1) -> Any:
+        if not x.shape[dim]:
+            return x  # nothing of everybody; XLA's verifier refuses to gather it
         return wrap(jax.lax.all_gather(array(x), AXIS, axis=dim % x.ndim, tiled=True))
 
     def reduce_scatter(self, x: Tensor, dim: int = 0) -> Any:

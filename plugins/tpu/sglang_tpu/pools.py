@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sglang_core.api import Pool, PoolSpec, StatePool, StatePoolSpec
 from sglang_tpu.environment import array, environment, is_lifted, lift, on_device, to_jax, to_torch, wrap, zeros
+from sglang_tpu.jax_kernels import INTERLEAVED
 from sglang_tpu.kernels import LANE_LAYOUT
 
 META = torch.device("meta")
@@ -157,9 +158,63 @@ class LanePool(TpuPool):
         return [F.pad(x, (0, whole_lanes(x.shape[-1]) - x.shape[-1])) for x in rows]
 
 
+class InterleavedPool(TpuPool):
+    """As jax's kernels read it: one leaf a layer, [N, P, 2 Hk, W], each head's keys and then its values, filled up to whole lanes.
+
+    Keys and values as they are, and no latents. All methods take and give the canonical layout.
+    """
+
+    layout = INTERLEAVED
+
+    def __init__(self, spec: PoolSpec, num_pages: int, make: Make = zeros) -> None:
+        assert spec.scaling == "none" and spec.kind == "full", f"a pool of {spec.kind} {spec.dtype} is canonical"
+        Pool.__init__(self, spec, num_pages, META)
+        width = whole_lanes(max(spec.head_dim, spec.v_head_dim))
+        shape = (num_pages, spec.page_size, 2 * spec.num_kv_heads, width)
+        self.leaves = [make(shape, spec.dtype) for _ in range(spec.num_layers)]
+
+    @one_program
+    def gather(self, layer: int, slots: Tensor) -> tuple[Tensor, Tensor]:
+        size = self.spec.page_size
+        return self._apart(self.leaves[layer][slots // size, slots % size])
+
+    @on_device
+    def gather_heads(self, layer: int, slots: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        size = self.spec.page_size
+        k, v = self._apart(self.leaves[layer][slots // size, slots % size])
+        return k.transpose(1, 2).to(dtype), v.transpose(1, 2).to(dtype)
+
+    @one_program
+    def scatter(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
+        size = self.spec.page_size
+        self.leaves[layer].index_put_((slots // size, slots % size), self._together(k, v))
+
+    @one_program
+    def export_pages(self, layer: int, pages: Tensor) -> tuple[Tensor, ...]:
+        return self._apart(self.leaves[layer][pages])
+
+    @one_program
+    def import_pages(self, layer: int, pages: Tensor, k: Tensor, v: Tensor) -> None:
+        self.leaves[layer].index_put_((pages,), self._together(k, v))
+
+    def _apart(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """[..., 2 Hk, W] -> [..., Hk, D], [..., Hk, Dv]"""
+        pairs = rows.unflatten(-2, (self.spec.num_kv_heads, 2))
+        return pairs[..., 0, : self.spec.head_dim], pairs[..., 1, : self.spec.v_head_dim]
+
+    def _together(self, k: Tensor, v: Tensor) -> Tensor:
+        """The inverse."""
+        width = self.leaves[0].shape[-1]
+        pairs = torch.stack([F.pad(x, (0, width - x.shape[-1])) for x in (k, v)], dim=-2)
+        return pairs.flatten(-3, -2).to(self.spec.dtype)
+
+
+POOLS = {kind.layout: kind for kind in (TpuPool, LanePool, InterleavedPool)}
+
+
 def pool_of(spec: PoolSpec, num_pages: int, make: Make = zeros) -> TpuPool:
-    """In the layout that kernel selection chose: one of the two."""
-    return (LanePool if spec.layout == LanePool.layout else TpuPool)(spec, num_pages, make)
+    """In the layout that kernel selection chose, one of POOLS."""
+    return POOLS[spec.layout](spec, num_pages, make)
 
 
 def whole_lanes(dim: int) -> int:

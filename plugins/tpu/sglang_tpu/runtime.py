@@ -28,7 +28,7 @@ from sglang_core.api import (
 from sglang_tpu.environment import stay_on_device, zeros
 from sglang_tpu.join import join_models
 from sglang_tpu.mesh import AXIS, MeshCommunicator, zeros_over
-from sglang_tpu.pools import LanePool, TpuStatePool, pool_of
+from sglang_tpu.pools import POOLS, TpuStatePool, pool_of
 from sglang_tpu.step import JittedStep, WatchedStep
 
 M = TypeVar("M")
@@ -101,7 +101,7 @@ class TpuRuntime(TorchRuntime):
         return super().join_ranks(models) if self._mesh is None else join_models(models, self._mesh)
 
     def alloc_pool(self, spec: PoolSpec, num_pages: int) -> Pool:
-        if spec.layout != LanePool.layout:
+        if spec.layout not in POOLS:
             self._refuse_layout(spec.layout, Pool.layout)
         return pool_of(spec, num_pages, self._zeros)
 

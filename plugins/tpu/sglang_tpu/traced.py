@@ -17,6 +17,11 @@ def _embed_lookup(ids: Any, weight: Any, vocab_start: int = 0) -> Any:
     return OPS["embed.lookup"].body(ids, weight, vocab_start + first_of_rank(weight.shape[0]))
 
 
+def _lora_embed(y: Any, ids: Any, a: Any, b: Any, token_adapter: Any, scale: Any, vocab_start: int = 0) -> Any:
+    """As the op says; over a mesh as `_embed_lookup`."""
+    return OPS["lora.embed"].body(y, ids, a, b, token_adapter, scale, vocab_start + first_of_rank(a.shape[1]))
+
+
 norm_rms = on_device(OPS["norm.rms"].body)
 norm_add_rms = on_device(OPS["norm.add_rms"].body)
 norm_layer = on_device(OPS["norm.layer"].body)
@@ -28,4 +33,7 @@ logits_mask = on_device(OPS["logits.mask"].body)
 logits_adjust = on_device(OPS["logits.adjust"].body)
 sample = on_device(OPS["sample.sample"].body)
 moe_route = on_device(OPS["moe.route"].body)
+causal_conv1d = on_device(OPS["ssm.causal_conv1d"].body)
 gated_delta_rule = on_device(OPS["ssm.gated_delta_rule"].body)
+lora_apply = on_device(OPS["lora.apply"].body)
+lora_embed = on_device(_lora_embed)

@@ -15,7 +15,7 @@ from jax._src.pallas.mosaic.interpret import interpret_pallas_call  # where the 
 from jax.experimental.pallas import tpu as pltpu
 from sglang_tpu import attention
 from sglang_tpu.attention_plan import plan
-from sglang_tpu.pools import LanePool
+from sglang_tpu.pools import LanePool, TpuPool
 
 from sglang_core.api import Pool, PoolSpec
 from sglang_core.api.ops import OPS, AttnBatch, AttnSpec, MLASpec
@@ -54,10 +54,10 @@ def batch_of(reqs: Reqs, page_size: int, padding: int = 0) -> AttnBatch:
     )
 
 
-def pools_of(spec: PoolSpec, batch: AttnBatch) -> tuple[Pool, LanePool]:
+def pools_of(spec: PoolSpec, batch: AttnBatch, kind: type[TpuPool] = LanePool) -> tuple[Pool, TpuPool]:
     """Two with the same prefixes, NaN elsewhere."""
     num_pages = int(batch.page_table_cpu.max()) + 1
-    pools = Pool(spec, num_pages, CPU), LanePool(spec, num_pages)
+    pools = Pool(spec, num_pages, CPU), kind(spec, num_pages)
     for pool in pools:
         pool.poison(range(num_pages))
     for row, length in zip(batch.page_table_cpu, batch.prefix_lens_cpu.tolist(), strict=True):
