@@ -20,6 +20,7 @@ from sglang_core.backend.pool import Pool, PoolSpec
 from sglang_core.backend.selection import BoundOp, OpTable
 from sglang_core.backend.state_pool import StatePool, StatePoolSpec
 from sglang_core.backend.torch_runtime import TorchRuntime
+from sglang_core.errors import DeviceError
 from sglang_core.ops import OPS
 from sglang_core.ops.attention import AttnSpec
 from sglang_core.ops.formats import Fmt
@@ -42,7 +43,7 @@ STATE_OPS = ("ssm.gated_delta_rule", "ssm.causal_conv1d", "ssm.plan")
 
 
 class NoRoomError(Exception):
-    """The host of an emulation has less memory than a case takes there."""
+    """A case takes more than there is: memory for an emulation, devices for ranks."""
 
 
 class Env(ABC):
@@ -311,6 +312,7 @@ class DeviceEnv(Env):
         dead: tuple[int, ...] = (),
         timeout: float = COLLECTIVE_LIMIT,
     ) -> dict[int, Mapping[str, Tensor]]:
+        self._room_for(size)
         return self.rank_host.run(
             program, args, size=size, dtype=self.dtype, seed=self.seed, dead=dead, timeout=timeout
         )
@@ -318,11 +320,19 @@ class DeviceEnv(Env):
     def engine_tokens(self, prompts: Sequence[str], **settings: Any) -> list[list[int]]:
         from sglang_core import Engine  # all of the engine: for this only
 
+        self._room_for(settings.get("tp_size", 1))
         label = self.runtime.infos[0].label
         common: dict[str, Any] = {"model_path": "demo", "device": label, "dtype": "float32", "max_total_tokens": 2048}
         greedy = {"temperature": 0, "max_new_tokens": 16, "ignore_eos": True}
         with torch.inference_mode(False), Engine(**common, **settings) as engine:
             return [answer["output_ids"] for answer in engine.generate(list(prompts), greedy)]
+
+    def _room_for(self, num_ranks: int) -> None:
+        """Raises NoRoomError where there are fewer devices than ranks."""
+        try:
+            self.rank_host.place(num_ranks)
+        except DeviceError as e:
+            raise NoRoomError(str(e)) from e
 
     def site(self, name: str, **facts: Any) -> OpSite:
         return OpSite(op=name, layer="Conformance", dtype=str(self.dtype).removeprefix("torch."), **facts)

@@ -31,7 +31,9 @@ from torch import Tensor
 
 from sglang_conformance.mesh_ranks import run_over_mesh
 from sglang_conformance.rank import DIED, Program, Rank
-from sglang_core.backend.interface import Backend, DeviceInfo, MeshContext, RuntimeContext
+from sglang_core.backend.devices import ChosenDevice
+from sglang_core.backend.interface import Backend, DeviceInfo, RuntimeContext
+from sglang_core.backend.placement import Placement, place
 
 COLLECTIVE_LIMIT = 30.0  # seconds
 GRACE = 30.0  # beyond that: opening a device, closing it
@@ -52,15 +54,16 @@ class Job:
     timeout: float  # seconds that a collective may take before it raises
     seconds: float
     folder: str
-    mesh: str = ""  # the label of a device whose ranks one process drives; empty where each has a process
+    device: str  # the label of the first rank's
+    mesh: bool  # whether one process drives all ranks
 
 
 class RankHost:
     """Runs programs over ranks of one backend. The helper process is started by the first of them."""
 
     def __init__(self, backend: Backend, num_threads: int | None, info: DeviceInfo | None = None) -> None:
-        """The ranks make a backend of their own, of this one's class. `info`: the device that a mesh of its would begin with."""
-        self._info, self._mesh = info, backend.mesh
+        """The ranks make a backend of their own, of this one's class. `info`: the first rank's device; the best one by default."""
+        self._device = ChosenDevice(backend=backend, info=info or backend.probe()[0], reason="the suite's")
         self._backend, self._num_threads = f"{type(backend).__module__}:{type(backend).__qualname__}", num_threads
         self._process: subprocess.Popen[str] | None = None
 
@@ -77,10 +80,11 @@ class RankHost:
     ) -> dict[int, Mapping[str, Tensor]]:
         """What each rank's program returns, by rank; those in `dead` are to end with status DIED, and return nothing.
 
-        Raises AssertionError where a rank ends otherwise, or leaves a process behind, ValueError where one of a mesh is to die.
+        Raises AssertionError where a rank ends otherwise, or leaves a process behind, ValueError where one of a mesh is to die, DeviceError
+        where there are fewer devices than ranks.
         """
-        label = self._mesh_label(size)
-        if label and dead:
+        mesh = len(self.place(size).devices) > 1
+        if mesh and dead:
             raise ValueError("one process drives all ranks: none of them dies alone")
         with tempfile.TemporaryDirectory() as folder:
             job = Job(
@@ -94,7 +98,8 @@ class RankHost:
                 timeout=timeout,
                 seconds=timeout + GRACE,
                 folder=folder,
-                mesh=label,
+                device=self._device.info.label,
+                mesh=mesh,
             )
             answer = self._ask(job)
             for rank, (status, said) in enumerate(zip(answer["statuses"], answer["said"], strict=True)):
@@ -102,10 +107,9 @@ class RankHost:
             assert not answer["orphans"], f"its ranks ended and left {answer['orphans']} processes behind"
             return {rank: load_file(f"{folder}/{rank}.safetensors") for rank in range(size) if rank not in dead}
 
-    def _mesh_label(self, size: int) -> str:
-        if self._info is None or not self._mesh(MeshContext(device=self._info, num_ranks=size)):
-            return ""
-        return self._info.label
+    def place(self, size: int) -> Placement:
+        """The first process's devices. Raises DeviceError where there are too few."""
+        return place(self._device, tp_size=size)
 
     def process(self) -> subprocess.Popen[str]:
         """The helper, started by who asks first."""
@@ -205,11 +209,13 @@ def _fork(job: Job, rank: int) -> int:
 
 def _run(job: Job, rank: int) -> None:
     """A rank's whole life."""
-    backend: Backend = _named(job.backend)()
-    infos = backend.probe()  # a host is one device, which all ranks share
-    runtime = backend.create_runtime(
+    device = _device(job)
+    placed = place(device, tp_size=job.size, rank=rank)
+    runtime = device.backend.create_runtime(
         RuntimeContext(
-            devices=(infos[rank if len(infos) >= job.size else 0],),
+            devices=placed.devices,
+            share=placed.share,
+            num_shares=placed.num_shares,
             rank=rank,
             world_size=job.size,
             num_threads=job.num_threads,
@@ -234,10 +240,9 @@ def _run(job: Job, rank: int) -> None:
 
 def _run_mesh(job: Job) -> None:
     """All ranks' life."""
-    backend: Backend = _named(job.backend)()
-    info = next(info for info in backend.probe() if info.label == job.mesh)
-    devices = backend.mesh(MeshContext(device=info, num_ranks=job.size))
-    runtime = backend.create_runtime(RuntimeContext(devices=devices, num_threads=job.num_threads))
+    device = _device(job)
+    devices = place(device, tp_size=job.size).devices
+    runtime = device.backend.create_runtime(RuntimeContext(devices=devices, num_threads=job.num_threads))
     with torch.inference_mode():
         found = run_over_mesh(
             _named(job.program),
@@ -250,6 +255,12 @@ def _run_mesh(job: Job) -> None:
     for rank, outputs in found.items():
         save_file(outputs, f"{job.folder}/{rank}.safetensors")
     runtime.close()
+
+
+def _device(job: Job) -> ChosenDevice:
+    backend: Backend = _named(job.backend)()
+    info = next(info for info in backend.probe() if info.label == job.device)
+    return ChosenDevice(backend=backend, info=info, reason="the suite's")
 
 
 def _named(target: str) -> Any:

@@ -15,6 +15,7 @@ from sglang_conformance.runner import Suite, Verdict
 from torch import Tensor
 
 from sglang_core.backend.claims import Claims
+from sglang_core.backend.interface import DeviceInfo
 from tests.conformance.comm_mutants import MUTANTS, HonestBackend
 
 
@@ -69,6 +70,21 @@ def test_what_is_not_stated_is_not_held(suite: Callable[[HonestBackend], Suite])
     found = mine.judge(case, dtype)
     assert (found.verdict, found.works_unclaimed) == (Verdict.NOT_CLAIMED, False)
     assert found.reason
+
+
+@pytest.mark.parametrize("text", ["comm.all_reduce[odd sizes, 2", "comm.engine"])
+def test_a_lone_card_is_not_held_to_several(text: str) -> None:
+    """Two ranks on one would be an error of the communicator's, or a wrong result."""
+
+    class Card(HonestBackend):
+        def shared_by_ranks(self, info: DeviceInfo) -> bool:
+            return False
+
+    backend = Card()
+    mine = Suite(backend, backend.probe()[0], num_threads=1, kernels=[], full=True)
+    found = mine.judge(*mine.select([text])[0])
+    assert found.verdict is Verdict.NOT_CLAIMED
+    assert "not run: tp_size=2 takes 2 devices like ranks:0 (ranks) and there are 1" in found.reason
 
 
 def test_the_process_that_starts_ranks_ends_with_its_owner() -> None:
