@@ -19,7 +19,7 @@ from sglang_tpu.chips import CHIPS
 from sglang_tpu.environment import OF_JAX, array, environment, wrap
 from sglang_tpu.weights import pack
 
-FOR_ALL, ONE = 512, ("v6e",)  # tokens of linear layers that are compiled for all chips; the chip of everything else
+FOR_ALL, ONE = 512, ("v6e",)  # tokens of what is compiled for all chips; the chip of everything else
 LINEARS = {"gate_up": (28672, 4096), "down": (4096, 14336)}  # out, in
 LINEAR_TOKENS = (("gate_up", 16), ("down", 512))
 LINEAR_FORMATS = (
@@ -62,8 +62,7 @@ def _linear(fmt: str, name: str, num_tokens: int) -> AotSpec:
 
     args = (jax.ShapeDtypeStruct((num_tokens, columns), jnp.bfloat16), packed_shapes(fmt, rows, columns))
     case = f"{fmt}, {name}, {num_tokens} tokens"
-    chips = tuple(CHIPS) if num_tokens == FOR_ALL else ONE
-    return AotSpec(op="gemm.linear", case=case, fn=run, args=args, uncopied=1, chips=chips)
+    return AotSpec(op="gemm.linear", case=case, fn=run, args=args, uncopied=1, chips=_chips(num_tokens))
 
 
 def experts(
@@ -96,7 +95,11 @@ def experts(
         jax.ShapeDtypeStruct((model.num_experts,), jnp.int32),
     )
     case = f"{fmt}, {name}, {num_tokens} tokens"
-    return AotSpec(op=op, case=case, fn=run, args=args, uncopied=1, chips=ONE)
+    return AotSpec(op=op, case=case, fn=run, args=args, uncopied=1, chips=_chips(num_tokens))
+
+
+def _chips(num_tokens: int) -> tuple[str, ...]:
+    return tuple(CHIPS) if num_tokens == FOR_ALL else ONE
 
 
 def packed_shapes(fmt: str, rows: int, columns: int, num_experts: int | None = None) -> dict[str, Any]:
