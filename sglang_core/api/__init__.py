@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from sglang_core.backend.torch_backend import TorchBackend as TorchBackend
     from sglang_core.backend.torch_runtime import HostStream as HostStream
     from sglang_core.backend.torch_runtime import TorchRuntime as TorchRuntime
+    from sglang_core.backend.transfers import one_transfer as one_transfer
     from sglang_core.backend.tuning import Choice as Choice
     from sglang_core.backend.tuning import Knob as Knob
     from sglang_core.backend.tuning import TuneContext as TuneContext
@@ -90,6 +91,7 @@ _HOME = {  # module -> the names it defines
     "backend.tensor_tree": ("leaves", "map_tensors"),
     "backend.torch_backend": ("TorchBackend",),
     "backend.torch_runtime": ("HostStream", "TorchRuntime"),
+    "backend.transfers": ("one_transfer",),
     "backend.tuning": ("Choice", "Knob", "TuneContext", "Tuner"),
     "backend.version": ("API_VERSION",),
     "errors": ("ConfigError", "DeviceError", "PluginError", "SglangError", "WeightError"),

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any, ClassVar, Generic, TypeVar
 
-import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
+from torch import Tensor
 
 from sglang_core.backend.captured_driver import DeviceDriver, DeviceGraph
 from sglang_core.backend.captured_step import CapturedSteps
 from sglang_core.backend.communicator import Communicator, FlatCommunicator, LocalCommunicator
 from sglang_core.backend.device_stream import DeviceStream
 from sglang_core.backend.interface import Bucket, MemoryInfo, RuntimeContext, Stream
+from sglang_core.backend.tensor_tree import map_tensors
 from sglang_core.backend.torch_runtime import TorchRuntime
+from sglang_core.backend.transfers import one_transfer, to_pinned
 
 D = TypeVar("D", bound=DeviceDriver)
 
@@ -92,8 +95,15 @@ class CapturedRuntime(TorchRuntime, Generic[D]):
             return super().compile_step(fn, state, buckets)
         return CapturedSteps(fn, state, self.capture, len(buckets))
 
-    def alloc_packed(self, num_bytes: int) -> torch.Tensor:
+    def alloc_packed(self, num_bytes: int) -> Tensor:
         return self.driver.pinned(num_bytes)
+
+    def to_device(self, arrays: Mapping[str, NDArray[Any]]) -> dict[str, Tensor]:
+        made = one_transfer(list(arrays.values()), self.torch_device, self.driver.pinned)
+        return dict(zip(arrays, made, strict=True))
+
+    def to_host(self, result: Any) -> Any:
+        return map_tensors(result, lambda _, x: to_pinned(x, self.driver.pinned), "")
 
     def communicator(self, ranks: Sequence[int], rank: int, store: Any) -> Communicator:
         if len(ranks) == 1:

@@ -16,6 +16,7 @@ from sglang_core.backend.kernel import Kernel
 
 if TYPE_CHECKING:  # torch is heavy, and a plugin is probed without it
     import torch
+    from numpy.typing import NDArray
 
     from sglang_core.backend.communicator import Communicator
     from sglang_core.backend.pool import Pool, PoolSpec
@@ -187,6 +188,19 @@ class DeviceRuntime(ABC):
     @abstractmethod
     def alloc_packed(self, num_bytes: int) -> torch.Tensor:
         """uint8[num_bytes] on the host, undefined: where a weight that was packed earlier is read to."""
+
+    def to_device(self, arrays: Mapping[str, NDArray[Any]]) -> dict[str, torch.Tensor]:
+        """What a step is given beside its plans, on the device for what is submitted from now on. Arrays of int32 and float32."""
+        import torch
+
+        return {name: torch.from_numpy(x).to(self.torch_device) for name, x in arrays.items()}
+
+    def to_host(self, result: Any) -> Any:
+        """A step's result as the engine reads it once its work is done; called on the stream, at the end of that work.
+
+        A device whose copies need not be waited for begins them here; else the engine copies what it reads.
+        """
+        return result
 
     @abstractmethod
     def communicator(self, ranks: Sequence[int], rank: int, store: Any) -> Communicator:

@@ -7,7 +7,6 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 from rich.progress import track
@@ -138,18 +137,12 @@ class ModelRunner:
             plan, self._slots, self._page_size, self._buckets, exact_too=self._runtime.takes_exact_shapes
         )
         self._num_eager_steps += not step.padded
-        forward_batch = self._forward_batch(step)
+        forward_batch, sample = self._placed(step)
         num_top = self._slots.num_top_logprobs[step.slots[: step.num_real_reqs]]
         wanted = InputLogprobs.of(plan, num_top)
         # A bucket has one form, and adapters are laid out by token.
         forward_batch.only_sampled = wanted is None and not step.padded and forward_batch.token_adapter is None
-        sample = SampleInput(
-            logits=None,
-            params=self._sample_params(step),
-            slots=self._tensor(step.slots),
-            adjustment=None,
-            num_top=_in_few(int(num_top.max()), MANY_LOGPROBS, step.padded),
-        )
+        sample.num_top = _in_few(int(num_top.max()), MANY_LOGPROBS, step.padded)
         adjusted = bool(self._slots.adjusted[step.slots].any())
         run = self._run if self._verifier is None or not self._verifier.choose(plan.step) else self._run_verified
         writes = self._adapters.taken(plan.adapter_writes) if self._adapters is not None else []
@@ -177,15 +170,8 @@ class ModelRunner:
     def warm_up(self, *, progress: bool) -> None:
         """Compile every bucket with a batch of padding, on the stream, before the first req comes. Exact shapes need none."""
         for bucket in track(self._buckets, "compiling steps", disable=not (progress and self._buckets)):
-            step = padding_input(bucket, self._slots)
-            sample = SampleInput(
-                logits=None,
-                params=self._sample_params(step),
-                slots=self._tensor(step.slots),
-                adjustment=None,
-                num_top=-1,
-            )
-            self._stream.submit(self._forward_and_sample, self._forward_batch(step), sample).result()
+            given = self._placed(padding_input(bucket, self._slots))
+            self._stream.submit(self._forward_and_sample, *given).result()
 
     def poison(self, group: PoolGroup, pages: Sequence[int]) -> None:
         """Fill freed pages with NaN once the steps launched so far are done: a runtime that checks steps asks for it."""
@@ -223,7 +209,7 @@ class ModelRunner:
             self._adjustments.admit(init)
         if adjusted:
             sample.adjustment = self._adjustment(plan, padded)
-        output: SampleOutput = self._sample(sample, padded)
+        output: SampleOutput = self._runtime.to_host(self._sample(sample, padded))
         return output
 
     def _forward_and_sample(self, forward_batch: ForwardBatch, sample: SampleInput) -> None:
@@ -259,53 +245,71 @@ class ModelRunner:
         sparse = self._adjustments.sparse(plan.slots)
         if padded:
             sparse = sparse.padded()
-        return AdjustmentTensors(
-            rows=self._tensor(sparse.rows),
-            ids=self._tensor(sparse.ids),
-            repetition=self._tensor(sparse.repetition),
-            add=self._tensor(sparse.add),
-        )
+        given = {"rows": sparse.rows, "ids": sparse.ids, "repetition": sparse.repetition, "add": sparse.add}
+        return AdjustmentTensors(**self._runtime.to_device(given))
 
-    def _sample_params(self, step: StepInput) -> SampleParams:
-        table, slots = self._slots, step.slots
-        temperature, top_p = table.temperature[slots], table.top_p[slots]
-        top_k, min_p = table.top_k[slots], table.min_p[slots]
-        greedy = bool((temperature == 0).all())
-        bounded = not (greedy and step.padded) and bool((top_k < table.vocab_size).all())
-        filters = bool((top_p < 1).any() or (top_k < table.vocab_size).any() or (min_p > 0).any())
-        max_top_k = _in_few(int(top_k.max()), MANY_TOP_K, step.padded) if bounded else 0
-        return SampleParams(
-            temperature=self._tensor(temperature),
-            top_p=self._tensor(top_p),
-            top_k=self._tensor(top_k),
-            min_p=self._tensor(min_p),
-            seeds=self._tensor(table.seed[slots]),
-            positions=self._tensor(step.seq_lens),
-            all_greedy=greedy,
-            max_top_k=0 if step.padded and max_top_k > MANY_TOP_K else max_top_k,
-            needs_filter=filters and not (greedy and step.padded),
-        )
-
-    def _forward_batch(self, step: StepInput) -> ForwardBatch:
-        device = self._runtime.torch_device
+    def _placed(self, step: StepInput) -> tuple[ForwardBatch, SampleInput]:
+        """What the forward and the sampling read, on the device: without logits, and with no log-probabilities wanted."""
+        arrays = self._arrays(step)
+        placed, device = self._runtime.to_device(arrays), self._runtime.torch_device
         plans = {}
         for spec, plan in self._attn_plans.items():
             group = self._pool_groups[spec]
             plans[spec] = plan(spec, self._batch_for(step, group), device)
-        return ForwardBatch(
-            token_ids=self._tensor(step.token_ids),
-            token_slots=None if step.token_slots is None else self._tensor(step.token_slots),
-            positions=self._tensor(step.positions),
-            sample_rows=None if step.sample_rows is None else self._tensor(step.sample_rows),
+        forward_batch = ForwardBatch(
+            token_ids=placed["token_ids"],
+            token_slots=placed.get("token_slots"),
+            positions=placed["positions"],
+            sample_rows=placed.get("sample_rows"),
             plans=plans,
-            token_adapter=self._token_adapter(step),
+            token_adapter=placed.get("token_adapter"),
+        )
+        params = self._sample_params(arrays, placed, step.padded)
+        return forward_batch, SampleInput(
+            logits=None, params=params, slots=placed["slots"], adjustment=None, num_top=-1
         )
 
-    def _token_adapter(self, step: StepInput) -> Tensor | None:
-        """None where no token has one, unless the step is padded: each bucket has one form."""
-        if self._adapters is None or not (step.padded or (step.token_adapter >= 0).any()):
-            return None
-        return self._tensor(step.token_adapter)
+    def _arrays(self, step: StepInput) -> dict[str, NDArray[Any]]:
+        table, slots = self._slots, step.slots
+        arrays: dict[str, NDArray[Any]] = {
+            "token_ids": step.token_ids,
+            "positions": step.positions,
+            "slots": slots,
+            "seq_lens": step.seq_lens,
+            "temperature": table.temperature[slots],
+            "top_p": table.top_p[slots],
+            "top_k": table.top_k[slots],
+            "min_p": table.min_p[slots],
+            "seeds": table.seed[slots],
+        }
+        if step.token_slots is not None:
+            arrays["token_slots"] = step.token_slots
+        if step.sample_rows is not None:
+            arrays["sample_rows"] = step.sample_rows
+        # None where no token has one, unless the step is padded: each bucket has one form.
+        if self._adapters is not None and (step.padded or (step.token_adapter >= 0).any()):
+            arrays["token_adapter"] = step.token_adapter
+        return arrays
+
+    def _sample_params(
+        self, arrays: Mapping[str, NDArray[Any]], placed: Mapping[str, Tensor], padded: bool
+    ) -> SampleParams:
+        vocab_size, top_k = self._slots.vocab_size, arrays["top_k"]
+        greedy = bool((arrays["temperature"] == 0).all())
+        bounded = not (greedy and padded) and bool((top_k < vocab_size).all())
+        filters = bool((arrays["top_p"] < 1).any() or (top_k < vocab_size).any() or (arrays["min_p"] > 0).any())
+        max_top_k = _in_few(int(top_k.max()), MANY_TOP_K, padded) if bounded else 0
+        return SampleParams(
+            temperature=placed["temperature"],
+            top_p=placed["top_p"],
+            top_k=placed["top_k"],
+            min_p=placed["min_p"],
+            seeds=placed["seeds"],
+            positions=placed["seq_lens"],
+            all_greedy=greedy,
+            max_top_k=0 if padded and max_top_k > MANY_TOP_K else max_top_k,
+            needs_filter=filters and not (greedy and padded),
+        )
 
     def _batch_for(self, step: StepInput, group: PoolGroup) -> AttnBatch | StateBatch:
         kind = self._state.pools[group].spec.group_spec.kind
@@ -354,6 +358,3 @@ class ModelRunner:
             max_extend=step.max_extend,
             static=step.padded,
         )
-
-    def _tensor(self, x: NDArray[Any]) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(x)).to(self._runtime.torch_device, non_blocking=True)

@@ -20,6 +20,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from sglang_core.api import one_transfer
 from sglang_core.api.ops import AttnBatch, AttnSpec, MLASpec, Plan, PlanStatic
 from sglang_triton.tree_windows import tree_windows
 
@@ -360,12 +361,11 @@ def _on_device(
 
 
 def one_copy(tensors: list[Tensor], device: torch.device) -> list[Tensor]:
-    """int32 host tensors on the device, by one transfer. Each begins at a multiple of 16 bytes: kernels are compiled for that."""
+    """int32 host tensors on the device, by one transfer that the host does not wait for."""
     if device.type == "cpu":
         return tensors
-    sizes = [-(-x.numel() // 4) * 4 for x in tensors]
-    buffer = torch.zeros(sum(sizes), dtype=torch.int32)
-    for x, part in zip(tensors, buffer.split(sizes), strict=True):
-        part[: x.numel()] = x.flatten()
-    parts = buffer.to(device).split(sizes)
-    return [part[: x.numel()].view(x.shape) for x, part in zip(tensors, parts, strict=True)]
+    return one_transfer([x.numpy() for x in tensors], device, _pinned)
+
+
+def _pinned(num_bytes: int) -> Tensor:
+    return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
