@@ -21,7 +21,7 @@ $(VENV)/.torch:
 
 $(VENV)/.installed: $(VENV)/.torch pyproject.toml plugins/xeon/pyproject.toml $(wildcard plugins/xeon/setup.py plugins/xeon/csrc/*) plugins/triton/pyproject.toml plugins/cuda/pyproject.toml plugins/rocm/pyproject.toml conformance/pyproject.toml compat/pyproject.toml tests/toy_vendor/pyproject.toml
 	$(PY) -m pip install --quiet -e ".[dev]"
-	$(PY) -m pip install --quiet --no-build-isolation -e plugins/xeon -e plugins/triton -e plugins/cuda -e plugins/rocm
+	$(PY) -m pip install --quiet --no-build-isolation -e plugins/xeon -e "plugins/triton[triton]" -e plugins/cuda -e plugins/rocm
 	$(PY) -m pip install --quiet --no-build-isolation --no-deps -e conformance -e compat -e tests/toy_vendor
 	touch $@
 
@@ -102,8 +102,8 @@ $(NPU_VENV)/.installed: pyproject.toml plugins/npu/pyproject.toml plugins/npu/em
 	$(NPU_VENV)/bin/python -m pip install --quiet --upgrade pip "setuptools>=77" wheel
 	$(NPU_VENV)/bin/python -m pip install --quiet $(TORCH)
 	$(NPU_VENV)/bin/python -m pip install --quiet -e ".[dev]"
-	$(NPU_VENV)/bin/python -m pip install --quiet --no-build-isolation -e "plugins/npu[npu,triton]"
-	$(NPU_VENV)/bin/python -m pip install --quiet --no-build-isolation --no-deps -e plugins/npu/emulation -e plugins/triton -e conformance
+	$(NPU_VENV)/bin/python -m pip install --quiet --no-build-isolation -e plugins/triton -e "plugins/npu[npu,triton]"
+	$(NPU_VENV)/bin/python -m pip install --quiet --no-build-isolation --no-deps -e plugins/npu/emulation -e conformance
 	$(NPU_VENV)/bin/python -m sglang_npu_emulation.stubs
 	touch $@
 

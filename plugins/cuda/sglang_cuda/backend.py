@@ -35,7 +35,7 @@ class CudaBackend(GpuBackend):
 
     def _info(self, index: int, gpu: nvml.Gpu, versions: dict[str, str]) -> DeviceInfo:
         major, minor = gpu.compute_capability
-        problem = self.wrong_torch()
+        problem = self.wrong_packages()
         if gpu.compute_capability < OLDEST:
             problem = f"kernels are for compute capability {OLDEST[0]}.{OLDEST[1]} and later, and this has {major}.{minor}; take --device cpu"
         return DeviceInfo(

@@ -15,7 +15,7 @@ from sglang_core.api import Kernel, SelectionContext
 
 PROVIDER = "triton"
 PACKAGE, RELEASES = "triton-ascend", ">=3.2,<3.3"
-HOW = "pip install 'sglang-npu[triton]', and sglang-triton with --no-deps"
+HOW = "pip install 'sglang-npu[triton]'"
 BELOW_OURS = 40
 FUNCTIONS = {
     "ssm.gated_delta_rule": "sglang_triton.gated_delta:gated_delta_rule",

@@ -31,7 +31,7 @@ class RocmBackend(GpuBackend):
         return [self._info(i, gpu, versions) for i, gpu in enumerate(kfd.visible(kfd.read(self.sys)))]
 
     def _info(self, index: int, gpu: kfd.Gpu, versions: dict[str, str]) -> DeviceInfo:
-        problem = self.wrong_torch()
+        problem = self.wrong_packages()
         if gpu.target not in TARGETS:
             problem = f"kernels are for {' and '.join(TARGETS)}, and this is {gpu.target}; take --device cpu"
         return DeviceInfo(

@@ -6,7 +6,6 @@ Its kernels are those of the provider. Importing it imports neither torch nor tr
 from __future__ import annotations
 
 import os
-from importlib.metadata import PackageNotFoundError, version
 
 from sglang_core.api import (
     Claims,
@@ -16,6 +15,7 @@ from sglang_core.api import (
     RuntimeContext,
     TorchBackend,
 )
+from sglang_triton import compiler
 from sglang_triton.kernels import claims
 
 SWITCH = "TRITON_INTERPRET"  # Triton's own: it reads it as it is imported
@@ -31,9 +31,8 @@ class TritonBackend(TorchBackend):
     def probe(self) -> list[DeviceInfo]:
         if os.environ.get(SWITCH) != "1":
             return []
-        try:
-            versions = {"triton": version("triton")}
-        except PackageNotFoundError:
+        versions = compiler.installed()
+        if not versions:
             return []
         facts = {"emulated": True}
         return [

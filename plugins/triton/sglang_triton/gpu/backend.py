@@ -7,6 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any, ClassVar
 
 from sglang_core.api import Backend, Claims, DefaultsContext, DeviceRuntime, Kernel, KernelContext, RuntimeContext
+from sglang_triton import compiler
 from sglang_triton.gpu import kernels
 from sglang_triton.kernels import claims
 
@@ -25,14 +26,14 @@ class GpuBackend(Backend):
     def takes_build(self, build: str) -> bool:
         """`build`: what follows the + in PyTorch's version, "" in the one on PyPI."""
 
-    def wrong_torch(self) -> str:
-        """What is wrong with the PyTorch installed, by its version alone: "" or a sentence that says what to install."""
+    def wrong_packages(self) -> str:
+        """What is wrong with the PyTorch or the Triton installed, by their versions alone: "" or a sentence that says what to install."""
         try:
             installed = version("torch")
         except PackageNotFoundError:
             return f"PyTorch is not installed; {self.install}"
         if self.takes_build(installed.partition("+")[2]):
-            return ""
+            return compiler.problem(self.install)
         return f"PyTorch {installed} is not built for {self.platform}; {self.install}"
 
     def create_runtime(self, ctx: RuntimeContext) -> DeviceRuntime:
