@@ -19,7 +19,6 @@ from sglang_core import __version__
 from sglang_core.backend.communicator import Communicator, LocalCommunicator
 from sglang_core.backend.devices import ChosenDevice
 from sglang_core.backend.interface import DeviceRuntime, RuntimeContext
-from sglang_core.backend.kv_dtypes import KV_DTYPES
 from sglang_core.backend.placement import place
 from sglang_core.backend.pool import PoolSpec
 from sglang_core.backend.selection import Instrument, OpTable, parse_overrides
@@ -30,12 +29,13 @@ from sglang_core.engine.adapters import Adapters
 from sglang_core.engine.channel import PlanSender
 from sglang_core.engine.core import EngineCore
 from sglang_core.engine.mesh import check_mesh, loaded_ranks
+from sglang_core.engine.pools import alloc_pool, main_pages, pool_sizes, pool_specs
 from sglang_core.engine.requests import EngineInfo
-from sglang_core.engine.resolve import UNLIMITED_CHUNK, Resolved, resolve
+from sglang_core.engine.resolve import Resolved, required, resolve, scheduler_config
 from sglang_core.errors import ConfigError
 from sglang_core.layers.build import BuildContext, bind_model, packings
 from sglang_core.layers.causal_lm import CausalLM
-from sglang_core.layers.forward_batch import AnyPool, AnyPoolSpec, StepState
+from sglang_core.layers.forward_batch import StepState
 from sglang_core.layers.lora import ModelSlots
 from sglang_core.layers.packing import totals
 from sglang_core.ops import OPS
@@ -43,15 +43,13 @@ from sglang_core.runner.adapters import AdapterHost, adapter_key
 from sglang_core.runner.model_runner import ModelRunner
 from sglang_core.runner.slot_table import SlotTable
 from sglang_core.runner.verify import KernelVerifier
-from sglang_core.scheduler.config import SchedulerConfig
 from sglang_core.scheduler.scheduler import Scheduler
-from sglang_core.scheduler.state_slots import num_state_slots
 from sglang_core.types import PoolGroup
 from sglang_core.weights.fit import FitTable, activation_bytes
 from sglang_core.weights.generation_config import read_generation_config
 from sglang_core.weights.loader import count_weight_bytes, load_model
 from sglang_core.weights.packed_cache import PackedCache
-from sglang_core.weights.pool_sizes import SCRATCH_PAGES, PoolSizes
+from sglang_core.weights.pool_sizes import SCRATCH_PAGES
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -91,7 +89,7 @@ def build_engine(
     rank.runner.warm_up(progress=progress)
     late_compiles = _count_late_compiles(rank.runtime)
     resolved, settled = rank.resolved, rank.resolved.config
-    page_size = _page_size(settled)
+    page_size = resolved.page_size
     config = replace(
         scheduler_config(resolved), groups=tuple(pool.spec.group_spec for pool in rank.state.pools.values())
     )
@@ -106,8 +104,8 @@ def build_engine(
         served_model_name=resolved.served_model_name,
         context_length=resolved.context_length,
         vocab_size=resolved.model.vocab_size,
-        max_running_requests=_required(settled.schedule.max_running_requests),
-        max_queued_requests=_required(settled.schedule.max_queued_requests),
+        max_running_requests=required(settled.schedule.max_running_requests),
+        max_queued_requests=required(settled.schedule.max_queued_requests),
         max_total_tokens=rank.max_total_tokens,
         page_size=page_size,
         dtype=settled.model.dtype,
@@ -204,7 +202,7 @@ def build_rank(
             dist_timeout=settled.parallel.dist_timeout,
             watched=instrument is not None or settled.device.verify_kernels > 0,
             strict_compile=settled.device.strict_compile,
-            prefill_graph_tokens=_required(settled.device.prefill_graph_tokens),
+            prefill_graph_tokens=required(settled.device.prefill_graph_tokens),
         )
     )
     if settled.device.prefill_graph_tokens and not runtime.captures_prefills:
@@ -270,7 +268,7 @@ def fit_table(
     activations = activation_bytes(
         resolved.model,
         num_tokens=scheduler_config(resolved).token_budget,
-        num_rows=_required(settled.schedule.max_running_requests),
+        num_rows=required(settled.schedule.max_running_requests),
         itemsize=getattr(torch, settled.model.dtype).itemsize,
         tp_size=tp.size,
         ep_size=settled.parallel.ep_size,
@@ -279,11 +277,11 @@ def fit_table(
         device=resolved.device.info.label,
         total=memory.total,
         free=memory.free,
-        mem_fraction=_required(settled.cache.mem_fraction_static),
+        mem_fraction=required(settled.cache.mem_fraction_static),
         weights=count_weight_bytes(model) + extra_weights,
         weights_note="\n".join(p.describe() for p in totals(packings(model), "fmt", "plan")),
         activations=activations,
-        pools=_pool_sizes(resolved, _pool_specs(resolved, model)),
+        pools=pool_sizes(resolved, pool_specs(resolved, model)),
         context_length=resolved.context_length,
         max_total_tokens=settled.cache.max_total_tokens,
         context_asked=resolved.context_asked,
@@ -301,7 +299,7 @@ def op_table(resolved: Resolved, instrument: Instrument | None = None) -> OpTabl
         fallback=settled.device.fallback,
         quant_fallback=settled.device.quant_fallback,
         deterministic=settled.device.deterministic,
-        page_size=_page_size(settled),
+        page_size=resolved.page_size,
         instrument=instrument,
     )
 
@@ -314,7 +312,7 @@ def build_context(resolved: Resolved, table: OpTable, device: torch.device, tp: 
         dtype=getattr(torch, settled.model.dtype),
         device=device,
         context_length=resolved.context_length,
-        page_size=_page_size(settled),
+        page_size=resolved.page_size,
         kv_dtype=settled.cache.kv_cache_dtype,
         tp=tp,
         ep_size=settled.parallel.ep_size,
@@ -333,13 +331,13 @@ def _with_pools(
     adapter_versions: Mapping[str, str],
 ) -> Rank:
     settled = resolved.config
-    page_size, max_running = _page_size(settled), _required(settled.schedule.max_running_requests)
+    page_size, max_running = resolved.page_size, required(settled.schedule.max_running_requests)
     specs = {
-        group: replace(spec, layout=table.pool_layout(group)) for group, spec in _pool_specs(resolved, model).items()
+        group: replace(spec, layout=table.pool_layout(group)) for group, spec in pool_specs(resolved, model).items()
     }
-    sizes = _pool_sizes(resolved, specs)
-    main_pages = _main_pages(resolved, runtime, sizes, processes)
-    num_pages = {group: n + SCRATCH_PAGES for group, n in sizes.pages(main_pages).items()}
+    sizes = pool_sizes(resolved, specs)
+    pages = main_pages(resolved, runtime, sizes, processes)
+    num_pages = {group: n + SCRATCH_PAGES for group, n in sizes.pages(pages).items()}
     max_pages_per_req = -(-resolved.context_length // page_size)
     buckets = runtime.buckets(
         max_num_tokens=scheduler_config(resolved).token_budget,
@@ -347,7 +345,7 @@ def _with_pools(
         max_num_pages=max_pages_per_req,
     )
     state = StepState(
-        pools={group: _alloc_pool(runtime, spec, num_pages[group]) for group, spec in specs.items()},
+        pools={group: alloc_pool(runtime, spec, num_pages[group]) for group, spec in specs.items()},
         next_token_ids=torch.zeros(max_running + 1, dtype=torch.int32, device=runtime.torch_device),
     )
     model.prepare_pools(state.pools)
@@ -375,27 +373,10 @@ def _with_pools(
         runner=runner,
         state=state,
         num_pages=num_pages,
-        max_total_tokens=main_pages * page_size,
+        max_total_tokens=pages * page_size,
         verifier=verifier,
         adapters=adapters,
         adapter_versions=adapter_versions,
-    )
-
-
-def scheduler_config(resolved: Resolved) -> SchedulerConfig:
-    settled = resolved.config
-    chunk = _required(settled.schedule.chunked_prefill_size)
-    return SchedulerConfig(
-        max_running=_required(settled.schedule.max_running_requests),
-        max_queued=settled.schedule.max_queued_requests,
-        context_length=resolved.context_length,
-        page_size=_page_size(settled),
-        token_budget=resolved.context_length if chunk == UNLIMITED_CHUNK else chunk,
-        chunked=chunk != UNLIMITED_CHUNK,
-        policy=settled.schedule.schedule_policy,
-        max_in_flight=1 if settled.schedule.disable_overlap_schedule else 2,
-        random_seed=settled.schedule.random_seed,
-        num_adapter_slots=0 if resolved.lora is None else resolved.lora.spec.num_slots,
     )
 
 
@@ -411,57 +392,6 @@ def banner(rank: Rank) -> str:
         f"{kernels} of {len(rows)} op sites run kernels, {rank.table.fallbacks} fallbacks"
         + "".join(f", {note}" for note in notes)
     )
-
-
-def _pool_specs(resolved: Resolved, model: CausalLM) -> dict[PoolGroup, AnyPoolSpec]:
-    settled = resolved.config
-    return model.pool_specs(_page_size(settled), KV_DTYPES[settled.cache.kv_cache_dtype])
-
-
-def _alloc_pool(runtime: DeviceRuntime, spec: AnyPoolSpec, num_pages: int) -> AnyPool:
-    if isinstance(spec, PoolSpec):
-        return runtime.alloc_pool(spec, num_pages)
-    return runtime.alloc_state_pool(spec, num_pages)
-
-
-def _pool_sizes(resolved: Resolved, specs: Mapping[PoolGroup, AnyPoolSpec]) -> PoolSizes:
-    config, cached = scheduler_config(resolved), not resolved.config.cache.disable_radix_cache
-    return PoolSizes(
-        specs=specs,
-        page_size=config.page_size,
-        context_length=config.context_length,
-        max_running=config.max_running,
-        tokens_in_flight=config.max_in_flight * config.token_budget,
-        states_per_req=num_state_slots(config.max_in_flight, cached=cached) + cached,
-    )
-
-
-def _main_pages(resolved: Resolved, runtime: DeviceRuntime, sizes: PoolSizes, processes: Communicator) -> int:
-    """Pages of the main pool, scratch not counted: what was asked for, else what fits, never more than could be used."""
-    settled, page_size = resolved.config, _page_size(resolved.config)
-    memory = runtime.memory()
-    budget = int(memory.free - (1 - _required(settled.cache.mem_fraction_static)) * memory.total)
-    fits = sizes.fitting(budget)
-    if settled.cache.max_total_tokens is not None:
-        pages = -(-settled.cache.max_total_tokens // page_size)
-        if pages > fits:
-            raise ConfigError(
-                f"max_total_tokens={settled.cache.max_total_tokens} needs {sizes.nbytes(pages) / 2**30:.2f} GiB of KV pool and "
-                f"{max(budget, 0) / 2**30:.2f} GiB are left; lower it, or raise --mem-fraction-static"
-            )
-    else:
-        pages = min(fits, sizes.useful())
-    if pages < 1:
-        raise ConfigError(
-            f"no room for a KV pool: {memory.free / 2**30:.2f} GiB of {memory.total / 2**30:.2f} GiB are free after loading; "
-            "raise --mem-fraction-static, lower --context-length, or free memory"
-        )
-    if processes.size > 1 and settled.cache.max_total_tokens is None:
-        # Every rank must use the same page ids: take the smallest.
-        agreed = torch.tensor([-pages], dtype=torch.int64)
-        gathered = processes.all_gather(agreed.to(runtime.torch_device), dim=0).cpu()
-        pages = -int(gathered.max())
-    return pages
 
 
 def _tensor_parallel(
@@ -481,12 +411,3 @@ def _eos_ids(hf_config: Mapping[str, Any], generation: Mapping[str, Any]) -> fro
     """Ids that end an answer: the generation config's, else the model's."""
     ids = generation.get("eos_token_id", hf_config.get("eos_token_id"))
     return frozenset([ids] if isinstance(ids, int) else ids or [])
-
-
-def _page_size(config: EngineConfig) -> int:
-    return _required(config.cache.page_size)
-
-
-def _required(value: T | None) -> T:
-    assert value is not None, "resolve() settles every auto"
-    return value

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from sglang_core.backend.devices import ChosenDevice, open_device
 from sglang_core.backend.interface import DefaultsContext
@@ -21,9 +21,11 @@ from sglang_core.layers.model_config import ModelConfig
 from sglang_core.layers.quant_config import online_quant_config
 from sglang_core.models.registry import model_class
 from sglang_core.parallel.groups import shard_experts
+from sglang_core.scheduler.config import SchedulerConfig
 from sglang_core.weights.checkpoint import read_config, resolve_folder
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 # What is taken where neither the user nor the backend says anything.
 GENERIC_DEFAULTS: Mapping[str, Any] = {
@@ -52,6 +54,10 @@ class Resolved:
     context_asked: bool  # by the user
     served_model_name: str
     lora: LoraSetup | None
+
+    @property
+    def page_size(self) -> int:
+        return required(self.config.cache.page_size)
 
 
 def resolve(config: EngineConfig, device: ChosenDevice | None = None) -> Resolved:
@@ -89,6 +95,29 @@ def resolve(config: EngineConfig, device: ChosenDevice | None = None) -> Resolve
         served_model_name=settled.model.served_model_name or settled.model.model_path,
         lora=lora_setup(settled.lora),
     )
+
+
+def scheduler_config(resolved: Resolved) -> SchedulerConfig:
+    settled = resolved.config
+    chunk = required(settled.schedule.chunked_prefill_size)
+    return SchedulerConfig(
+        max_running=required(settled.schedule.max_running_requests),
+        max_queued=settled.schedule.max_queued_requests,
+        context_length=resolved.context_length,
+        page_size=resolved.page_size,
+        token_budget=resolved.context_length if chunk == UNLIMITED_CHUNK else chunk,
+        chunked=chunk != UNLIMITED_CHUNK,
+        policy=settled.schedule.schedule_policy,
+        max_in_flight=1 if settled.schedule.disable_overlap_schedule else 2,
+        random_seed=settled.schedule.random_seed,
+        num_adapter_slots=0 if resolved.lora is None else resolved.lora.spec.num_slots,
+    )
+
+
+def required(value: T | None) -> T:
+    """A setting that `resolve` has settled."""
+    assert value is not None, "resolve() settles every auto"
+    return value
 
 
 def _check_experts(parallel: ParallelArgs, model: ModelConfig) -> None:
