@@ -8,27 +8,23 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
-from numpy.typing import NDArray
 from rich.progress import track
 from torch import Tensor
 
 from sglang_core.backend.interface import Bucket, DeviceRuntime, Work
 from sglang_core.backend.selection import OpTable
 from sglang_core.layers.forward_batch import AnyPlan, AnySpec, ForwardBatch, StepState
-from sglang_core.ops.attention import AttnBatch
-from sglang_core.ops.sampling import SampleParams
-from sglang_core.ops.ssm_plan import StateBatch
 from sglang_core.runner.adapters import AdapterHost, Written
 from sglang_core.runner.adjustments import Adjustments
 from sglang_core.runner.input_logprobs import InputLogprobs, PromptLogprobs, PromptRows, prompt_logprobs
 from sglang_core.runner.sampler import AdjustmentTensors, SampleInput, SampleOutput, Sampler
 from sglang_core.runner.slot_table import Int32, SlotTable
-from sglang_core.runner.step_input import StepInput, build_step_input, padding_input
+from sglang_core.runner.step_input import build_step_input, padding_input
+from sglang_core.runner.step_tensors import MANY_LOGPROBS, StepTensors, in_few
 from sglang_core.runner.verify import KernelVerifier
 from sglang_core.types import DropAdapter, LoadAdapter, PoolGroup, StepPlan, StepResult, TokenLogprobs
 
 log = logging.getLogger(__name__)
-MANY_LOGPROBS, MANY_TOP_K = 32, 64  # what compiled steps make of fewer
 
 
 class Model(Protocol):
@@ -95,11 +91,6 @@ class _Compiled:
         return self._padded(batch) if padded else self._exact(batch)
 
 
-def _in_few(count: int, many: int, padded: bool) -> int:
-    """A bound that joins the compile key, in few values where steps are compiled: `many` for all from 1 to it."""
-    return many if padded and 0 < count <= many else count
-
-
 class ModelRunner:
     """One rank's model, pools and slots. `launch` may be called again before the step before has finished."""
 
@@ -120,7 +111,15 @@ class ModelRunner:
         self._model, self._runtime, self._state, self._slots = model, runtime, state, slots
         self._page_size, self._buckets, self._verifier = page_size, buckets, verifier
         self._adapters = adapters
-        self._attn_plans, self._pool_groups = model.attn_plans, model.pool_groups
+        self._tensors = StepTensors(
+            runtime,
+            state,
+            slots,
+            attn_plans=model.attn_plans,
+            pool_groups=model.pool_groups,
+            page_size=page_size,
+            has_adapters=adapters is not None,
+        )
         self._sampler = Sampler(table, vocab_size, model.logits_dtype)
         self._adjustments = Adjustments(vocab_size)
         self._stream = runtime.stream()
@@ -137,12 +136,12 @@ class ModelRunner:
             plan, self._slots, self._page_size, self._buckets, exact_too=self._runtime.takes_exact_shapes
         )
         self._num_eager_steps += not step.padded
-        forward_batch, sample = self._placed(step)
+        forward_batch, sample = self._tensors.place(step)
         num_top = self._slots.num_top_logprobs[step.slots[: step.num_real_reqs]]
         wanted = InputLogprobs.of(plan, num_top)
         # A bucket has one form, and adapters are laid out by token.
         forward_batch.only_sampled = wanted is None and not step.padded and forward_batch.token_adapter is None
-        sample.num_top = _in_few(int(num_top.max()), MANY_LOGPROBS, step.padded)
+        sample.num_top = in_few(int(num_top.max()), MANY_LOGPROBS, step.padded)
         adjusted = bool(self._slots.adjusted[step.slots].any())
         run = self._run if self._verifier is None or not self._verifier.choose(plan.step) else self._run_verified
         writes = self._adapters.taken(plan.adapter_writes) if self._adapters is not None else []
@@ -170,7 +169,7 @@ class ModelRunner:
     def warm_up(self, *, progress: bool) -> None:
         """Compile every bucket with a batch of padding, on the stream, before the first req comes. Exact shapes need none."""
         for bucket in track(self._buckets, "compiling steps", disable=not (progress and self._buckets)):
-            given = self._placed(padding_input(bucket, self._slots))
+            given = self._tensors.place(padding_input(bucket, self._slots))
             self._stream.submit(self._forward_and_sample, *given).result()
 
     def poison(self, group: PoolGroup, pages: Sequence[int]) -> None:
@@ -200,7 +199,7 @@ class ModelRunner:
             self._adapters.write(adapter_writes)
         hidden, sample.logits = self._forward(forward_batch, padded)
         if input_logprobs is not None:
-            bound = functools.partial(_in_few, many=MANY_LOGPROBS, padded=True) if padded else None
+            bound = functools.partial(in_few, many=MANY_LOGPROBS, padded=True) if padded else None
             input_logprobs.run(self._prompt, hidden, forward_batch.token_adapter, self._runtime.torch_device, bound)
         if adjusted_before is not None:  # on an asynchronous device this waits; on a host stream it has just finished
             for slot, token_id in adjusted_before.sampled():
@@ -247,114 +246,3 @@ class ModelRunner:
             sparse = sparse.padded()
         given = {"rows": sparse.rows, "ids": sparse.ids, "repetition": sparse.repetition, "add": sparse.add}
         return AdjustmentTensors(**self._runtime.to_device(given))
-
-    def _placed(self, step: StepInput) -> tuple[ForwardBatch, SampleInput]:
-        """What the forward and the sampling read, on the device: without logits, and with no log-probabilities wanted."""
-        arrays = self._arrays(step)
-        placed, device = self._runtime.to_device(arrays), self._runtime.torch_device
-        plans = {}
-        for spec, plan in self._attn_plans.items():
-            group = self._pool_groups[spec]
-            plans[spec] = plan(spec, self._batch_for(step, group), device)
-        forward_batch = ForwardBatch(
-            token_ids=placed["token_ids"],
-            token_slots=placed.get("token_slots"),
-            positions=placed["positions"],
-            sample_rows=placed.get("sample_rows"),
-            plans=plans,
-            token_adapter=placed.get("token_adapter"),
-        )
-        params = self._sample_params(arrays, placed, step.padded)
-        return forward_batch, SampleInput(
-            logits=None, params=params, slots=placed["slots"], adjustment=None, num_top=-1
-        )
-
-    def _arrays(self, step: StepInput) -> dict[str, NDArray[Any]]:
-        table, slots = self._slots, step.slots
-        arrays: dict[str, NDArray[Any]] = {
-            "token_ids": step.token_ids,
-            "positions": step.positions,
-            "slots": slots,
-            "seq_lens": step.seq_lens,
-            "temperature": table.temperature[slots],
-            "top_p": table.top_p[slots],
-            "top_k": table.top_k[slots],
-            "min_p": table.min_p[slots],
-            "seeds": table.seed[slots],
-        }
-        if step.token_slots is not None:
-            arrays["token_slots"] = step.token_slots
-        if step.sample_rows is not None:
-            arrays["sample_rows"] = step.sample_rows
-        # None where no token has one, unless the step is padded: each bucket has one form.
-        if self._adapters is not None and (step.padded or (step.token_adapter >= 0).any()):
-            arrays["token_adapter"] = step.token_adapter
-        return arrays
-
-    def _sample_params(
-        self, arrays: Mapping[str, NDArray[Any]], placed: Mapping[str, Tensor], padded: bool
-    ) -> SampleParams:
-        vocab_size, top_k = self._slots.vocab_size, arrays["top_k"]
-        greedy = bool((arrays["temperature"] == 0).all())
-        bounded = not (greedy and padded) and bool((top_k < vocab_size).all())
-        filters = bool((arrays["top_p"] < 1).any() or (top_k < vocab_size).any() or (arrays["min_p"] > 0).any())
-        max_top_k = _in_few(int(top_k.max()), MANY_TOP_K, padded) if bounded else 0
-        return SampleParams(
-            temperature=placed["temperature"],
-            top_p=placed["top_p"],
-            top_k=placed["top_k"],
-            min_p=placed["min_p"],
-            seeds=placed["seeds"],
-            positions=placed["seq_lens"],
-            all_greedy=greedy,
-            max_top_k=0 if padded and max_top_k > MANY_TOP_K else max_top_k,
-            needs_filter=filters and not (greedy and padded),
-        )
-
-    def _batch_for(self, step: StepInput, group: PoolGroup) -> AttnBatch | StateBatch:
-        kind = self._state.pools[group].spec.group_spec.kind
-        if kind == "state":
-            return self._state_batch(step)
-        return self._cross_batch(step) if kind == "cross" else self._attn_batch(step, group)
-
-    def _cross_batch(self, step: StepInput) -> AttnBatch:
-        """New tokens over what an encoder wrote before."""
-        return AttnBatch(
-            cu_extend_cpu=torch.from_numpy(step.cu_extend),
-            prefix_lens_cpu=torch.from_numpy(step.prefix_lens),
-            seq_lens_cpu=torch.from_numpy(step.encoder_lens),
-            page_table_cpu=torch.from_numpy(step.encoder_table),
-            slot_mapping_cpu=torch.zeros(step.num_tokens, dtype=torch.int32),
-            num_tokens=step.num_tokens,
-            num_reqs=step.num_reqs,
-            max_extend=step.max_extend,
-            num_pages=step.encoder_table.shape[1],
-            page_size=self._page_size,
-            static=step.padded,
-        )
-
-    def _attn_batch(self, step: StepInput, group: PoolGroup) -> AttnBatch:
-        return AttnBatch(
-            cu_extend_cpu=torch.from_numpy(step.cu_extend),
-            prefix_lens_cpu=torch.from_numpy(step.prefix_lens),
-            seq_lens_cpu=torch.from_numpy(step.seq_lens),
-            page_table_cpu=torch.from_numpy(step.page_table[group]),
-            slot_mapping_cpu=torch.from_numpy(step.slot_mapping[group]),
-            num_tokens=step.num_tokens,
-            num_reqs=step.num_reqs,
-            max_extend=step.max_extend,
-            num_pages=step.num_pages,
-            page_size=self._page_size,
-            static=step.padded,
-        )
-
-    def _state_batch(self, step: StepInput) -> StateBatch:
-        return StateBatch(
-            cu_extend_cpu=torch.from_numpy(step.cu_extend),
-            read_slots_cpu=torch.from_numpy(step.state_reads),
-            write_slots_cpu=torch.from_numpy(step.state_writes),
-            num_tokens=step.num_tokens,
-            num_reqs=step.num_reqs,
-            max_extend=step.max_extend,
-            static=step.padded,
-        )
