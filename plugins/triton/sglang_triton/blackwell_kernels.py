@@ -110,16 +110,8 @@ def issue_products(
 
 
 @gluon.jit
-def next_block(
-    i, group: gl.constexpr, scores, results, s_full, p_full, top, total, scale, last_key, first_key,
-    dtype: gl.constexpr, N: gl.constexpr, WV: gl.constexpr, MASKED: gl.constexpr,
-):  # fmt: skip
-    """Weights of block i from its scores, and where that is due the decay of what the blocks before gave."""
-    layout: gl.constexpr = lane_layout(N)
-    mbarrier.wait(s_full.index(group), i & 1)
-    s = scores.index(group).load(layout)
-    if MASKED:
-        s = masked(s, first_key, last_key, layout, N)
+def weigh(s, i, top, total, results, scale, WV: gl.constexpr):
+    """One block's scores -> its weights, the new top, and what the total was before these weights. Where that is due, results of the blocks before i decay."""
     new_top = gl.max(s, 1) * scale
     due = new_top > top + SLACK
     if gl.max(due.to(gl.int32), 0) > 0:
@@ -129,10 +121,25 @@ def next_block(
             wide: gl.constexpr = lane_layout(DECAY)
             factor = gl.convert_layout(decay, gl.SliceLayout(1, wide))[:, None]
             for c in gl.static_range(WV // DECAY):
-                part = results.index(group).slice(c * DECAY, DECAY)
+                part = results.slice(c * DECAY, DECAY)
                 part.store(part.load(wide) * factor)
         top, total = new_top, total * decay
     p = gl.exp2(s * scale - gl.where(top == NEG_INF, 0.0, top)[:, None])  # a row may have seen no key yet
+    return p, top, total
+
+
+@gluon.jit
+def next_block(
+    i, group: gl.constexpr, scores, results, s_full, p_full, top, total, scale, last_key, first_key,
+    dtype: gl.constexpr, N: gl.constexpr, WV: gl.constexpr, MASKED: gl.constexpr,
+):  # fmt: skip
+    """Weights of block i from its scores."""
+    layout: gl.constexpr = lane_layout(N)
+    mbarrier.wait(s_full.index(group), i & 1)
+    s = scores.index(group).load(layout)
+    if MASKED:
+        s = masked(s, first_key, last_key, layout, N)
+    p, top, total = weigh(s, i, top, total, results.index(group), scale, WV)
     weights_of(scores.index(group), dtype).store(p.to(dtype))
     mbarrier.arrive(p_full.index(group), count=1)
     return top, total + gl.sum(p, 1)
