@@ -63,10 +63,10 @@ def sum_layout(columns: int) -> TensorMemoryLayout:
 
 
 @gluon.jit
-def weights_of(scores, dtype: gl.constexpr):
-    """Where the weights of one group's rows lie: in the first half of their scores."""
-    N: gl.constexpr = scores.shape[1]
-    return reinterpret(scores.slice(0, N // 2), dtype, [ROWS, N], sum_layout(N))
+def weights_of(scores, group: gl.constexpr, dtype: gl.constexpr):
+    """Where the weights of a group's rows lie: in the first half of their scores. What is taken as something else is all of the scores: Triton 3.8 takes no part of an allocation."""
+    N: gl.constexpr = scores.shape[2]
+    return reinterpret(scores, dtype, [GROUPS, ROWS, 2 * N], sum_layout(2 * N)).index(group).slice(0, N)
 
 
 @gluon.jit
@@ -95,7 +95,7 @@ def issue_products(
         mbarrier.wait(v_full.index(stage), i // STAGES & 1)
         for g in gl.static_range(GROUPS):
             mbarrier.wait(p_full.index(g), i & 1)
-            weights = weights_of(scores.index(g), v_smem.dtype)
+            weights = weights_of(scores, g, v_smem.dtype)
             tcgen05_mma(weights, v_smem.index(stage), results.index(g), use_acc=i > 0)
             if g == GROUPS - 1:
                 tcgen05_commit(v_free.index(stage))
@@ -140,7 +140,7 @@ def next_block(
     if MASKED:
         s = masked(s, first_key, last_key, layout, N)
     p, top, total = weigh(s, i, top, total, results.index(group), scale, WV)
-    weights_of(scores.index(group), dtype).store(p.to(dtype))
+    weights_of(scores, group, dtype).store(p.to(dtype))
     mbarrier.arrive(p_full.index(group), count=1)
     return top, total + gl.sum(p, 1)
 
