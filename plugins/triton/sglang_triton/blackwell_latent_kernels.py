@@ -38,6 +38,7 @@ from sglang_triton.hopper_kernels import (
     load_block,
     masked,
     row_layout,
+    rows_of,
 )
 from sglang_triton.hopper_latent_kernels import HALF, HALVES, RANK, ROPE, load_queries
 
@@ -57,18 +58,18 @@ def load_latents(
     """The loader."""
     other = (HALVES - 1 - half) * HALF
     for i in range(num_blocks):
-        first = begin + (num_blocks - 1 - i) * KEYS
+        rows = rows_of(0, table, begin + (num_blocks - 1 - i) * KEYS, end, KEYS, PAGE)
         stage = i % OWN_STAGES
         mbarrier.wait(own_free.index(stage), i // OWN_STAGES & 1 ^ 1)
-        load_block(own_desc, own, stage, own_full.index(stage), 0, table, first, end, half * HALF, HALF, KEYS, PAGE)
+        load_block(own_desc, own, stage, own_full.index(stage), rows, half * HALF, HALF, KEYS)
         for c in gl.static_range(REST):
             slot, phase = (i * REST + c) % SLOTS, (i * REST + c) // SLOTS & 1
             full = rest_full.index(slot)
             mbarrier.wait(rest_free.index(slot), phase ^ 1)
             if c < OTHER:
-                load_block(rest_desc, rest, slot, full, 0, table, first, end, other + c * CHUNK, CHUNK, KEYS, PAGE)
+                load_block(rest_desc, rest, slot, full, rows, other + c * CHUNK, CHUNK, KEYS)
             else:
-                load_block(pe_desc, rest, slot, full, 0, table, first, end, 0, ROPE, KEYS, PAGE)
+                load_block(pe_desc, rest, slot, full, rows, 0, ROPE, KEYS)
 
 
 @gluon.jit
