@@ -1,8 +1,8 @@
 """Attention over latents for Blackwell, in Gluon: 128 rows of queries, a program for each HALF of the result's columns.
 
-Tensor memory has 512 columns, and results of 128 rows alone would fill it. So two programs share the rows: each makes all scores and sums its own HALF of the latents'
-columns, of which the scores' products are a third more work. What else there is room for: 64 columns of scores, and 192 with most of the queries, which would not fit into
-shared memory beside blocks of 64 keys, and which as an operand from there would take longer than the product itself.
+Tensor memory has 512 columns, which results of 128 rows alone would fill; 64 rows would take as long to multiply. So two programs share the rows: each makes all scores, and sums its own HALF of
+the columns. What else there is room for: 64 columns of scores, and 192 with two thirds of the queries. These would not all fit into shared memory beside blocks of 64 keys, and an operand
+of so many rows takes longer to read from there than to multiply.
 
 A warp copies by TMA, one issues tcgen05, a group of four makes weights, a row a thread, and has them in shared memory. A block's columns come in two parts. The program's own HALF is the
 keys' and later the values': OWN_STAGES blocks of it. The rest is done with once there are scores, and goes through a ring of chunks. The issuer begins the next block's scores before it waits
