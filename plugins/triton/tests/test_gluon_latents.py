@@ -87,7 +87,7 @@ def test_it_is_the_body(provider: str, dtype: torch.dtype) -> None:
     check(provider, [(63, 1), (250, 1), (0, 1), (40, 3)], dtype=dtype)
 
 
-@pytest.mark.parametrize("heads", [128, 100, 20])
+@pytest.mark.parametrize("heads", [200, 128, 100, 20])
 def test_heads(provider: str, heads: int) -> None:
     """Tiles that are not full, or more than one a token; several tokens of few heads in one, under a causal mask."""
     check(provider, [(70, 5), (9, 1)], heads)
