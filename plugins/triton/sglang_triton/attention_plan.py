@@ -33,6 +33,7 @@ ALIGN = 128  # splits begin at multiples of it, and so do blocks of keys: one ne
 ROWS = (16, 64, 128)  # of the tiers; 16 is the least that matrix units take
 TALL_ROWS = (16, 64, 256)
 LATENT_ROWS = (16, 64)  # a row's accumulator is as wide as the latent
+TALL_LATENT_ROWS = (16, 128)
 MIN_SPLIT = 256  # keys, where a tile is looked at alone: less costs more to merge than it saves
 MAX_SPLITS = 16
 BALANCED_UNITS = 4  # items times heads that splitting may lead to, for each program that runs at once
@@ -105,6 +106,11 @@ def plan_tall(spec: AttnSpec, batch: AttnBatch, device: torch.device, out: Plan 
     return _plan(spec, batch, device, out, invariant=False, ladder=TALL_ROWS)
 
 
+def plan_latents_tall(spec: MLASpec, batch: AttnBatch, device: torch.device, out: Plan | None = None) -> Plan:
+    """As `plan`, for a kernel whose programs have TALL_LATENT_ROWS[-1] rows and half of a result's columns."""
+    return _plan(spec, batch, device, out, invariant=False, ladder=TALL_LATENT_ROWS, shares=2)
+
+
 def plan_invariant(spec: AttnSpec | MLASpec, batch: AttnBatch, device: torch.device, out: Plan | None = None) -> Plan:
     """A req's keys are cut in the same places in whatever company it is."""
     return _plan(spec, batch, device, out, invariant=True)
@@ -112,15 +118,16 @@ def plan_invariant(spec: AttnSpec | MLASpec, batch: AttnBatch, device: torch.dev
 
 def _plan(
     spec: AttnSpec | MLASpec, batch: AttnBatch, device: torch.device, out: Plan | None, *, invariant: bool,
-    ladder: tuple[int, ...] = ROWS,
+    ladder: tuple[int, ...] | None = None, shares: int = 1,
 ) -> Plan:  # fmt: skip
-    """`ladder`: rows of the tiers, where keys and values are not latents."""
+    """`ladder`: rows of the tiers, where they are not the usual ones; `shares`: programs that do the same rows of its last tier."""
     latent = isinstance(spec, MLASpec)
+    ladder = ladder or (LATENT_ROWS if latent else ROWS)
     attn = spec.latent if isinstance(spec, MLASpec) else spec
     assert batch.tree_mask_cpu is None or attn.tree, "a tree mask, and the kernels were chosen for none: AttnSpec.tree"
     tree, first_key = tree_windows(attn.window, batch)
     group = attn.num_heads // attn.num_kv_heads
-    sizes = _tier_rows(LATENT_ROWS if latent else ladder, group, batch)
+    sizes = _tier_rows(ladder, group, batch)
     counts = np.zeros((1, FIELDS), np.int64)
     records, merges, tiers = [counts], [], []
     first, num_parts, shorter = 1, 0, 0
@@ -132,7 +139,7 @@ def _plan(
             tokens=max(1, rows // group),
             shorter=shorter,
             last=last,
-            units=attn.num_kv_heads * -(-group // rows),
+            units=attn.num_kv_heads * -(-group // rows) * (shares if rows == ladder[-1] else 1),
             programs=num_programs(device, rows, latent=latent),
             overhead=LATENT_OVERHEAD if latent else OVERHEAD,
         )

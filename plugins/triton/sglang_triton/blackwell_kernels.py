@@ -63,10 +63,10 @@ def sum_layout(columns: int) -> TensorMemoryLayout:
 
 
 @gluon.jit
-def weights_of(scores, dtype: gl.constexpr):
-    """Where the weights of one group's rows lie: in the first half of their scores."""
-    N: gl.constexpr = scores.shape[1]
-    return reinterpret(scores.slice(0, N // 2), dtype, [ROWS, N], sum_layout(N))
+def weights_of(scores, group: gl.constexpr, dtype: gl.constexpr):
+    """Where the weights of a group's rows lie: in the first half of their scores. What is taken as something else is all of the scores: Triton 3.8 takes no part of an allocation."""
+    N: gl.constexpr = scores.shape[2]
+    return reinterpret(scores, dtype, [GROUPS, ROWS, 2 * N], sum_layout(2 * N)).index(group).slice(0, N)
 
 
 @gluon.jit
@@ -95,7 +95,7 @@ def issue_products(
         mbarrier.wait(v_full.index(stage), i // STAGES & 1)
         for g in gl.static_range(GROUPS):
             mbarrier.wait(p_full.index(g), i & 1)
-            weights = weights_of(scores.index(g), v_smem.dtype)
+            weights = weights_of(scores, g, v_smem.dtype)
             tcgen05_mma(weights, v_smem.index(stage), results.index(g), use_acc=i > 0)
             if g == GROUPS - 1:
                 tcgen05_commit(v_free.index(stage))
@@ -110,16 +110,8 @@ def issue_products(
 
 
 @gluon.jit
-def next_block(
-    i, group: gl.constexpr, scores, results, s_full, p_full, top, total, scale, last_key, first_key,
-    dtype: gl.constexpr, N: gl.constexpr, WV: gl.constexpr, MASKED: gl.constexpr,
-):  # fmt: skip
-    """Weights of block i from its scores, and where that is due the decay of what the blocks before gave."""
-    layout: gl.constexpr = lane_layout(N)
-    mbarrier.wait(s_full.index(group), i & 1)
-    s = scores.index(group).load(layout)
-    if MASKED:
-        s = masked(s, first_key, last_key, layout, N)
+def weigh(s, i, top, total, results, scale, WV: gl.constexpr):
+    """One block's scores -> its weights, the new top, and what the total was before these weights. Where that is due, results of the blocks before i decay."""
     new_top = gl.max(s, 1) * scale
     due = new_top > top + SLACK
     if gl.max(due.to(gl.int32), 0) > 0:
@@ -129,11 +121,26 @@ def next_block(
             wide: gl.constexpr = lane_layout(DECAY)
             factor = gl.convert_layout(decay, gl.SliceLayout(1, wide))[:, None]
             for c in gl.static_range(WV // DECAY):
-                part = results.index(group).slice(c * DECAY, DECAY)
+                part = results.slice(c * DECAY, DECAY)
                 part.store(part.load(wide) * factor)
         top, total = new_top, total * decay
     p = gl.exp2(s * scale - gl.where(top == NEG_INF, 0.0, top)[:, None])  # a row may have seen no key yet
-    weights_of(scores.index(group), dtype).store(p.to(dtype))
+    return p, top, total
+
+
+@gluon.jit
+def next_block(
+    i, group: gl.constexpr, scores, results, s_full, p_full, top, total, scale, last_key, first_key,
+    dtype: gl.constexpr, N: gl.constexpr, WV: gl.constexpr, MASKED: gl.constexpr,
+):  # fmt: skip
+    """Weights of block i from its scores."""
+    layout: gl.constexpr = lane_layout(N)
+    mbarrier.wait(s_full.index(group), i & 1)
+    s = scores.index(group).load(layout)
+    if MASKED:
+        s = masked(s, first_key, last_key, layout, N)
+    p, top, total = weigh(s, i, top, total, results.index(group), scale, WV)
+    weights_of(scores, group, dtype).store(p.to(dtype))
     mbarrier.arrive(p_full.index(group), count=1)
     return top, total + gl.sum(p, 1)
 

@@ -43,23 +43,29 @@ def row_layout(columns: int) -> gl.BlockedLayout:
 
 
 @gluon.jit
-def load_block(
-    desc, smem, at, full, key_base, table, first, end, column, W: gl.constexpr, N: gl.constexpr, PAGE: gl.constexpr
-):
-    """The keys [first, first + N), or their values, to smem[at], smem[at + 1], ...: as many dims at once as one of these has. Beyond `end` anything comes."""
-    CHUNKS: gl.constexpr = W // smem.shape[2]
-    mbarrier.expect(full, N * W * 2)
+def rows_of(key_base, table, first, end, N: gl.constexpr, PAGE: gl.constexpr):
+    """Where the keys [first, first + N) lie: the rows that boxes of them begin at. Beyond `end` any will do."""
+    rows = ()
     if PAGE == 0:
-        for c in gl.static_range(CHUNKS):
-            async_load(desc, [key_base + first, column + c * smem.shape[2]], full, smem.index(at + c))
+        rows = (key_base + first,)
     else:
         BOX: gl.constexpr = PAGE if PAGE < N else N
         for j in gl.static_range(N // BOX):
             key = first + j * BOX
             row = gl.load(table + key // PAGE, mask=key < end, other=0) * PAGE + key % PAGE
-            for c in gl.static_range(CHUNKS):
-                part = smem.index(at + c).slice(j * BOX, BOX)
-                async_load(desc, [row, column + c * smem.shape[2]], full, part)
+            rows = rows + (row,)
+    return rows
+
+
+@gluon.jit
+def load_block(desc, smem, at, full, rows, column, W: gl.constexpr, N: gl.constexpr):
+    """N keys from these rows on, or their values, to smem[at], smem[at + 1], ...: as many dims at once as one of these has."""
+    BOX: gl.constexpr = N // len(rows)
+    mbarrier.expect(full, N * W * 2)
+    for j in gl.static_range(N // BOX):
+        for c in gl.static_range(W // smem.shape[2]):
+            part = smem.index(at + c).slice(j * BOX, BOX)
+            async_load(desc, [rows[j], column + c * smem.shape[2]], full, part)
 
 
 @gluon.jit
@@ -71,11 +77,11 @@ def load_blocks(
     CHUNKS: gl.constexpr = W // CHUNK
     for i in range(num_blocks):
         stage, phase = i % STAGES, i // STAGES & 1
-        first = begin + (num_blocks - 1 - i) * N
+        rows = rows_of(key_base, table, begin + (num_blocks - 1 - i) * N, end, N, PAGE)
         mbarrier.wait(k_free.index(stage), phase ^ 1)
-        load_block(k_desc, k_smem, stage * CHUNKS, k_full.index(stage), key_base, table, first, end, k_col, W, N, PAGE)
+        load_block(k_desc, k_smem, stage * CHUNKS, k_full.index(stage), rows, k_col, W, N)
         mbarrier.wait(v_free.index(stage), phase ^ 1)
-        load_block(v_desc, v_smem, stage, v_full.index(stage), key_base, table, first, end, v_col, WV, N, PAGE)
+        load_block(v_desc, v_smem, stage, v_full.index(stage), rows, v_col, WV, N)
 
 
 @gluon.jit

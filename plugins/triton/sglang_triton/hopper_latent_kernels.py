@@ -33,6 +33,7 @@ from sglang_triton.hopper_kernels import (
     masked,
     product_layout,
     row_layout,
+    rows_of,
     softmax,
 )
 
@@ -63,10 +64,10 @@ def load_latents(
     """The loader."""
     for i in range(num_blocks):
         stage = i % STAGES
-        first = begin + (num_blocks - 1 - i) * KEYS
+        rows = rows_of(0, table, begin + (num_blocks - 1 - i) * KEYS, end, KEYS, PAGE)
         mbarrier.wait(free.index(stage), i // STAGES & 1 ^ 1)
-        load_block(c_desc, c_smem, stage * HALVES, full.index(stage), 0, table, first, end, 0, RANK, KEYS, PAGE)
-        load_block(pe_desc, pe_smem, stage, full.index(stage), 0, table, first, end, 0, ROPE, KEYS, PAGE)
+        load_block(c_desc, c_smem, stage * HALVES, full.index(stage), rows, 0, RANK, KEYS)
+        load_block(pe_desc, pe_smem, stage, full.index(stage), rows, 0, ROPE, KEYS)
 
 
 @gluon.jit

@@ -169,6 +169,9 @@ KERNELS = (
     _gluon(BLACKWELL, "attn.paged", "blackwell_attention:paged", attention_pool_limits),
     _gluon(BLACKWELL, "attn.plan", "attention_plan:plan_tall", attention_pool_limits),
     _gluon(BLACKWELL, "kv.write", "kv_write:kv_write", None),
+    _gluon(BLACKWELL, "attn.mla_paged", "blackwell_latents:mla_paged", latent_limits),
+    _gluon(BLACKWELL, "attn.mla_plan", "attention_plan:plan_latents_tall", latent_limits),
+    _gluon(BLACKWELL, "kv.write_mla", "kv_write:kv_write_mla", None),
     *_products(BLACKWELL, "blackwell_gemm:linear"),
     _kernel("attn.merge", "attention:merge"),
 )

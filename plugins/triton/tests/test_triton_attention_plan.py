@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 from sglang_triton import attention_plan
-from sglang_triton.attention_plan import ALIGN, MERGES, WorkPlan, plan, plan_invariant, plan_tall
+from sglang_triton.attention_plan import ALIGN, MERGES, WorkPlan, plan, plan_invariant, plan_latents_tall, plan_tall
 from triton_attention_cases import CPU, spec_of
 
-from sglang_core.api.ops import AttnBatch
+from sglang_core.api.ops import AttnBatch, MLASpec
 
 PLANS = [plan, plan_invariant, plan_tall]
 
@@ -103,6 +103,19 @@ def test_tiles_for_kernels_of_more_rows() -> None:
     spec, batch = spec_of(8, 2), batch_of([(0, 100)])
     assert [len(items_of(make(spec, batch, CPU))) for make in (plan_invariant, plan_tall)] == [4, 2]
     assert plan_tall(spec, batch, CPU).static.tiers[-1].rows == 256
+
+
+def test_latents_for_a_kernel_of_more_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """128 heads are one tile, which two programs work on: two reqs fill four processors, and are cut for eight."""
+    spec = MLASpec(num_heads=128, rank=512, nope_dim=128, rope_dim=64, v_head_dim=128, scale=0.1)
+    batch = batch_of([(4000, 1)] * 2)
+    parts = []
+    for processors in (4, 8):
+        monkeypatch.setattr(attention_plan, "num_processors", lambda device, n=processors: n)
+        made = plan_latents_tall(spec, batch, CPU)
+        assert [(tier.rows, tier.tokens) for tier in made.static.tiers] == [(128, 1)]
+        parts.append(len(items_of(made)))
+    assert parts == [2, 4]
 
 
 def test_an_earlier_plan_is_filled_in_place() -> None:
