@@ -12,6 +12,7 @@ import deep_gemm
 import torch
 from sglang_triton import moe
 from sglang_triton.activation import gated_rows
+from sglang_triton.grouping import by_group
 from sglang_triton.quantize import quantise
 from sglang_triton.rows import as_rows
 from torch import Tensor
@@ -56,7 +57,7 @@ def layout(group: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
 
     P is a multiple of BLOCK that is enough whatever the groups.
     """
-    order, sizes = moe.by_group(group, num_groups)
+    order, sizes = by_group(group, num_groups)
     num_rows = group.shape[0]
     num_blocks = (num_rows + min(num_rows, num_groups) * (BLOCK - 1)) // BLOCK
     blocks = (sizes + BLOCK - 1) // BLOCK

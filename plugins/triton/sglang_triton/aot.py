@@ -45,7 +45,10 @@ class Usage:
         return [f"{mine[name]} {name}, and its budget is {most[name]}" for name in mine if mine[name] > most[name]]
 
 
-MODULES = ("sglang_triton.page_copy",)  # launched by the runtime of GPUs, as no op
+MODULES = (
+    "sglang_triton.page_copy",
+    "sglang_triton.grouping",
+)  # of no op: the runtime of GPUs launches one, several ops the other
 
 
 def specs(only: str = "") -> list[AotSpec]:

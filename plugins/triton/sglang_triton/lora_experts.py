@@ -15,8 +15,9 @@ from torch import Tensor
 
 from sglang_core.api.ops import ExpertAdapters, ExpertSpec, PackedWeight
 from sglang_triton.activation import gated_rows
+from sglang_triton.grouping import by_group
 from sglang_triton.moe import AOT as MOE_AOT
-from sglang_triton.moe import by_expert, by_expert_invariant, by_group, combined, fused
+from sglang_triton.moe import by_expert, by_expert_invariant, combined, fused
 
 
 def experts(
@@ -44,7 +45,7 @@ def experts(
     own = token_adapter.repeat_interleave(top_k)
     none = num_adapters * num_experts
     pair = torch.where((own >= 0) & (local >= 0), own * num_experts + local, none)
-    order, sizes = by_group(torch.where(local >= 0, local, num_experts), num_experts)
+    order, sizes = by_group(local, num_experts)
     pairs = by_group(pair, none)
     share = top_k
     if act.weight_on_input:

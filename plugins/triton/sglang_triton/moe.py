@@ -1,4 +1,4 @@
-"""moe.fused and gemm.grouped: rows sorted by expert, multiplied in tiles that each belong to one expert.
+"""moe.fused and gemm.grouped: rows in the order of their experts (`grouping`), multiplied in tiles that each belong to one expert.
 
 How many tiles an expert has is known on the device alone. A grid has as many programs as there can be tiles; each finds its
 expert and its rows from the sizes of the groups, and those that are too many end at once.
@@ -21,6 +21,7 @@ from sglang_triton.activation import gated_rows
 from sglang_triton.aot_spec import AotSpec
 from sglang_triton.gemm import DOTS
 from sglang_triton.gemm_tile import product
+from sglang_triton.grouping import by_group
 from sglang_triton.numerics import rounded, widen
 from sglang_triton.packed import FORMATS, as_codes, format_constexprs, format_types, weight_sizes
 from sglang_triton.quantize import quantise
@@ -57,8 +58,7 @@ def fused(
     multiply = multiply or by_expert
     (num_tokens, top_k), device = ids.shape, x.device
     num_experts = w13.num_experts or 0
-    local = ids.flatten() if expert_map is None else expert_map[ids.flatten()]
-    order, sizes = by_group(torch.where(local >= 0, local, num_experts), num_experts)
+    order, sizes = by_group(ids.flatten(), num_experts, expert_map)
     count = num_tokens * top_k
     source, share = order, top_k
     if act.weight_on_input:
@@ -76,13 +76,6 @@ def fused(
 def fused_invariant(*args: Any, **more: Any) -> Tensor:
     """As `fused`, in the same tiles whatever the batch."""
     return fused(*args, **more, multiply=by_expert_invariant)
-
-
-def by_group(group: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
-    """group: int[S], `num_groups` for rows of none -> the rows in order of their groups: int32[S], and the sizes of the groups."""
-    order = torch.sort(group, stable=True).indices.to(torch.int32)
-    sizes = torch.zeros(num_groups + 1, dtype=torch.int32, device=group.device)
-    return order, sizes.scatter_add(0, group.long(), torch.ones_like(group, dtype=torch.int32))[:-1]
 
 
 def by_expert(

@@ -12,6 +12,8 @@ from sglang_triton.mla_project import mla_project_invariant
 from sglang_triton.moe import INVARIANT_ROWS, fused, fused_invariant, grouped, grouped_invariant
 from sglang_triton.moe_route import route
 from sglang_triton.tuning import asking
+from torch.utils._python_dispatch import TorchDispatchMode
+from triton.runtime import interpreter
 from triton_tolerance import assert_close
 
 from sglang_core.api.ops import OPS, ExpertSpec, PackedWeight, RouteSpec
@@ -133,3 +135,38 @@ def test_invariant_twins_ask_for_the_same_tiles_whatever_the_batch() -> None:
             grouped_invariant(x[:rows], w, torch.tensor([rows, 0, 0], dtype=torch.int32))
             mla_project_invariant(x[:rows, None], torch.randn(1, 8, 8))
     assert asked == [("moe.fused", INVARIANT_ROWS), ("attn.mla_project", INVARIANT_TOKENS)] * (len(asked) // 2)
+
+
+ALLOCATIONS = (torch.ops.aten.empty, torch.ops.aten.empty_like, torch.ops.aten.new_empty)
+
+
+class Launches(TorchDispatchMode):
+    """The names of all that a GPU would run, in order: kernels, which do nothing meanwhile, and what is PyTorch's."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        super().__init__()
+        self.names: list[str] = []
+        monkeypatch.setattr(
+            interpreter.GridExecutor, "__call__", lambda run, *_, **__: self.names.append(run.fn.__name__)
+        )
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not func.is_view and func.overloadpacket not in ALLOCATIONS:
+            self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "expert_map", "sort"), [(64, None, ["_place"]), (64, 3, ["_place"]), (4096, None, ["_count", "_place"])]
+)
+def test_little_is_launched(
+    tokens: int, expert_map: int | None, sort: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A layer of a decode step is as long as what it launches, where its experts are small."""
+    w13, w2 = experts("dense", 3, 64, 32), experts("dense", 3, 32, 32)
+    mapped = None if expert_map is None else torch.arange(3, dtype=torch.int32)
+    x, weights, ids = torch.zeros(tokens, 32), torch.zeros(tokens, 2), torch.zeros(tokens, 2, dtype=torch.int32)
+    with Launches(monkeypatch) as made:
+        fused(x, w13, w2, weights, ids, ExpertSpec(), expert_map=mapped)
+    zeroed = [] if expert_map is None else ["aten.zeros.default"]
+    assert made.names == [*sort, "_grouped", "_gated", *zeroed, "_grouped", "_combine"]
