@@ -18,8 +18,8 @@ from torch import Tensor
 
 from sglang_core.api.ops import ExpertSpec, Fmt, PackedWeight
 from sglang_triton.activation import gated_rows
-from sglang_triton.aot_spec import AotSpec
-from sglang_triton.gemm import DOTS
+from sglang_triton.aot_spec import WIDE, AotSpec
+from sglang_triton.gemm import instructions
 from sglang_triton.gemm_tile import product, scale_rows
 from sglang_triton.numerics import rounded, widen
 from sglang_triton.packed import FORMATS, as_codes, format_constexprs, format_types, weight_sizes
@@ -284,7 +284,7 @@ def _spec(fmt: str, rows: int) -> AotSpec:
         },
         sizes={"S": rows, "X": 128, **weight_sizes(fmt, 2048, 2048)},
         odd=("x_scale_stride", "scale_stride_n", "zero_stride_n"),
-        instructions=DOTS,
+        instructions=instructions(fmt),
     )
 
 
@@ -300,5 +300,6 @@ AOT = (
         constexprs={"K": 8, "WEIGHTED": True},
         sizes={"M": 2048},
         odd=("T",),
+        instructions=WIDE,
     ),
 )
