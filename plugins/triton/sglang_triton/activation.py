@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sglang_core.api.ops import ExpertSpec, GateKind
-from sglang_triton.aot_spec import AotSpec
+from sglang_triton.aot_spec import WIDE, AotSpec
 from sglang_triton.numerics import rounded, sigmoid, tanh, widen
 from sglang_triton.rows import as_rows
 from sglang_triton.tuning import choose
@@ -73,6 +73,7 @@ AOT = tuple(
         constexprs={"KIND": kind},
         sizes={"F": width},
         odd=("T",),
+        instructions=WIDE,
     )
     for kind, width in (("silu", 512), ("silu", 4096), ("gelu", 4096), ("gelu_tanh", 4096), ("swiglu_clamped", 4096))
 )

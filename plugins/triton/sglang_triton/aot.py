@@ -57,8 +57,8 @@ def specs(only: str = "") -> list[AotSpec]:
     return [spec for module in modules for spec in importlib.import_module(module).AOT if only in spec.title]
 
 
-def compile_spec(spec: AotSpec, arch: str) -> tuple[Usage, str]:
-    """Compile, and give what it uses and its assembly. Raises what the compiler raises."""
+def compiled(spec: AotSpec, arch: str) -> Any:
+    """What Triton makes of it: stages of compilation in `asm`, `metadata`. Raises what the compiler raises."""
     import triton
     from triton.backends.compiler import GPUTarget
 
@@ -72,12 +72,20 @@ def compile_spec(spec: AotSpec, arch: str) -> tuple[Usage, str]:
     source = (gluon_source() if spec.kernel.is_gluon() else triton.compiler.ASTSource)(
         spec.kernel, signature, constexprs, spec.attrs()
     )
-    made = triton.compile(source, target=target, options=options)
-    if amd:
-        text = made.asm["amdgcn"]
-        return _hip_usage(text, made.metadata.shared), text
-    text = made.asm["ptx"]
-    return _cuda_usage(text, arch, made.metadata.shared), text
+    return triton.compile(source, target=target, options=options)
+
+
+def compile_spec(spec: AotSpec, arch: str) -> tuple[Usage, str]:
+    """Compile, and give what it uses and its assembly. Raises what the compiler raises."""
+    made = compiled(spec, arch)
+    return usage_of(made, arch), made.asm["amdgcn" if arch.startswith("gfx") else "ptx"]
+
+
+def usage_of(made: Any, arch: str) -> Usage:
+    """Of what `compiled` gives."""
+    if arch.startswith("gfx"):
+        return _hip_usage(made.asm["amdgcn"], made.metadata.shared)
+    return _cuda_usage(made.asm["ptx"], arch, made.metadata.shared)
 
 
 def gluon_source() -> Any:

@@ -9,6 +9,9 @@ from typing import Any
 from sglang_triton.tuning import Config, choose_for
 
 POINTER = "*"
+# Of what streams: 16 bytes a thread. AMD's waves are of 64 lanes, so tiles as large may leave less.
+WIDE = {"sm_": ("ld.global.v4", "st.global.v4")}
+WIDE_EVERYWHERE = WIDE | {"gfx9": "_store_dwordx4"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

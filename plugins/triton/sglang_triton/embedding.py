@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sglang_triton.aot_spec import AotSpec
+from sglang_triton.aot_spec import WIDE_EVERYWHERE, AotSpec
 from sglang_triton.rows import dense_last
 from sglang_triton.tuning import choose
 
@@ -44,6 +44,7 @@ AOT = tuple(
         signature=_SIGNATURE | {"stride": "i32", "vocab_start": "i32"},
         sizes={"M": width},
         odd=("T", "stride_ids", "vocab_start"),
+        instructions=WIDE_EVERYWHERE,
     )
     for width in (1024, 4096)
 )

@@ -10,7 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sglang_triton.codes import decode_e2m1, decode_e4m3, decode_e8m0
+from sglang_triton.codes import decode_e4m3, decode_e8m0
+from sglang_triton.nibbles import numbers_of
 from sglang_triton.numerics import dot, rounded
 
 
@@ -18,17 +19,16 @@ from sglang_triton.numerics import dot, rounded
 def product(
     x_row,
     x_scale,
-    in_x,
     w_row,
     w_scale,
     zero,
-    in_w,
     K: tl.constexpr,
     ELEMENT: tl.constexpr,
     GROUP: tl.constexpr,
     ACTIVATION: tl.constexpr,
     HAS_ZERO: tl.constexpr,
     NATIVE_FP8: tl.constexpr,
+    PTX: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -36,46 +36,86 @@ def product(
     """Pointers to BLOCK_T rows of x and to BLOCK_N rows of w, and to each row's scales and zeros -> float32[BLOCK_T, BLOCK_N].
 
     x, as it is or codes: K columns; x_scale: float32, one or one a group; w: codes, two a byte if of four bits; w_scale: one
-    every GROUP columns; zero: the same, uint8. A step along K is within one group. in_x, in_w: which rows there are.
+    every GROUP columns; zero: the same, uint8. A step along K is within one group. All rows are read: callers point those that there
+    are not at one that there is, and write nothing of them.
     """
     x_row, w_row = x_row[:, None], w_row[None, :]
     total = tl.zeros([BLOCK_T, BLOCK_N], tl.int32 if ELEMENT == "int8" else tl.float32)
+    w_by, x_by, offset = of_group(x_scale, w_scale, zero, 0, K, ELEMENT, GROUP, HAS_ZERO)
     for start in range(0, K, BLOCK_K):
+        # A step ahead: loads as small as these are not copied before they are wanted, as tiles are.
+        next_w_by, next_x_by, next_offset = of_group(
+            x_scale, w_scale, zero, start + BLOCK_K, K, ELEMENT, GROUP, HAS_ZERO
+        )
+        inner = start + tl.arange(0, BLOCK_K)
+        a = columns(x_row + inner[None, :], (inner < K)[None, :], K % BLOCK_K > 0)
         if ELEMENT == "int4" or ELEMENT == "e2m1":
+            even, odd = tl.split(tl.reshape(a, [BLOCK_T, BLOCK_K // 2, 2]))
             byte = start // 2 + tl.arange(0, BLOCK_K // 2)
-            there = byte < K // 2
-            even = tl.load(x_row + 2 * byte[None, :], in_x[:, None] & there[None, :], other=0.0)
-            odd = tl.load(x_row + 2 * byte[None, :] + 1, in_x[:, None] & there[None, :], other=0.0)
-            pair = tl.load(w_row + byte[:, None], in_w[None, :] & there[:, None], other=0).to(tl.int32)
-            offset = tl.full([BLOCK_N], 8, tl.int32)
-            if HAS_ZERO:
-                offset = tl.load(zero + start // GROUP, in_w, other=0).to(tl.int32)
-            part = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
-            part = dot(even, four_bits(pair & 15, offset, even.dtype, ELEMENT), part)
-            part = dot(odd, four_bits(pair >> 4, offset, odd.dtype, ELEMENT), part)
+            pair = columns(w_row + byte[:, None], (byte < K // 2)[:, None], K % BLOCK_K > 0)
+            low, high = numbers_of(pair, offset, even.dtype, ELEMENT, PTX)
+            # Two sums, so that no product waits for the one before it.
+            part = dot(even, low, tl.zeros([BLOCK_T, BLOCK_N], tl.float32))
+            part += dot(odd, high, tl.zeros([BLOCK_T, BLOCK_N], tl.float32))
             if GROUP < K:
-                part *= weight_scale(w_scale + start // GROUP, in_w)[None, :]
+                part *= w_by[None, :]
             total += part
         else:
-            inner = start + tl.arange(0, BLOCK_K)
-            a = tl.load(x_row + inner[None, :], in_x[:, None] & (inner < K)[None, :], other=0)
-            b = tl.load(w_row + inner[:, None], in_w[None, :] & (inner < K)[:, None], other=0)
+            b = columns(w_row + inner[:, None], (inner < K)[:, None], K % BLOCK_K > 0)
             if ELEMENT == "int8":
                 total = tl.dot(a, b, total, out_dtype=tl.int32)
             elif ELEMENT == "fp8":
                 part = fp8_product(a, b, NATIVE_FP8)
                 if GROUP < K:
-                    part *= weight_scale(w_scale + start // GROUP, in_w)[None, :]
-                    part *= tl.load(x_scale + start // GROUP, in_x, other=0.0)[:, None]
+                    part *= w_by[None, :]
+                    part *= x_by[:, None]
                 total += part
             else:
                 total = dot(a, b, total)
+        w_by, x_by, offset = next_w_by, next_x_by, next_offset
     value = total.to(tl.float32)
     if ACTIVATION == "fp8" or ACTIVATION == "int8" or (ACTIVATION == "fp8_block" and GROUP >= K):
-        value *= tl.load(x_scale, in_x, other=0.0)[:, None]
+        value *= tl.load(x_scale)[:, None]
     if GROUP >= K and ELEMENT != "dense":
-        value *= weight_scale(w_scale, in_w)[None, :]
+        value *= weight_scale(w_scale)[None, :]
     return value
+
+
+@triton.jit
+def of_group(
+    x_scale, w_scale, zero, start, K: tl.constexpr, ELEMENT: tl.constexpr, GROUP: tl.constexpr, HAS_ZERO: tl.constexpr
+):
+    """Scales of both sides and zeros in the group of column `start`, or in the last one. What a format has not is not looked at."""
+    group = tl.minimum(start, K - 1) // GROUP
+    w_by, x_by = tl.zeros(w_scale.shape, tl.float32), tl.zeros(x_scale.shape, tl.float32)
+    offset = tl.full(w_scale.shape, 8, tl.int32)
+    if GROUP < K:
+        w_by = weight_scale(w_scale + group)
+        if ELEMENT == "fp8":
+            x_by = tl.load(x_scale + group)
+    if HAS_ZERO:
+        offset = tl.load(zero + group).to(tl.int32)
+    return w_by, x_by, offset
+
+
+@triton.jit
+def scale_rows(block, row, ROWS: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Rows of scales of a tile's rows int64[BLOCK_N] of a weight: int64[1] where they all have the same, and else as many."""
+    if ROWS % BLOCK_N == 0:
+        y = (block * BLOCK_N // ROWS + tl.arange(0, 1)).to(tl.int64)
+    else:
+        y = row // ROWS
+    return y
+
+
+@triton.jit
+def columns(at, there, RAGGED: tl.constexpr):
+    """Zeros where there is nothing. Without a mask where all is there: it would be worked out in each step."""
+    if RAGGED:
+        x = tl.load(at, there, other=0)
+    else:
+        x = tl.load(at)
+    return x
 
 
 @triton.jit
@@ -93,19 +133,9 @@ def fp8_product(a, b, NATIVE: tl.constexpr):
 
 
 @triton.jit
-def four_bits(code, offset, dtype: tl.constexpr, ELEMENT: tl.constexpr):
-    """code: int32[k, n] in 0..15, offset: int32[n] -> what it stands for before it is scaled, exact in any float dtype."""
-    if ELEMENT == "e2m1":
-        value = decode_e2m1(code)
-    else:
-        value = (code - offset[None, :]).to(tl.float32)
-    return rounded(value, dtype)
-
-
-@triton.jit
-def weight_scale(at, there):
+def weight_scale(at):
     """float32, or of uint8 codes of e8m0: 2 ** (code - 127), 255 NaN."""
-    raw = tl.load(at, there, other=0)
+    raw = tl.load(at)
     if at.dtype.element_ty == tl.uint8:
         value = decode_e8m0(raw)
     else:

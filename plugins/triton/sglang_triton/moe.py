@@ -18,9 +18,9 @@ from torch import Tensor
 
 from sglang_core.api.ops import ExpertSpec, Fmt, PackedWeight
 from sglang_triton.activation import gated_rows
-from sglang_triton.aot_spec import AotSpec
-from sglang_triton.gemm import DOTS
-from sglang_triton.gemm_tile import product
+from sglang_triton.aot_spec import WIDE, AotSpec
+from sglang_triton.gemm import instructions
+from sglang_triton.gemm_tile import product, scale_rows
 from sglang_triton.grouping import by_group
 from sglang_triton.numerics import rounded, widen
 from sglang_triton.packed import FORMATS, as_codes, format_constexprs, format_types, weight_sizes
@@ -183,6 +183,7 @@ def _grouped(
     ACTIVATION: tl.constexpr,
     HAS_ZERO: tl.constexpr,
     NATIVE_FP8: tl.constexpr,
+    PTX: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -200,28 +201,30 @@ def _grouped(
         tile = tl.program_id(0) - tl.sum(tl.where(mine, last_tile - tiles, 0), axis=0)
         row = begin + tile * BLOCK_T + tl.arange(0, BLOCK_T)
         in_x = row < end
+        row = tl.minimum(row, end - 1)
         read, written = row, row
         if HAS_SOURCE:
-            read = tl.load(source + row, in_x, other=0) // SHARE
+            read = tl.load(source + row) // SHARE
         if HAS_TARGET:
-            written = tl.load(target + row, in_x, other=0)
+            written = tl.load(target + row)
         read, written, matrix = read.to(tl.int64), written.to(tl.int64), expert.to(tl.int64)
         column = (tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
         in_w = column < N
+        row_w = tl.minimum(column, N - 1)
+        scale_row = scale_rows(tl.program_id(1), row_w, ROWS, BLOCK_N)
         value = product(
             x + read * x_stride,
             x_scale + read * x_scale_stride,
-            in_x,
-            w + matrix * w_stride_x + column * w_stride_n,
-            w_scale + matrix * scale_stride_x + (column // ROWS) * scale_stride_n,
-            zero + matrix * zero_stride_x + column * zero_stride_n,
-            in_w,
+            w + matrix * w_stride_x + row_w * w_stride_n,
+            w_scale + matrix * scale_stride_x + scale_row * scale_stride_n,
+            zero + matrix * zero_stride_x + row_w * zero_stride_n,
             K,
             ELEMENT,
             GROUP,
             ACTIVATION,
             HAS_ZERO,
             NATIVE_FP8,
+            PTX,
             BLOCK_T,
             BLOCK_N,
             BLOCK_K,
@@ -274,7 +277,7 @@ def _spec(fmt: str, rows: int) -> AotSpec:
         },
         sizes={"S": rows, "X": 128, **weight_sizes(fmt, 2048, 2048)},
         odd=("x_scale_stride", "scale_stride_n", "zero_stride_n"),
-        instructions=DOTS,
+        instructions=instructions(fmt),
     )
 
 
@@ -290,5 +293,6 @@ AOT = (
         constexprs={"K": 8, "WEIGHTED": True},
         sizes={"M": 2048},
         odd=("T",),
+        instructions=WIDE,
     ),
 )

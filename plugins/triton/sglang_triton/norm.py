@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sglang_triton.aot_spec import AotSpec
+from sglang_triton.aot_spec import WIDE_EVERYWHERE, AotSpec
 from sglang_triton.numerics import rounded, widen
 from sglang_triton.rows import as_heads, as_rows
 from sglang_triton.tuning import choose
@@ -146,6 +146,7 @@ def _spec(op: str, kernel: object, signature: dict[str, str], width: int, **cons
         constexprs={"BLOCK_M": width, **constexprs},
         sizes={"M": width},
         odd=("T", "H"),
+        instructions=WIDE_EVERYWHERE,
     )
 
 

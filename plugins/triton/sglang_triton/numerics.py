@@ -55,6 +55,23 @@ def dot(a, b, acc):
 
 
 @triton.jit
+def divided(x, d, by):
+    """x / d of many x by one d, rounded once, as `tl.div_rn` where x is no smaller than 2^-100. d: of 2^-100 to 2^100; by: 1 / d, rounded once.
+
+    A remainder that one multiply-add gives exactly corrects the quotient, twice (Markstein). A division by itself has a reciprocal and
+    a branch for each element. Interpreted, a multiply-add is rounded twice, so there it divides.
+    """
+    if INTERPRETED:
+        y = tl.div_rn(x, d)
+    else:
+        near = x * by
+        y = tl.fma(tl.fma(-near, d, x), by, near)
+        y = tl.fma(tl.fma(-y, d, x), by, y)
+        y = tl.where(tl.abs(near) < float("inf"), y, near)
+    return y
+
+
+@triton.jit
 def sigmoid(x):
     """x: float32. Overflows nowhere."""
     z = tl.exp(-tl.abs(x))

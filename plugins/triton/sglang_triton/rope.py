@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sglang_core.api.ops import RopeSpec
-from sglang_triton.aot_spec import AotSpec
+from sglang_triton.aot_spec import WIDE, AotSpec
 from sglang_triton.numerics import rounded, widen
 from sglang_triton.rows import dense_last
 from sglang_triton.tuning import choose
@@ -178,6 +178,7 @@ AOT = tuple(
         },
         sizes={"D": dim},
         odd=("T", "Hq", "Hk", "positions_stride"),
+        instructions={} if interleaved else WIDE,  # neighbours are turned together: pieces of two bytes
     )
     for name, dim, rotary, interleaved in (
         ("D=64, interleaved", 64, 64, True),

@@ -7,7 +7,8 @@ With filters, the last value that top-k or top-p keeps is found first, four bits
 bits of float32, in an order that integers compare): `_weigh` weighs the tokens under each of the 16 next digits, by count for
 top-k and by mass for top-p, and `_decide` keeps the digit under which the weight reaches its goal. Eight such steps know
 the value to the last bit. No atomics: sums are made in a fixed order, and a step that is run twice gives the same bits. Chunks
-depend on the vocabulary alone, so a row's draw does not depend on its neighbours.
+depend on the vocabulary alone, so a row's draw does not depend on its neighbours. Where no row keeps more than a few tokens, `sampling_few` finds the
+same value in two steps.
 """
 
 from __future__ import annotations
@@ -21,9 +22,26 @@ from sglang_core.api.ops import SampleParams
 from sglang_triton.aot_spec import AotSpec
 from sglang_triton.numerics import widen
 from sglang_triton.rows import dense_last
+from sglang_triton.sampling_few import AOT as FEW_AOT
+from sglang_triton.sampling_few import FEW, cut_of_few, peak_room
+from sglang_triton.sampling_tile import (
+    GREEDY_BELOW,
+    best,
+    chunk_of,
+    cooled,
+    falls_into,
+    filtered,
+    is_wanted,
+    mass_of,
+    ordered,
+    partials,
+    row_top,
+    store_peaks,
+    uniform,
+    warmth,
+)
 from sglang_triton.tuning import choose
 
-GREEDY_BELOW = tl.constexpr(1e-5)  # a temperature, as sglang_core.types has it
 DIGIT_BITS = tl.constexpr(4)
 DIGITS = tl.constexpr(16)
 SHIFTS = tuple(range(28, -1, -4))  # of the digit that each step decides
@@ -46,9 +64,13 @@ def sample(logits: Tensor, params: SampleParams, *, logprobs: bool = False) -> t
     partial = {"BLOCK_S": triton.next_power_of_2(chunks), **config}
     top, total, mass = torch.empty(3, rows, chunks, dtype=torch.float32, device=device)
     first = torch.empty(rows, chunks, dtype=torch.int32, device=device)
+    drawn = not params.all_greedy and not params.needs_filter  # else masses are of what filters leave
+    few = not params.all_greedy and params.needs_filter and 0 < params.max_top_k <= FEW
+    peaks = peak_room(logits, chunks, config["CHUNK"]) if few else top  # any pointer: it is not looked at
     _survey[over_chunks](
-        logits, params.temperature, top, first, total, mass, **shape, DRAW=not params.all_greedy, **config
-    )
+        logits, params.temperature, top, first, total, mass, peaks, **shape,
+        DRAW=drawn, TOTAL=logprobs, PEAKS=few, **config,
+    )  # fmt: skip
     if found is not None:
         _logprobs[over_chunks](logits, top, total, found, **shape, **partial)
     if params.all_greedy:
@@ -56,7 +78,10 @@ def sample(logits: Tensor, params: SampleParams, *, logprobs: bool = False) -> t
         return ids, found
     cut, room, equal = top, top, first  # any pointers: without a filter they are not looked at
     if params.needs_filter:
-        cut, room = _find_cut(logits, params, top, chunks, over_rows, over_chunks, partial)
+        if few:
+            cut, room = cut_of_few(logits, params, peaks, top, partial)
+        else:
+            cut, room = _find_cut(logits, params, top, chunks, over_rows, over_chunks, partial)
         equal = torch.empty_like(first)
         _tally[over_chunks](logits, params.temperature, params.min_p, top, cut, mass, equal, **shape, **partial)
     _pick[over_rows](
@@ -141,24 +166,36 @@ def _survey(
     first,
     total,
     mass,
+    peaks,
     R,
     V,
     stride,
     DRAW: tl.constexpr,
+    TOTAL: tl.constexpr,
+    PEAKS: tl.constexpr,
     BLOCK_R: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """Of each chunk: its largest logit, the first token that has it, and the mass relative to that one, at temperatures 1 and its own."""
+    """Of each chunk: its largest logit, the first token that has it, and the mass relative to that one, at temperatures 1 and its own. Of
+    each group of GROUP tokens in it: the largest logit.
+    """
     row, there, token, x = chunk_of(logits, tl.program_id(1), R, V, stride, BLOCK_R, CHUNK)
     most = tl.max(x, axis=1)
     finite = tl.where(most == float("-inf"), 0.0, most)[:, None]
     at = row * tl.num_programs(1) + tl.program_id(1)
     tl.store(top + at, most, there)
     tl.store(first + at, tl.min(tl.where(x == most[:, None], token[None, :], V - 1), axis=1), there)
-    tl.store(total + at, tl.sum(tl.exp(x - finite), axis=1), there)
+    if TOTAL:
+        tl.store(total + at, tl.sum(tl.exp(x - finite), axis=1), there)
+    if PEAKS:
+        store_peaks(peaks, x, row, there, BLOCK_R, CHUNK)
     if DRAW:
         warm = warmth(temperature, row, there)[:, None]
-        tl.store(mass + at, tl.sum(tl.exp(tl.div_rn(x, warm) - tl.div_rn(finite, warm)), axis=1), there)
+        tl.store(
+            mass + at,
+            tl.sum(tl.exp((x - finite) * tl.div_rn(tl.full(warm.shape, 1.0, tl.float32), warm)), axis=1),
+            there,
+        )
 
 
 @triton.jit
@@ -202,7 +239,7 @@ def _weigh(
     wanted = is_wanted(top_k, top_p, row, there, V, BY_MASS)
     if tl.max(wanted.to(tl.int32), axis=0) > 0:
         warm = warmth(temperature, row, there)[:, None]
-        scaled = tl.div_rn(x, warm)
+        scaled = cooled(x, warm)
         key = ordered(scaled)
         begins = tl.load(prefix + row, wanted, other=0).to(tl.uint32, bitcast=True)[:, None]
         counts = (wanted[:, None] & (token < V)[None, :]) & (((key ^ begins) >> shift) >> DIGIT_BITS == 0)
@@ -311,15 +348,22 @@ def _tally(
     CHUNK: tl.constexpr,
 ):
     """Of each chunk: the mass of what is above the cut, relative to the row's largest, and how many tokens are at it."""
-    row, there, token, x = chunk_of(logits, tl.program_id(1), R, V, stride, BLOCK_R, CHUNK)
+    row = (tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
+    there = row < R
     S = tl.num_programs(1)
-    peak = row_top(top, row, there, S, BLOCK_S)
-    key, value = filtered(x, temperature, min_p, peak, row, there)
-    last = tl.load(cut + row, there, other=0).to(tl.uint32, bitcast=True)[:, None]
-    valid = (token < V)[None, :]
     at = row * S + tl.program_id(1)
-    tl.store(mass + at, tl.sum(tl.where(valid & (key > last), value, 0.0), axis=1), there)
-    tl.store(equal + at, tl.sum((valid & (key == last)).to(tl.int32), axis=1), there)
+    last = tl.load(cut + row, there, other=0).to(tl.uint32, bitcast=True)
+    highest = ordered(cooled(tl.load(top + at, there, other=float("-inf")), warmth(temperature, row, there)))
+    if tl.max((there & (highest >= last)).to(tl.int32), axis=0) > 0:
+        row, there, token, x = chunk_of(logits, tl.program_id(1), R, V, stride, BLOCK_R, CHUNK)
+        peak = row_top(top, row, there, S, BLOCK_S)
+        key, value = filtered(x, temperature, min_p, peak, row, there)
+        valid = (token < V)[None, :]
+        tl.store(mass + at, tl.sum(tl.where(valid & (key > last[:, None]), value, 0.0), axis=1), there)
+        tl.store(equal + at, tl.sum((valid & (key == last[:, None])).to(tl.int32), axis=1), there)
+    else:  # nothing of it is kept: its logits are not read
+        tl.store(mass + at, tl.zeros([BLOCK_R], tl.float32), there)
+        tl.store(equal + at, tl.zeros([BLOCK_R], tl.int32), there)
 
 
 @triton.jit
@@ -381,117 +425,15 @@ def _pick(
         keeps = (key > last[:, None]) | (at_cut & (rank <= left[:, None]))
         value = tl.where(keeps & (token < V), value, 0.0)
     else:
-        value = tl.where(token < V, tl.exp(tl.div_rn(x, warm[:, None]) - tl.div_rn(peak, warm)[:, None]), 0.0)
+        value = tl.where(token < V, tl.exp(cooled(x, warm[:, None]) - tl.div_rn(peak, warm)[:, None]), 0.0)
     place, _ = falls_into(value, picked, target - behind)
     drawn = tl.minimum(mine * CHUNK + place, V - 1)
     cold = tl.load(temperature + row, there, other=1.0) < GREEDY_BELOW
     tl.store(ids + row, tl.where(cold, best(top, first, row, there, V, S, BLOCK_S), drawn), there)
 
 
-@triton.jit
-def chunk_of(logits, chunk, R, V, stride, BLOCK_R: tl.constexpr, CHUNK: tl.constexpr):
-    """This program's rows int64[BLOCK_R], which there are, its tokens int32[CHUNK], and their logits, -inf past the last."""
-    row = (tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
-    there = row < R
-    token = chunk * CHUNK + tl.arange(0, CHUNK)
-    inside = there[:, None] & (token < V)[None, :]
-    x = tl.load(logits + row[:, None] * stride + token[None, :], inside, other=float("-inf"))
-    return row, there, token, widen(x)
-
-
-@triton.jit
-def partials(x, row, there, S, BLOCK_S: tl.constexpr, other):
-    """x: float32[R, S] -> this program's rows [BLOCK_R, BLOCK_S], where they are, and which of them there are."""
-    chunk = tl.arange(0, BLOCK_S)[None, :]
-    at, inside = row[:, None] * S + chunk, there[:, None] & (chunk < S)
-    return tl.load(x + at, inside, other=other), at, inside
-
-
-@triton.jit
-def row_top(top, row, there, S, BLOCK_S: tl.constexpr):
-    tops, _, _ = partials(top, row, there, S, BLOCK_S, float("-inf"))
-    return tl.max(tops, axis=1)
-
-
-@triton.jit
-def best(top, first, row, there, V, S, BLOCK_S: tl.constexpr):
-    """The lowest of the ids that have the row's largest logit: int32[BLOCK_R]."""
-    tops, at, inside = partials(top, row, there, S, BLOCK_S, float("-inf"))
-    ids = tl.load(first + at, inside, other=V - 1)
-    return tl.min(tl.where(tops == tl.max(tops, axis=1)[:, None], ids, V - 1), axis=1)
-
-
-@triton.jit
-def warmth(temperature, row, there):
-    """float32[BLOCK_R]: what logits are divided by, 1 in greedy rows."""
-    warm = tl.load(temperature + row, there, other=1.0)
-    return tl.where(warm < GREEDY_BELOW, 1.0, warm)
-
-
-@triton.jit
-def is_wanted(top_k, top_p, row, there, V, BY_MASS: tl.constexpr):
-    """Which rows have a top-p, or a top-k, that leaves out anything."""
-    if BY_MASS:
-        wanted = there & (tl.load(top_p + row, there, other=1.0) < 1.0)
-    else:
-        wanted = there & (tl.load(top_k + row, there, other=V) < V)
-    return wanted
-
-
-@triton.jit
-def filtered(x, temperature, min_p, peak, row, there):
-    """x: float32[BLOCK_R, CHUNK] -> keys, and masses relative to the row's largest, 0 below min-p."""
-    warm = warmth(temperature, row, there)[:, None]
-    scaled = tl.div_rn(x, warm)
-    value = tl.exp(scaled - tl.div_rn(peak[:, None], warm))
-    return ordered(scaled), tl.where(value >= tl.load(min_p + row, there, other=0.0)[:, None], value, 0.0)
-
-
-@triton.jit
-def falls_into(masses, index, target):
-    """masses: float32[BLOCK_R, N], index: int32[1, N] -> int32[BLOCK_R]: the first whose cumulative mass exceeds the target, and the
-    mass before it. What has no mass is never taken, whatever rounding does; if none exceeds it, the last that has some.
-    """
-    cumulative = tl.cumsum(masses, axis=1)
-    some = masses > 0
-    last = tl.max(tl.where(some, index, 0), axis=1)
-    mine = tl.min(tl.where(some & (cumulative > target[:, None]), index, last[:, None]), axis=1)
-    own = index == mine[:, None]
-    return mine, tl.sum(tl.where(own, cumulative - masses, 0.0), axis=1)
-
-
-@triton.jit
-def ordered(x):
-    """x: float32 -> uint32 that compare as x does; -0 is 0."""
-    bits = tl.where(x == 0, 0.0, x).to(tl.uint32, bitcast=True)
-    return tl.where(bits >= 0x80000000, ~bits, bits | 0x80000000)
-
-
-@triton.jit
-def mass_of(key, peak):
-    """key: uint32 of a scaled logit, peak: the largest scaled logit -> exp(scaled - peak)."""
-    bits = tl.where(key >= 0x80000000, key ^ 0x80000000, ~key)
-    return tl.exp(bits.to(tl.float32, bitcast=True) - peak)
-
-
-@triton.jit
-def uniform(seeds, positions, row, there):
-    """float32[BLOCK_R] in [0, 1): a hash of (seed, position), as `sglang_core.ops.sampling` defines it."""
-    seed = tl.load(seeds + row, there, other=0).to(tl.uint32, bitcast=True)
-    position = tl.load(positions + row, there, other=0).to(tl.uint32, bitcast=True)
-    bits = mix(mix(seed + 0x9E3779B9) ^ (position * 0x27D4EB2F))
-    return (bits >> 8).to(tl.float32) * 5.9604644775390625e-08
-
-
-@triton.jit
-def mix(h):
-    """MurmurHash3's 32-bit finaliser."""
-    h = (h ^ (h >> 16)) * 0x85EBCA6B
-    h = (h ^ (h >> 13)) * 0xC2B2AE35
-    return h ^ (h >> 16)
-
-
 _VOCAB = 151_936
+STREAMED = ("survey", "logprobs", "weigh", "tally")  # the kernels that go over all logits
 _SHAPE = {"R": "i32", "V": "i32", "stride": "i32"}
 _TYPES = {
     "fp32": (
@@ -508,6 +450,7 @@ _TYPES = {
         "room",
         "surplus",
         "out",
+        "peaks",
     ),
     "i32": ("seeds", "positions", "top_k", "first", "equal", "ids", "prefix", "cut"),
 }
@@ -524,11 +467,14 @@ def _spec(kernel: object, name: str, **constexprs: object) -> AotSpec:
         constexprs=constexprs | block,
         sizes={"R": 64, "V": _VOCAB},
         odd=("R", "S", "shift"),
+        instructions={"sm_": "ld.global.v4", "gfx9": "global_load_dwordx4"} if name in STREAMED else {},
     )
 
 
 AOT = (
-    _spec(_survey, "survey", DRAW=True),
+    _spec(_survey, "survey", DRAW=False, TOTAL=False, PEAKS=False),
+    _spec(_survey, "survey", DRAW=True, TOTAL=True, PEAKS=False),
+    _spec(_survey, "survey", DRAW=False, TOTAL=False, PEAKS=True),
     _spec(_greedy, "greedy"),
     _spec(_logprobs, "logprobs"),
     _spec(_weigh, "weigh", BY_MASS=False),
@@ -538,4 +484,5 @@ AOT = (
     _spec(_tally, "tally"),
     _spec(_pick, "pick", FILTER=False),
     _spec(_pick, "pick", FILTER=True),
+    *FEW_AOT,
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
@@ -55,3 +56,19 @@ def test_tanh_near_zero_and_far() -> None:
     y = torch.empty_like(x)
     _tanh[(1,)](x, y, N=4096)
     torch.testing.assert_close(y, x.tanh(), rtol=1e-6, atol=0)
+
+
+def test_a_quotient_by_multiply_adds_is_the_nearest() -> None:
+    """The steps of `numerics.divided` as a device takes them, in float64, where a remainder is exact: the interpreter divides instead."""
+
+    def multiply_add(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
+        return (a.astype(np.float64) * b + c).astype(np.float32)
+
+    draw = np.random.default_rng(0)
+    x = (draw.standard_normal(1_000_000) * 10.0 ** draw.uniform(-6, 6, 1_000_000)).astype(np.float32)
+    d = (draw.uniform(1, 2, 1_000_000) * 2.0 ** draw.integers(-16, 17, 1_000_000)).astype(np.float32)
+    d[:1000] = np.nextafter(np.float32(2), np.float32(0))  # the worst to take a reciprocal of
+    by = np.float32(1) / d
+    near = x * by
+    near = multiply_add(multiply_add(-near, d, x), by, near)
+    assert np.array_equal(multiply_add(multiply_add(-near, d, x), by, near), x / d)

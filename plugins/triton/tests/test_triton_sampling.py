@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from sglang_triton import sampling
@@ -91,3 +93,41 @@ def test_what_is_forbidden_is_never_drawn() -> None:
 def test_no_rows() -> None:
     ids, logprobs = sample(torch.empty(0, 50), params(0), logprobs=True)
     assert ids.shape == (0,) and logprobs is not None and logprobs.shape == (0, 50)
+
+
+def few(rows: int = ROWS, **given: object) -> SampleParams:
+    """Rows in turn: none but the first, a greedy one, and the fourth, of min-p alone, keeps more than 64 tokens."""
+    turn = lambda *values: torch.tensor(values).repeat(-(-rows // len(values)))[:rows]  # noqa: E731
+    kept = {"top_k": turn(9000, 1, 5, 9000, 64, 30).int(), "top_p": turn(1.0, 1.0, 1.0, 1.0, 0.7, 0.8)}
+    return params(rows, **(kept | {"min_p": turn(0.0, 0.0, 0.0, 0.05, 0.0, 0.01), "max_top_k": 64} | given))
+
+
+@pytest.mark.parametrize("vocab", [1, 37, 5000])
+def test_rows_that_keep_few_tokens(vocab: int) -> None:
+    logits = (3 * torch.randn(ROWS, vocab + 5))[:, 5:]
+    (ids, logprobs), (want, want_logprobs) = (f(logits, few(), logprobs=True) for f in (sample, body))
+    assert torch.equal(ids, want)
+    torch.testing.assert_close(logprobs, want_logprobs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("step", [0.0, 0.5, 4.0])
+def test_few_of_many_that_are_equal(step: float) -> None:
+    """More groups have the same largest logit than are looked at, and all but some tokens are masked in half of the rows."""
+    logits = (torch.randn(ROWS, 9000) / max(step, 1e-30)).round().clamp(-1e6, 1e6) * step
+    logits[::2, 100:] = float("-inf")
+    ids, want = (f(logits, few(min_p=torch.zeros(ROWS)))[0] for f in (sample, body))
+    assert int((ids != want).sum()) <= 1  # a number on the boundary of two that are equal
+
+
+def test_a_share_of_nothing_keeps_one_token() -> None:
+    logits = 3 * torch.randn(ROWS, 5000)
+    ids, _ = sample(logits, few(top_p=torch.zeros(ROWS), top_k=torch.full((ROWS,), 50).int()))
+    assert torch.equal(ids, logits.argmax(-1).int())
+
+
+def test_few_are_cut_where_many_would_be() -> None:
+    """Both ways know the same last token, and how many that equal it are kept."""
+    logits = (2 * torch.randn(ROWS, 5000)).mul(4).round().div(4)
+    given = few(top_k=torch.randint(1, 65, (ROWS,)).int(), top_p=torch.rand(ROWS))
+    fast, slow = (sample(logits, replace(given, max_top_k=n))[0] for n in (64, 0))
+    assert torch.equal(fast, slow)

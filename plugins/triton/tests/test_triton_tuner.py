@@ -138,7 +138,7 @@ def entry(config: dict[str, int], *, exactly: dict[str, Any], up_to: dict[str, i
 
 
 def test_entries_of_the_user_come_first_where_they_hold(folder: Path) -> None:
-    small, large = ({"BLOCK_T": 16, "BLOCK_N": n, "NATIVE_FP8": 0} for n in (32, 64))
+    small, large = ({"BLOCK_T": 16, "BLOCK_N": n, "NATIVE_FP8": 0, "PTX": 0} for n in (32, 64))
     shape = {"N": 64, "K": 32, "X": 4, **FMT}
     entries = [entry(small, exactly=shape, up_to={"S": 8}), entry(large, exactly=shape, up_to={"S": 64})]
     (folder / "interpreter.json").write_text(json.dumps({"moe.fused": entries}))
@@ -157,7 +157,7 @@ def test_entries_of_the_user_come_first_where_they_hold(folder: Path) -> None:
         '{"moe.fused": 3}',
         '{"no.op": [{"config": {}}]}',
         '{"moe.fused": [{"config": {"BLOCK_Q": 1}}]}',
-        '{"moe.fused": [{"exactly": {"Q": 1}, "config": {"BLOCK_T": 16, "BLOCK_N": 32, "NATIVE_FP8": 0}}]}',
+        '{"moe.fused": [{"exactly": {"Q": 1}, "config": {"BLOCK_T": 16, "BLOCK_N": 32, "NATIVE_FP8": 0, "PTX": 0}}]}',
     ],
 )
 def test_a_file_of_something_else_is_an_error(folder: Path, text: str) -> None:
@@ -175,7 +175,7 @@ def test_entries_are_kept_replaced_and_ordered(folder: Path) -> None:
         return Knob("moe.fused", tuple(sorted({"S": rows, "N": width, "K": 32, "X": 4, **FMT}.items())))
 
     def config(width: int) -> dict[str, int]:
-        return {"BLOCK_T": 16, "BLOCK_N": width, "NATIVE_FP8": 0}
+        return {"BLOCK_T": 16, "BLOCK_N": width, "NATIVE_FP8": 0, "PTX": 0}
 
     tuner.write({knob(512, 64): config(64), knob(8, 64): config(32)}, {"date": "then"})
     path = tuner.write({knob(8, 64): config(128), knob(64, 64): config(256)}, {"date": "now"})
@@ -185,7 +185,7 @@ def test_entries_are_kept_replaced_and_ordered(folder: Path) -> None:
 
 
 def test_candidates_keep_what_is_no_axis_and_leave_out_what_is_senseless() -> None:
-    in_force = {"BLOCK_T": 16, "BLOCK_N": 64, "NATIVE_FP8": 1, "num_warps": 4, "num_stages": 4}
+    in_force = {"BLOCK_T": 16, "BLOCK_N": 64, "NATIVE_FP8": 1, "PTX": 1, "num_warps": 4, "num_stages": 4}
     sizes = {"T": 16, "N": 4096, "K": 4096, "FMT": "fp8.block128", "BITS": 8}
     found = list(SPACES["gemm.linear"].candidates(in_force, sizes))
     assert found
