@@ -53,7 +53,7 @@ class Sizes:
 def cases(opened: Opened, session: Session, only: str = "") -> Iterator[Case]:
     sizes, device = Sizes(small=opened.small), opened.chosen.info.label
     session.done.pop(LIMITS, None)
-    yield Case(LIMITS, partial(limits.measure, opened))
+    yield Case(LIMITS, partial(limits.measure, opened), first=True)
     listed = [
         Case("decode step, batch 1", partial(decode_step, session, sizes, device), seconds=90),
         Case("decode, gap between steps", partial(host_gap, opened, sizes, device), seconds=120),
@@ -66,10 +66,7 @@ def cases(opened: Opened, session: Session, only: str = "") -> Iterator[Case]:
         Case("capture of all buckets", partial(capture, sizes, device), seconds=90),
         Case("ready from local weights", partial(ready, sizes, device), seconds=180),
     ]
-    for case in listed:
-        if only in case.name:
-            opened.release()
-            yield case
+    yield from (case for case in listed if only in case.name)
 
 
 def settings(folder: Path | str, sizes: Sizes, device: str, **more: Any) -> dict[str, Any]:
