@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from sglang_conformance.result import Result, Verdict
+from sglang_conformance.runner import Suite
 
-from benchmarks.gpu import watched
+from benchmarks.gpu import conformance, watched
 from benchmarks.gpu.session import Case, Facts, Session
 
 ABOUT = {"date": "today", "device": {"name": "Acme", "driver": "1.2"}, "small": True}
@@ -196,3 +202,49 @@ def test_cases_that_are_processes_run_beside_each_other(tmp_path: Path) -> None:
     assert not found.run(cases, quiet, jobs=3)
     assert set(found.done) == {"a", "c"}
     assert set(found.failed) == {"b"}
+
+
+@dataclass(frozen=True)
+class Named:
+    op: str
+    name: str
+
+    def title(self, dtype: torch.dtype) -> str:
+        return f"{self.op}[{self.name}]"
+
+
+def test_a_failed_case_of_the_suite_does_not_fail_those_behind_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Judged as a device does that an illegal address has made useless to its process."""
+    broken = []
+
+    def result(suite: Suite, case: Named, dtype: torch.dtype, verdict: Verdict, reason: str = "") -> Result:
+        return Result(
+            op=case.op, title=case.title(dtype), dtype="float32", profile="core", verdict=verdict, reason=reason
+        )
+
+    def judge(suite: Suite, case: Named, dtype: torch.dtype) -> Result:
+        broken.extend([case] if case.name == "bad" else [])
+        return result(suite, case, dtype, Verdict.FAIL if broken else Verdict.PASS)
+
+    def failed(suite: Suite, case: Named, dtype: torch.dtype, reason: str) -> Result:
+        return result(suite, case, dtype, Verdict.FAIL, reason)
+
+    for name, fake in {"judge": judge, "failed": failed, "__init__": lambda self: None}.items():
+        monkeypatch.setattr(Suite, name, fake)
+    work: Any = [(Named("attn.paged", name), torch.float32) for name in ("one", "bad", "two", "three")]
+    found = session(tmp_path)
+    while todo := [pair for pair in work if pair[0].title(pair[1]) not in found.done]:
+        conformance.judge(conformance.DeviceSuite(), todo, "", found, quiet, jobs=2)  # type: ignore[call-arg]
+    assert {name: facts["verdict"] for name, facts in found.done.items() if facts["verdict"] == "FAIL"} == {
+        "attn.paged[bad]": "FAIL"
+    }
+    assert len(found.done) == 4
+
+
+def test_the_end_of_the_time_is_kept_wherever_it_comes() -> None:
+    started = time.monotonic()
+    with pytest.raises(conformance.TimeOverError), conformance.time_limit(0.2):
+        select.select([], [], [], 60)
+    assert time.monotonic() - started < 30
