@@ -55,7 +55,7 @@ def cases(opened: Opened, session: Session, only: str = "") -> Iterator[Case]:
     yield Case(LIMITS, partial(limits.measure, opened), first=True)
     listed = [
         Case("decode step, batch 1", partial(decode_step, session, sizes, device), seconds=120),
-        Case("decode, gap between steps", partial(host_gap, opened, sizes, device), seconds=90),
+        Case("decode, gap between steps", partial(host_gap, opened, sizes, device), seconds=90, last=True),
         *(
             Case(f"short prefills, {model}", partial(short_prefills, opened, sizes, device, model), seconds=90)
             for model in sizes.prefill_models

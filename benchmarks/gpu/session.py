@@ -24,12 +24,13 @@ Facts = dict[str, Any]
 @dataclass(frozen=True)
 class Case:
     """`run` gives facts for the file, and may raise. `seconds`: what it is expected to take; it is not begun with less left.
-    `first`: the others need what it finds, and none is begun where it fails."""
+    `first`: the others need what it finds, and none is begun where it fails. `last`: of its process, in which it leaves a profiler behind."""
 
     name: str
     run: Callable[[], Facts]
     seconds: float = 10.0
     first: bool = False
+    last: bool = False
 
     @property
     def most(self) -> float:

@@ -1,7 +1,7 @@
 """Cases in a process of their own: one that crashes, hangs or leaves the device unusable is noted as failed, and the others go on in the next.
 
 An illegal address takes a CUDA context with it, and a capture that broke off the allocator: nothing after it in that process is worth having.
-So a process ends at the first failure. Processes are forks: who calls this must not have opened a device or run a parallel region.
+So a process ends at the first failure, and the next one goes on. Processes are forks: who calls this must not have opened a device or run a parallel region.
 """
 
 from __future__ import annotations
@@ -20,12 +20,8 @@ from typing import Any
 
 from benchmarks.gpu.session import Case, Session
 
-OVER, LATER, AGAIN, BROKEN = (
-    0,
-    3,
-    4,
-    5,
-)  # how a process ends: no case left, no time left, after a failure, without having begun
+# How a process ends: no case left, no time left, for the next one to go on, by an error of ours.
+OVER, LATER, AGAIN, BROKEN = 0, 3, 4, 5
 START = 120.0  # seconds until the first case begins
 GRACE = 20.0  # seconds beyond the limit of the run for the case under way
 DYING = 30.0  # seconds that the driver may take to clear up behind a process
@@ -139,7 +135,7 @@ def _run(session: Session, cases: Callable[[], Iterable[Case]], after: Callable[
             return LATER
         session.begin(case.name)
         os.write(out, (json.dumps({"name": case.name, "most": case.most, "first": case.first}) + "\n").encode())
-        if not session.attempt(case, say):
+        if not session.attempt(case, say) or case.last:
             return AGAIN
         after()
     return OVER
