@@ -79,6 +79,14 @@ def test_a_bad_case_costs_itself_alone_and_the_rest_go_on_in_a_new_process(
     assert json.loads((tmp_path / "x.json").read_text())["failed"] == found.failed
 
 
+def test_a_case_may_be_the_last_of_its_process(tmp_path: Path) -> None:
+    found = session(tmp_path)
+    cases = [Case("a", good, last=True), Case("b", good), Case("c", good)]
+    assert watched.run(found, lambda: cases, say=quiet)
+    first, second, third = (facts["pid"] for facts in found.done.values())
+    assert first != second == third
+
+
 def test_what_failed_is_tried_last_in_the_next_run_and_once(tmp_path: Path) -> None:
     ran = tmp_path / "ran"
 
