@@ -86,9 +86,9 @@ def rehearsing() -> Iterator[None]:
     driver.set_active(TritonDriver())
     loads_products.EXPERTS["DeepSeek-V3"]["X"] = FEW_EXPERTS
     with (
-        mock.patch.object(sglang_triton.attention_plan, "num_processors", lambda device: PROCESSORS),
+        mock.patch.object(sglang_triton.attention_plan, "num_processors", return_value=PROCESSORS),
         mock.patch.object(sglang_triton.gpu.linear, "scaled_mm", scaled_mm),
-        mock.patch.object(CudaBackend, "create_runtime", lambda self, ctx: runtime(ctx)),
+        mock.patch.object(CudaBackend, "create_runtime", side_effect=runtime),
     ):
         yield
 
