@@ -25,10 +25,6 @@ LACKED = {
         "test_triton_sampling.py::test_what_is_forbidden_is_never_drawn": "its interpreter fills no uint32 with -1",
     },
     "triton<3.9": {"test_triton_aot.py::test_each_kernel_keeps_its_budget_once": "budgets are of Triton 3.9"},
-    "numpy>=2.5": {  # OpenBLAS 0.3.34
-        "test_triton_gemm.py::test_a_row_is_summed_alike_in_every_batch": "its products sum a row otherwise in other company",
-        "test_triton_moe.py::test_invariant_twins_give_a_row_the_same_bits_in_any_company": "its products sum a row otherwise in other company",
-    },
     "torch<2.12": {
         "test_gpu_linear.py::test_rows": "its scaled products are not there for a CPU",
         "test_gpu_linear.py::test_codes_give_the_bits_that_their_numbers_give[fp8.t": "its scaled products are not there for a CPU",
