@@ -9,13 +9,11 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from benchmarks.gpu import plots
-from benchmarks.gpu.session import Case, Session, about, source_of
+from benchmarks.gpu import plots, watched
+from benchmarks.gpu.session import SUMMARY, Session, about, source_of
 from sglang_core.errors import SglangError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from benchmarks.gpu.opened import Opened
 
 PARTS = ("build", "conformance", "kernels", "engine")
@@ -46,33 +44,33 @@ def main(argv: list[str] | None = None) -> int:
     session = Session(path, about(opened.facts, small=args.small), args.limit, source=source)
     if args.only and not args.keep:  # asked for by name: once more
         session.forget(args.only)
-    if args.part == "conformance":
-        from benchmarks.gpu import conformance
-
-        whole = conformance.run(opened.chosen, session, args.only, small=args.small)
-        failed = bool(session.done[conformance.SUMMARY]["fails"])
-    else:
-        whole = session.run(cases_of(args.part, opened, session, args))
-        failed = bool(session.failed)
+    whole = run(opened, session, args)
+    failed = session.failed or session.done.get(SUMMARY, {}).get("fails")
     name = session.about["device"]["name"]
     title = f"{args.part}, {name}, {session.about['date']}{', SMALL: figures mean nothing' if args.small else ''}"
     drawn = plots.draw(args.part, session.done, path.with_suffix(".png"), title)
     print(f"{path}{' and a plot' if drawn else ''}: {len(session.done)} done, {len(session.failed)} failed")
-    return UNFINISHED if not whole else int(failed)
+    return UNFINISHED if not whole else int(bool(failed))
 
 
-def cases_of(part: str, opened: Opened, session: Session, args: argparse.Namespace) -> Iterator[Case]:
-    if part == "build":
+def run(opened: Opened, session: Session, args: argparse.Namespace) -> bool:
+    """True where all cases are over. None is run in this process, which opens no device and forks."""
+    if args.part == "conformance":
+        from benchmarks.gpu import conformance
+
+        return conformance.run(opened.chosen, session, args.only, small=args.small)
+    if args.part == "build":
         from benchmarks.gpu import build
 
-        return build.cases(args.device, opened.chosen.info.path, args.only, small=args.small)
-    if part == "kernels":
+        listed = build.cases(args.device, opened.chosen.info.path, args.only, small=args.small)
+        return session.run(listed, jobs=len(os.sched_getaffinity(0)))
+    if args.part == "kernels":
         from benchmarks.gpu import kernels
 
-        return kernels.cases(opened, session, args.only)
+        return watched.run(session, lambda: kernels.cases(opened, session, args.only), after=opened.release)
     from benchmarks.gpu import engine
 
-    return engine.cases(opened, session, args.only)
+    return watched.run(session, lambda: engine.cases(opened, session, args.only), after=opened.release)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

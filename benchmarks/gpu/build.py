@@ -15,6 +15,7 @@ from benchmarks.gpu.session import Case, Facts
 ROOT = Path(__file__).parents[2]
 BUDGETS = Path(__file__).with_name("budgets.json")
 SMALL_ONLY = "norm.rms[M=128]"  # one kernel, for a host
+COMMAND_LIMIT = 120.0  # seconds
 HOST_ARCH = "sm_90"  # what a host compiles for
 
 
@@ -46,7 +47,9 @@ def arch_of(path: str) -> str:
 
 def said(args: list[str]) -> Facts:
     """What a command prints as JSON. A command that finds something wrong says so in its status."""
-    done = subprocess.run([sys.executable, "-m", "sglang_core", *args], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "sglang_core", *args], capture_output=True, text=True, check=False, timeout=COMMAND_LIMIT
+    )
     if not done.stdout.strip():
         raise RuntimeError(f"status {done.returncode}: {done.stderr.strip()[-500:]}")
     return {"status": done.returncode, "said": json.loads(done.stdout)}
@@ -63,7 +66,12 @@ def compiled(title: str, arch: str) -> Facts:
     )
     environ = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, "-c", code, title, arch], capture_output=True, text=True, check=False, env=environ
+        [sys.executable, "-c", code, title, arch],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environ,
+        timeout=COMMAND_LIMIT,
     )
     if done.returncode:
         # Behind the error may stand what nanobind says of objects that Python left at its exit; Triton's do where a kernel knows tensor memory.

@@ -1,15 +1,35 @@
-"""A checkpoint of random weights for a config.json, a file a layer, as a Llama has it."""
+"""A checkpoint of random weights for a config.json, a file a layer, as a Llama or a Qwen3 has it.
+
+It is written once a machine: the host has it cached, and loads it in seconds. Drawing eight billion weights takes a minute for every case.
+"""
 
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
 PERIOD = 65_521
+
+
+def kept_checkpoint(config: Path) -> Path:
+    """The folder of a checkpoint for `config`, where earlier cases and runs on this machine left it; else it is written now."""
+    folder = Path(tempfile.gettempdir()) / f"sglang-gpu-{os.getuid()}" / config.stem
+    if not folder.exists():
+        new = folder.with_suffix(".new")  # and renamed once it is whole
+        shutil.rmtree(new, ignore_errors=True)
+        new.mkdir(parents=True)
+        shutil.copy(config, new / "config.json")
+        write_checkpoint(new)
+        os.rename(new, folder)
+    return folder
 
 
 def write_checkpoint(folder: Path) -> int:
@@ -35,19 +55,18 @@ def made(drawn: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
     return drawn.repeat(-(-count // PERIOD))[:count].view(shape)
 
 
-def files_of(config: dict[str, int]) -> Iterator[dict[str, tuple[int, ...]]]:
+def files_of(config: dict[str, Any]) -> Iterator[dict[str, tuple[int, ...]]]:
     """Names and shapes, a file each: embedding, head and last norm, then the layers."""
     width, mlp, vocab = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
     dim = config.get("head_dim", width // config["num_attention_heads"])
     heads, kv = config["num_attention_heads"] * dim, config["num_key_value_heads"] * dim
-    yield {
-        "model.embed_tokens.weight": (vocab, width),
-        "lm_head.weight": (vocab, width),
-        "model.norm.weight": (width,),
-    }
+    head = {} if config.get("tie_word_embeddings") else {"lm_head.weight": (vocab, width)}
+    yield {"model.embed_tokens.weight": (vocab, width), **head, "model.norm.weight": (width,)}
     for i in range(config["num_hidden_layers"]):
         at = f"model.layers.{i}"
+        norms = ("q_norm", "k_norm") if config["model_type"] == "qwen3" else ()
         yield {
+            **{f"{at}.self_attn.{name}.weight": (dim,) for name in norms},
             f"{at}.input_layernorm.weight": (width,),
             f"{at}.post_attention_layernorm.weight": (width,),
             f"{at}.self_attn.q_proj.weight": (heads, width),

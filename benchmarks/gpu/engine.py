@@ -3,11 +3,10 @@ start-up."""
 
 from __future__ import annotations
 
-import shutil
+import json
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -18,7 +17,7 @@ import torch
 
 from benchmarks.gpu import limits
 from benchmarks.gpu.busy import busy_fraction, device_intervals
-from benchmarks.gpu.checkpoint import write_checkpoint
+from benchmarks.gpu.checkpoint import kept_checkpoint
 from benchmarks.gpu.opened import Opened
 from benchmarks.gpu.session import Case, Facts, Session
 from sglang_core import Engine
@@ -53,31 +52,32 @@ class Sizes:
 def cases(opened: Opened, session: Session, only: str = "") -> Iterator[Case]:
     sizes, device = Sizes(small=opened.small), opened.chosen.info.label
     session.done.pop(LIMITS, None)
-    yield Case(LIMITS, partial(limits.measure, opened))
+    yield Case(LIMITS, partial(limits.measure, opened), first=True)
     listed = [
-        Case("decode step, batch 1", partial(decode_step, session, sizes, device), seconds=90),
-        Case("decode, gap between steps", partial(host_gap, opened, sizes, device), seconds=120),
+        Case("decode step, batch 1", partial(decode_step, session, sizes, device), seconds=120),
+        Case("decode, gap between steps", partial(host_gap, opened, sizes, device), seconds=90, last=True),
         *(
-            Case(f"short prefills, {model}", partial(short_prefills, opened, sizes, device, model), seconds=120)
+            Case(f"short prefills, {model}", partial(short_prefills, opened, sizes, device, model), seconds=90)
             for model in sizes.prefill_models
         ),
-        Case(OFFLINE, partial(offline, sizes, device), seconds=180),
+        Case(OFFLINE, partial(offline, sizes, device), seconds=120),
         Case("transformers", partial(transformers_rate, opened, session, sizes), seconds=150),
         Case("capture of all buckets", partial(capture, sizes, device), seconds=90),
-        Case("ready from local weights", partial(ready, sizes, device), seconds=180),
+        Case("ready from local weights", partial(ready, sizes, device), seconds=100),
     ]
-    for case in listed:
-        if only in case.name:
-            opened.release()
-            yield case
+    yield from (case for case in listed if only in case.name)
 
 
-def settings(folder: Path | str, sizes: Sizes, device: str, **more: Any) -> dict[str, Any]:
+def checkpoint_of(model: str) -> Path:
+    return kept_checkpoint(CONFIGS / f"{model}.json")
+
+
+def settings(model: str, sizes: Sizes, device: str, **more: Any) -> dict[str, Any]:
     base = {
-        "model_path": str(folder),
+        "model_path": str(checkpoint_of(model)),
         "device": device,
         "dtype": "bfloat16",
-        "load_format": "dummy",
+        "load_format": "safetensors",
         "skip_tokenizer_init": True,
         "context_length": sizes.input + sizes.output + sizes.context,
         "disable_radix_cache": True,
@@ -87,27 +87,18 @@ def settings(folder: Path | str, sizes: Sizes, device: str, **more: Any) -> dict
     return base | more
 
 
-class ModelFolder(tempfile.TemporaryDirectory[str]):
-    """A folder with the config of a shape alone."""
-
-    def __init__(self, model: str) -> None:
-        super().__init__(prefix="sglang-gpu-")
-        shutil.copy(CONFIGS / f"{model}.json", Path(self.name) / "config.json")
-
-
 def decode_step(session: Session, sizes: Sizes, device: str) -> Facts:
     """From plan to token on the host, against reading every weight but the embedding once."""
-    with ModelFolder(sizes.model) as folder:
-        shape = StepShape.decode(1, sizes.context)
-        given = settings(folder, sizes, device, max_running_requests=1, max_total_tokens=None)
-        rank = open_rank(EngineConfig.from_flat(**given), [shape])
-        try:
-            rank.runner.warm_up(progress=False)
-            took = StepDriver.of(rank).measure(shape, sizes.repeats)
-            weights = weight_bytes(rank.model)
-        finally:
-            rank.runner.close()
-            rank.runtime.close()
+    shape = StepShape.decode(1, sizes.context)
+    given = settings(sizes.model, sizes, device, max_running_requests=1, max_total_tokens=None)
+    rank = open_rank(EngineConfig.from_flat(**given), [shape])
+    try:
+        rank.runner.warm_up(progress=False)
+        took = StepDriver.of(rank).measure(shape, sizes.repeats)
+        weights = weight_bytes(rank.model)
+    finally:
+        rank.runner.close()
+        rank.runtime.close()
     floor = weights / session.done[LIMITS]["copy"]
     return {
         "reached": floor / took.median,
@@ -126,36 +117,35 @@ def weight_bytes(model: torch.nn.Module) -> int:
 
 def host_gap(opened: Opened, sizes: Sizes, device: str) -> Facts:
     """Full decode steps of the engine itself, in this process, under a profiler that sees the device alone."""
-    with ModelFolder(sizes.model) as folder:
-        core = build_engine(
-            EngineConfig.from_flat(**settings(folder, sizes, device)), world_size=1, directory=None, progress=False
-        )
-        try:
-            vocab = int(core.info["vocab_size"])  # type: ignore[call-overload]
-            prompts = random_ids(sizes.batch, input_len=sizes.input, output_len=1, vocab_size=vocab, seed=0)
-            greedy = SamplingParams(temperature=0.0, max_new_tokens=sizes.output, ignore_eos=True)
-            for i, prompt in enumerate(prompts):
-                core.handle(AddReq(rid=str(i), input_ids=list(prompt.input_ids or ()), sampling=greedy))
-            decoding: set[str] = set()
-            while len(decoding) < sizes.batch:  # every prompt is in
-                decoding |= {output.rid for output in core.step() if output.token_ids}
-            steps = min(WATCHED_STEPS, sizes.output - 6)
+    core = build_engine(
+        EngineConfig.from_flat(**settings(sizes.model, sizes, device)), world_size=1, directory=None, progress=False
+    )
+    try:
+        vocab = int(core.info["vocab_size"])  # type: ignore[call-overload]
+        prompts = random_ids(sizes.batch, input_len=sizes.input, output_len=1, vocab_size=vocab, seed=0)
+        greedy = SamplingParams(temperature=0.0, max_new_tokens=sizes.output, ignore_eos=True)
+        for i, prompt in enumerate(prompts):
+            core.handle(AddReq(rid=str(i), input_ids=list(prompt.input_ids or ()), sampling=greedy))
+        decoding: set[str] = set()
+        while len(decoding) < sizes.batch:  # every prompt is in
+            decoding |= {output.rid for output in core.step() if output.token_ids}
+        steps = min(WATCHED_STEPS, sizes.output - 6)
 
-            def watched() -> float:
-                started, count = time.perf_counter(), 0
-                while count < steps * sizes.batch and core.has_work:
-                    count += sum(len(output.token_ids) for output in core.step())
-                return (time.perf_counter() - started) / max(1, count // sizes.batch)
+        def watched() -> float:
+            started, count = time.perf_counter(), 0
+            while count < steps * sizes.batch and core.has_work:
+                count += sum(len(output.token_ids) for output in core.step())
+            return (time.perf_counter() - started) / max(1, count // sizes.batch)
 
-            seconds = watched() if not opened.on_gpu else 0.0
-            facts: Facts = {"target": 0.98, "steps": steps, "batch": sizes.batch}
-            if opened.on_gpu:
-                took: list[float] = []
-                facts["reached"] = busy_fraction(device_intervals(lambda: took.append(watched())))
-                (seconds,) = took
-            return facts | {"ms": 1e3 * seconds}
-        finally:
-            core.runner.close()
+        seconds = watched() if not opened.on_gpu else 0.0
+        facts: Facts = {"target": 0.98, "steps": steps, "batch": sizes.batch}
+        if opened.on_gpu:
+            took: list[float] = []
+            facts["reached"] = busy_fraction(device_intervals(lambda: took.append(watched())))
+            (seconds,) = took
+        return facts | {"ms": 1e3 * seconds}
+    finally:
+        core.runner.close()
 
 
 def short_prefills(opened: Opened, sizes: Sizes, device: str, model: str) -> Facts:
@@ -165,24 +155,23 @@ def short_prefills(opened: Opened, sizes: Sizes, device: str, model: str) -> Fac
     facts: Facts = {"captured": graphs}
     for form, tokens in (("graph", graphs), ("eager", 0)):
         opened.release()
-        with ModelFolder(model) as folder:
-            given = settings(folder, sizes, device, max_total_tokens=None, prefill_graph_tokens=tokens)
-            rank = open_rank(EngineConfig.from_flat(**given), shapes)
-            try:
-                rank.runner.warm_up(progress=False)
-                driver = StepDriver.of(rank)
-                for shape in shapes:
-                    facts[f"{form}_{shape.num_tokens}_ms"] = 1e3 * driver.measure(shape, sizes.repeats).median
-            finally:
-                rank.runner.close()
-                rank.runtime.close()
-            del rank, driver
+        given = settings(model, sizes, device, max_total_tokens=None, prefill_graph_tokens=tokens)
+        rank = open_rank(EngineConfig.from_flat(**given), shapes)
+        try:
+            rank.runner.warm_up(progress=False)
+            driver = StepDriver.of(rank)
+            for shape in shapes:
+                facts[f"{form}_{shape.num_tokens}_ms"] = 1e3 * driver.measure(shape, sizes.repeats).median
+        finally:
+            rank.runner.close()
+            rank.runtime.close()
+        del rank, driver
     return facts | {f"gain_{n}": facts[f"eager_{n}_ms"] / facts[f"graph_{n}_ms"] for n in sizes.prefills}
 
 
 def offline(sizes: Sizes, device: str) -> Facts:
     """All requests at once, to their full length."""
-    with ModelFolder(sizes.model) as folder, Engine(**settings(folder, sizes, device)) as engine:
+    with Engine(**settings(sizes.model, sizes, device)) as engine:
         prompts = random_ids(
             sizes.batch, input_len=sizes.input, output_len=sizes.output, vocab_size=engine.info.vocab_size, seed=0
         )
@@ -201,10 +190,9 @@ def transformers_rate(opened: Opened, session: Session, sizes: Sizes) -> Facts:
     """`generate`, greedy, bfloat16, SDPA, the same batch and prompts' length: the rate of its steps, its prefill not counted."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    with ModelFolder(sizes.model) as folder:
-        config = AutoConfig.from_pretrained(folder)
-        with torch.device(opened.device):
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa").eval()
+    config = AutoConfig.from_pretrained(checkpoint_of(sizes.model))
+    with torch.device(opened.device):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa").eval()
     model.generation_config.eos_token_id = None
     ids = torch.randint(config.vocab_size, (sizes.batch, sizes.input)).to(opened.device)
     seconds = []
@@ -232,31 +220,27 @@ def transformers_rate(opened: Opened, session: Session, sizes: Sizes) -> Facts:
 
 def capture(sizes: Sizes, device: str) -> Facts:
     """Every bucket: decode steps, steps with prefills, and sampling."""
-    with ModelFolder(sizes.model) as folder:
-        shape = StepShape.decode(sizes.batch, sizes.context)
-        given = settings(folder, sizes, device, max_total_tokens=None)
-        rank = open_rank(EngineConfig.from_flat(**given), [shape])
-        try:
-            started = time.perf_counter()
-            rank.runner.warm_up(progress=False)
-            seconds = time.perf_counter() - started
-        finally:
-            rank.runner.close()
-            rank.runtime.close()
+    shape = StepShape.decode(sizes.batch, sizes.context)
+    given = settings(sizes.model, sizes, device, max_total_tokens=None)
+    rank = open_rank(EngineConfig.from_flat(**given), [shape])
+    try:
+        started = time.perf_counter()
+        rank.runner.warm_up(progress=False)
+        seconds = time.perf_counter() - started
+    finally:
+        rank.runner.close()
+        rank.runtime.close()
     return {"seconds": seconds, "most": 15.0}
 
 
 def ready(sizes: Sizes, device: str) -> Facts:
-    """A new process, from its start to the moment it would answer, with weights in files that were just written: the host has them cached."""
+    """A new process, from its start to the moment it would answer, with weights in files that were read or written before: the host has them cached."""
     code = "import json, sys; from sglang_core import Engine; Engine(**json.loads(sys.argv[1])).shutdown()"
-    import json
-
-    with ModelFolder(sizes.model) as folder:
-        nbytes = write_checkpoint(Path(folder))
-        given = settings(folder, sizes, device, load_format="safetensors")
-        seconds = []
-        for _ in range(2):
-            started = time.perf_counter()
-            subprocess.run([sys.executable, "-c", code, json.dumps(given)], check=True, timeout=150)
-            seconds.append(time.perf_counter() - started)
+    given = settings(sizes.model, sizes, device)
+    nbytes = sum(path.stat().st_size for path in checkpoint_of(sizes.model).glob("*.safetensors"))
+    seconds = []
+    for _ in range(2):
+        started = time.perf_counter()
+        subprocess.run([sys.executable, "-c", code, json.dumps(given)], check=True, timeout=100)
+        seconds.append(time.perf_counter() - started)
     return {"seconds": statistics.median_low(seconds), "most": 30.0, "nbytes": nbytes}

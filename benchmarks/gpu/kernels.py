@@ -12,7 +12,7 @@ from torch import Tensor
 from benchmarks.gpu import limits, loads_attention, loads_products, loads_rows
 from benchmarks.gpu.load import Load, Work
 from benchmarks.gpu.opened import Opened
-from benchmarks.gpu.session import Case, Facts, Session
+from benchmarks.gpu.session import ERROR, Case, Facts, Session
 
 LIMITS = "limits"
 
@@ -39,7 +39,7 @@ def all_loads() -> list[Load]:
 def cases(opened: Opened, session: Session, only: str = "") -> Iterator[Case]:
     """Limits first, in every run: a ratio is of the run that it was taken in."""
     session.done.pop(LIMITS, None)
-    yield Case(LIMITS, partial(limits.measure, opened))
+    yield Case(LIMITS, partial(limits.measure, opened), first=True)
     for load in all_loads():
         if only in load.name:
             yield Case(load.name, partial(measured, opened, session, load), seconds=load.seconds)
@@ -64,12 +64,15 @@ def measured(opened: Opened, session: Session, load: Load) -> Facts:
         "matmul": rates["matmul"],
     }
     for name, other in {**work.others, **work.compared}.items():
+        session.begin(load.name, facts, trying=name)
         try:
             facts[f"{name}_us"] = 1e6 * opened.seconds(other)
             if name in work.compared:
                 facts[f"{name}_differs"] = difference(work.compared[name](), work.call())
         except Exception as error:  # a peer that does not take this shape here
-            facts[f"{name}_error"] = f"{type(error).__name__}: {error}"
+            facts[name + ERROR] = f"{type(error).__name__}: {error}"
+            if not opened.answers():
+                break
     return facts
 
 

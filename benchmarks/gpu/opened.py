@@ -49,10 +49,18 @@ class Opened:
         return self.runtime.torch_device
 
     def release(self) -> None:
-        """Give memory that nothing uses back to the device: a case may be in a process of its own."""
+        """Give memory that nothing uses back to the device: the next case may be in a process of its own."""
         gc.collect()
         if torch.accelerator.is_available():
             torch.accelerator.empty_cache()
+
+    def answers(self) -> bool:
+        """Whether the device can still be used: after an illegal address it cannot, in this process."""
+        try:
+            self.runtime.synchronize()
+        except RuntimeError:
+            return False
+        return True
 
     def table(self, page_size: int = PAGE_SIZE, **more: Any) -> OpTable:
         return OpTable(

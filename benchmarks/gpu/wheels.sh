@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What a GPU machine lacks, as wheels for its Python 3.12: about 15 MB in benchmarks/gpu/wheels/, which git ignores.
+# What a GPU machine lacks, as wheels for its Python 3.12: about 5 MB in benchmarks/gpu/wheels/, which git ignores.
 set -euo pipefail
 cd "$(dirname "$0")"
 platforms=(--platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 --platform manylinux1_x86_64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -66,6 +67,7 @@ class TorchDriver(ABC):
         self.device = device
         self.module: Any = torch.get_device_module(device)
         self._graph_memory: Any = None
+        self._graphs: weakref.WeakSet[Any] = weakref.WeakSet()  # that are in it
 
     @abstractmethod
     def new_graph(self) -> Any:
@@ -109,7 +111,7 @@ class TorchDriver(ABC):
         stream.wait_event(event)
 
     def capture(self, fn: Callable[[], T]) -> tuple[Any, T]:
-        if self._graph_memory is None:
+        if not self._graphs:  # PyTorch refuses memory whose graphs are all gone
             self._graph_memory = self.module.graph_pool_handle()
         graph = self.new_graph()
         # thread_local: the engine's other threads may copy and allocate meanwhile.
@@ -121,6 +123,7 @@ class TorchDriver(ABC):
             **self.graph_options(),
         ):
             result = fn()
+        self._graphs.add(graph)
         return graph, result
 
     def pinned(self, num_bytes: int) -> torch.Tensor:

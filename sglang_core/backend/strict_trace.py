@@ -46,6 +46,16 @@ _TREE_FILE = map_tensors.__code__.co_filename
 INDEXING = {"aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_"}
 
 
+class _FakeMode(FakeTensorMode):  # type: ignore[no-untyped-call]  # its __init_subclass__
+    """As on a machine with a GPU: the fake device is `meta` on every machine, and no device needs to be kept from being opened.
+
+    Where PyTorch 2.11 is built for CUDA and finds no GPU, it replaces a guard of CUDA's by one of the thread that traces first, and crashes
+    when another traces after that thread has ended.
+    """
+
+    avoid_device_init = False
+
+
 @dataclass(frozen=True, slots=True)
 class _OpFacts:
     """What the rules look at in an op's schema."""
@@ -94,7 +104,7 @@ def trace_step(
     """
     device = _FakeDevice(list(mutable), names)
     try:
-        with torch.no_grad(), FakeTensorMode(), device:
+        with torch.no_grad(), _FakeMode(), device:
             fake_batch = map_tensors(forward_batch, device.lift, "forward_batch")
             with _PythonRules():
                 fn(state, fake_batch)

@@ -42,9 +42,13 @@ class Module:
         yield
 
 
+class Graph:
+    """PyTorch's end with the last reference to them, and what they share with the last of them."""
+
+
 class Driver(TorchDriver):
-    def new_graph(self) -> str:
-        return f"graph {len(self.module.captures)}"
+    def new_graph(self) -> Graph:
+        return Graph()
 
     def graph_options(self) -> dict[str, Any]:
         return {"more": True}
@@ -63,9 +67,29 @@ def test_what_the_allocator_has_not_given_out_is_free(driver: Driver) -> None:
 def test_graphs_share_their_memory(driver: Driver) -> None:
     made = [driver.capture(lambda i=i: i) for i in range(2)]
     first, second = driver.module.captures
-    assert made == [("graph 0", 0), ("graph 1", 1)] and first["pool"] is second["pool"]
+    assert [result for _, result in made] == [0, 1] and first["pool"] is second["pool"]
+    assert [first["graph"], second["graph"]] == [graph for graph, _ in made]
     assert {k: first[k] for k in ("stream", "capture_error_mode", "more")} == {
         "stream": "own",
         "capture_error_mode": "thread_local",
         "more": True,
     }
+
+
+def test_memory_whose_graphs_are_all_gone_is_not_asked_for_again(driver: Driver) -> None:
+    """PyTorch has let go of it, and refuses its handle by an assertion. While one of its graphs is left, it is shared."""
+
+    def pools() -> list[Any]:
+        return [capture["pool"] for capture in driver.module.captures]
+
+    first, _ = driver.capture(int)
+    second, _ = driver.capture(int)
+    driver.module.captures[0].pop("graph")
+    del first
+    third, _ = driver.capture(int)
+    assert pools()[0] is pools()[1] is pools()[2]
+    for capture in driver.module.captures:
+        capture.pop("graph", None)
+    del second, third
+    driver.capture(int)
+    assert pools()[3] is not pools()[0]

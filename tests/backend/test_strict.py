@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from sglang_core.backend.devices import open_device
 from sglang_core.backend.interface import Bucket, DefaultsContext, RuntimeContext
 from sglang_core.backend.pool import Pool, PoolSpec
-from sglang_core.backend.strict_trace import StrictError
+from sglang_core.backend.strict_trace import StrictError, trace_step
 from sglang_core.config import EngineConfig
 
 DEVICE = torch.device("cpu")
@@ -313,3 +314,13 @@ def test_it_asks_for_settings_that_keep_its_buckets_small() -> None:
     settled = EngineConfig.from_flat(**defaults)
     assert settled.schedule.max_running_requests == 8
     assert settled.schedule.chunked_prefill_size == 64
+
+
+def test_steps_are_traced_on_threads_that_come_and_go() -> None:
+    """PyTorch 2.11 built for CUDA, with no GPU, has crashed at the second of them."""
+    traced = []
+    for _ in range(3):
+        thread = threading.Thread(target=lambda: traced.append(trace_step(lambda _, x: x + 1, None, torch.ones(2), ())))
+        thread.start()
+        thread.join()
+    assert len(traced) == 3

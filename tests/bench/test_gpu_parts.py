@@ -24,6 +24,7 @@ ROOT = Path(__file__).parents[2]
 def run(out: Path, *args: str) -> subprocess.CompletedProcess[str]:
     """With nothing of this repository on the path but what the script puts there."""
     environ = os.environ | {"PYTHON": sys.executable, "SITE": str(out / "site"), "OUT": str(out / "results")}
+    environ["TMPDIR"] = str(out)  # where checkpoints are kept for the next run
     environ.pop("PYTHONPATH", None)
     command = ["bash", str(ROOT / "benchmarks/gpu/run.sh"), *args, "--device", "cpu", "--small"]
     return subprocess.run(command, capture_output=True, text=True, check=False, env=environ, timeout=240)

@@ -9,7 +9,7 @@ import pytest
 from safetensors import safe_open
 
 from benchmarks.gpu.busy import busy_fraction
-from benchmarks.gpu.checkpoint import write_checkpoint
+from benchmarks.gpu.checkpoint import kept_checkpoint, write_checkpoint
 from benchmarks.gpu.kernels import Floor, all_loads
 from benchmarks.gpu.link_sources import link
 from benchmarks.gpu.load import Work
@@ -122,16 +122,31 @@ def test_busy_time_is_a_union() -> None:
         busy_fraction([])
 
 
-def test_a_checkpoint_has_every_weight_once(tmp_path: Path) -> None:
-    config = json.loads((ROOT / "benchmarks/configs/llama-tiny.json").read_text())
+@pytest.mark.parametrize(
+    ("changes", "num"), [({}, 3 + 9 * 2), ({"model_type": "qwen3", "tie_word_embeddings": True}, 2 + 11 * 2)]
+)
+def test_a_checkpoint_has_every_weight_once(changes: Facts, num: int, tmp_path: Path) -> None:
+    config = json.loads((ROOT / "benchmarks/configs/llama-tiny.json").read_text()) | changes
     (tmp_path / "config.json").write_text(json.dumps(config))
     nbytes = write_checkpoint(tmp_path)
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     assert nbytes == index["metadata"]["total_size"]
-    assert len(index["weight_map"]) == 3 + 9 * config["num_hidden_layers"]
+    assert len(index["weight_map"]) == num
     for file in set(index["weight_map"].values()):
         with safe_open(tmp_path / file, framework="pt") as opened:
             assert all(index["weight_map"][key] == file for key in opened.keys())  # noqa: SIM118  it is no mapping
+
+
+def test_a_checkpoint_is_written_once_and_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    config = ROOT / "benchmarks/configs/llama-tiny.json"
+    folder = kept_checkpoint(config)
+    written = (folder / "model-00000.safetensors").stat().st_mtime_ns
+    assert kept_checkpoint(config) == folder
+    assert (folder / "model-00000.safetensors").stat().st_mtime_ns == written
+    folder.rename(folder.with_suffix(".new"))  # a run that was killed while it wrote
+    assert (kept_checkpoint(config) / "model.safetensors.index.json").exists()
+    assert not folder.with_suffix(".new").exists()
 
 
 def test_a_source_tree_gets_what_plugins_are_found_by(tmp_path: Path) -> None:

@@ -225,6 +225,9 @@ def hf_model(name: str) -> Any:
         **{**SIZES, **case.changes}, attn_implementation="eager", dtype="float32"
     )
     model = getattr(transformers, case.model)(config).eval()
+    for module in model.modules():  # transformers up to 5.17 has them as numbers in its code
+        if hasattr(module, "limit") and hasattr(config, "swiglu_limit"):
+            module.alpha, module.limit = config.swiglu_alpha, config.swiglu_limit
     randomize(model)
     return model
 

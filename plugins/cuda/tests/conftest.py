@@ -3,3 +3,7 @@
 import os
 
 os.environ["TRITON_INTERPRET"] = "1"
+
+from sglang_triton.interpreter import quicken
+
+quicken()

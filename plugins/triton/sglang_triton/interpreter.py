@@ -26,6 +26,8 @@ def quicken() -> None:
     that interprets compiles nothing, so nobody misses what was there. Results are the same.
     """
     interpreter._patch_lang(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
+    # Triton 3.6 says int() of an array of one element, which NumPy 2.4 refuses: a bound of range() is such a one.
+    tl.tensor.__index__ = lambda self: int(self.handle.data.item())
     interpreter._patch_lang = lambda fn: Kept()
     interpreter.InterpreterBuilder.create_dot = _dot(interpreter.InterpreterBuilder.create_dot)
 

@@ -13,6 +13,7 @@ from sglang_core.api import DeviceDriver, TorchDriver, map_tensors
 T = TypeVar("T")
 
 LEAST_SWEPT = 64 << 20  # bytes: AMD's last cache is behind the L2, and no property tells its size
+SWEEPS = 4  # times the cache: writing so much takes longer than the host does to launch what is timed behind it
 
 
 class Driver(DeviceDriver, Protocol):
@@ -41,7 +42,7 @@ class GpuDriver(TorchDriver):
         return graph, map_tensors(result, lambda _, x: unowned(x), "")
 
     def seconds(self, fn: Callable[[], object], repeats: int) -> list[float]:
-        cache = 2 * int(torch.cuda.get_device_properties(self.device).L2_cache_size)
+        cache = SWEEPS * int(torch.cuda.get_device_properties(self.device).L2_cache_size)
         sweep = torch.empty(max(cache, LEAST_SWEPT), dtype=torch.int8, device=self.device)
         pairs = []
         for _ in range(repeats):
