@@ -92,7 +92,8 @@ def test_mixed_steps_chunks_and_cached_prefixes_say_what_they_say_without_graphs
         assert stats["eager_steps"] == sum(not padded for *_, padded in steps) > 0
     agree(*made)
     assert all(padded for _, count, padded in steps if count <= MOST)
-    assert {"mixed", "decode"} == {mode for mode, _, padded in steps if padded}
+    # Whether a prompt's end is alone in a step depends on when the prompts arrive.
+    assert {"mixed", "decode"} <= {mode for mode, _, padded in steps if padded}
 
 
 def test_each_edge_of_a_bucket(fake_gpu: FakeGpu, steps: list[Step]) -> None:
