@@ -257,11 +257,11 @@ _STRIDES = (
 )
 
 
-def _spec(fmt: str, rows: int) -> AotSpec:
+def _spec(fmt: str, rows: int, out: int = 2048) -> AotSpec:
     pointers = {"x_scale": "*fp32", "zero": "*u8", "bias": "*bf16", "y": "*bf16"} | format_types(fmt)
     return AotSpec(
         op="moe.fused",
-        name=f"{fmt}, S={rows}",
+        name=f"{fmt}, S={rows}" + (f", N={out}" if out != 2048 else ""),
         kernel=_grouped,
         signature=pointers
         | {"sizes": "*i32", "source": "*i32", "target": "*i32"}
@@ -275,7 +275,7 @@ def _spec(fmt: str, rows: int) -> AotSpec:
             "HAS_BIAS": False,
             **format_constexprs(fmt, 2048),
         },
-        sizes={"S": rows, "X": 128, **weight_sizes(fmt, 2048, 2048)},
+        sizes={"S": rows, "X": 128, **weight_sizes(fmt, out, 2048)},
         odd=("x_scale_stride", "scale_stride_n", "zero_stride_n"),
         instructions=instructions(fmt),
     )
@@ -283,6 +283,7 @@ def _spec(fmt: str, rows: int) -> AotSpec:
 
 AOT = (
     *(_spec(fmt, rows) for fmt in ("dense", *FORMATS) for rows in (512, 32_768)),
+    *(_spec("dense", rows, out) for rows, out in ((8192, 2048), (32_768, 768))),
     replace(_spec("dense", 512), op="gemm.grouped", tuned_as="moe.fused"),
     AotSpec(
         op="moe.fused",
