@@ -371,7 +371,7 @@ def one_copy(tensors: list[Tensor], device: torch.device) -> list[Tensor]:
     """int32 host tensors on the device, by one transfer that the host does not wait for."""
     if device.type == "cpu":
         return tensors
-    return one_transfer([x.numpy() for x in tensors], device, _pinned)
+    return one_transfer([x.int().numpy() for x in tensors], device, _pinned)
 
 
 def _pinned(num_bytes: int) -> Tensor:
