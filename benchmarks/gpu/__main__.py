@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
         path.unlink(missing_ok=True)
     elif (
         not path.exists() and (known := RESULTS / path.name).exists()
-    ):  # another folder each time, as a lent machine has
+    ):  # another folder each time, as where machines are borrowed
         shutil.copyfile(known, path)
     source = source_of(Path(__file__).parents[2])
     session = Session(path, about(opened.facts, small=args.small), args.limit, source=source)

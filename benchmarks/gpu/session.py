@@ -182,7 +182,7 @@ def about(device: Mapping[str, str], *, small: bool) -> Facts:
 
 
 def identity(about: Facts) -> Facts:
-    """Without the day, and without the driver: machines of one kind are lent with one or another of its patches."""
+    """Without the day, and without the driver: machines of one kind have one or another of its patches."""
     device = {name: value for name, value in about["device"].items() if name != "driver"}
     return {**about, "date": "", "device": device}
 

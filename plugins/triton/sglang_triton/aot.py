@@ -45,10 +45,8 @@ class Usage:
         return [f"{mine[name]} {name}, and its budget is {most[name]}" for name in mine if mine[name] > most[name]]
 
 
-MODULES = (
-    "sglang_triton.page_copy",
-    "sglang_triton.grouping",
-)  # of no op: the runtime of GPUs launches one, several ops the other
+# Of no op: the runtime of GPUs launches one, several ops the other.
+MODULES = ("sglang_triton.page_copy", "sglang_triton.grouping")
 
 
 def specs(only: str = "") -> list[AotSpec]:

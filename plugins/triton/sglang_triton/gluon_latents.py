@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import triton
 from torch import Tensor
 
-from sglang_core.api.ops import AttnSpec
+from sglang_core.api import Pool
+from sglang_core.api.ops import AttnSpec, MLASpec
+from sglang_triton import attention
 from sglang_triton.aot_spec import AotSpec
 from sglang_triton.attention import Tile
 from sglang_triton.attention_aot import LATENT, unsplit
 from sglang_triton.attention_launch import scale_of
 from sglang_triton.attention_plan import WorkPlan
 from sglang_triton.gluon_attention import LAYOUT, POINTERS, WARPS, descriptor
+from sglang_triton.rows import as_heads
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,6 +33,28 @@ class Form:
     latents: dict[str, int]  # descriptors of latents, and how many of their columns each copies at once
     rope: int  # columns of rotated keys
     instructions: tuple[str, ...]  # that its assembly must have
+
+
+def paged(
+    kernel: Any,
+    form: Form,
+    q_nope: Tensor,
+    q_pe: Tensor,
+    c_kv: Tensor | None,
+    k_pe: Tensor | None,
+    pool: Pool,
+    layer: int,
+    spec: MLASpec,
+    plan: WorkPlan,
+    *,
+    lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """attn.mla_paged by `kernel`. q_nope: [T, Hq, rank], q_pe: [T, Hq, rope_dim] -> o: [T, Hq, rank] (, lse: float32[T, Hq]). Writes c_kv, k_pe first.
+
+    Tiles of 16 rows, of few heads and few tokens, are Triton's.
+    """
+    wide = partial(attend_items, kernel, form, as_heads(q_pe))
+    return attention.mla_paged(q_nope, q_pe, c_kv, k_pe, pool, layer, spec, plan, lse=lse, wide=wide)
 
 
 def attend_items(

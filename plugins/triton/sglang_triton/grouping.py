@@ -31,9 +31,9 @@ def by_group(group: Tensor, num_groups: int, lookup: Tensor | None = None) -> tu
     sizes = torch.empty(num_groups, dtype=torch.int32, device=device)
     block = min(BLOCK, max(16, triton.next_power_of_2(num_rows)))
     blocks, bins = max(1, triton.cdiv(num_rows, block)), triton.next_power_of_2(num_groups + 2)
-    lookup = group if lookup is None else lookup
-    form = {"X": num_groups, "HAS_LOOKUP": lookup is not group, "BINS": bins, "BLOCK": block, **_options(bins)}
-    counts = sizes  # not looked at
+    form = {"X": num_groups, "HAS_LOOKUP": lookup is not None, "BINS": bins, "BLOCK": block, **_options(bins)}
+    lookup = group if lookup is None else lookup  # any pointer where it is not looked at, as for counts
+    counts = sizes
     if blocks > 1:
         counts = torch.empty(blocks, bins, dtype=torch.int32, device=device)
         _count[(blocks,)](group, lookup, counts, num_rows, **form)

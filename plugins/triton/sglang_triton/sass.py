@@ -27,12 +27,8 @@ from sglang_triton.aot_spec import AotSpec
 WARP = 32
 BANDWIDTH = 17.0  # bytes a cycle: 4.2 TB/s of copies, 132 processors of 1.85 GHz
 ISSUES = 4  # instructions of warps a cycle, of all pipes together
-SHARED, REGISTERS, WARPS, PROGRAMS = (
-    228 << 10,
-    64 << 10,
-    64,
-    32,
-)  # what a processor has; a program takes 1 KiB more than it asks for
+# What a processor has; a program takes 1 KiB of shared memory more than it asks for.
+SHARED, REGISTERS, WARPS, PROGRAMS = 228 << 10, 64 << 10, 64, 32
 
 # Lanes a cycle. The first pattern that matches an opcode names its pipe; what matches none takes a slot of issue and no more.
 PIPES = {

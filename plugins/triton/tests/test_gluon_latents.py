@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from gluon_model import Kernel, Unordered, launched
+from gluon_model import Kernel, Unordered
 from sglang_triton import (
     attention_plan,
     blackwell_latent_kernels,
@@ -16,6 +17,7 @@ from sglang_triton import (
     hopper_latent_kernels,
     hopper_latents,
 )
+from sglang_triton.gluon_latents import paged
 from sglang_triton.gluon_limits import ARCHS, BLACKWELL, HOPPER, latent_limits
 from triton_attention_cases import CPU, Case, Reqs
 
@@ -74,11 +76,11 @@ def check(
     own = OWN[provider]
     case = Case(latent_spec(heads), reqs, dtype, page_size=page_size, padding=padding)
     grow(case, growth)
-    case.kernel = own.launcher.mla_paged
     case.plans = (own.plan, attention_plan.plan_invariant)
     name = f"_attend_latents_{provider}"
-    with launched(own.launcher, name, Kernel(own.module, getattr(own.module, name), **model)):
-        case.check()
+    kernel = Kernel(own.module, getattr(own.module, name), **model)
+    case.kernel = partial(paged, kernel, own.launcher.FORM)
+    case.check()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
