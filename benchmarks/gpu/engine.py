@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu import limits
+from benchmarks.gpu import decode, limits
 from benchmarks.gpu.busy import busy_fraction, device_intervals
 from benchmarks.gpu.checkpoint import kept_checkpoint
 from benchmarks.gpu.opened import Opened
@@ -32,6 +32,13 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 MODEL, SMALL_MODEL = "llama-3.1-8b", "llama-tiny"
 LIMITS, OFFLINE = "limits", "offline throughput"
 WATCHED_STEPS = 40
+# Of a decode step: kernels asked for, and whether they are launched before those ahead of them have ended.
+FORMS: dict[str, tuple[tuple[str, ...], bool]] = {
+    "plain": ((), False),
+    "plain_dependent": ((), True),
+    "streamed": (("gemm.linear=streamed",), False),
+    "streamed_dependent": (("gemm.linear=streamed",), True),
+}
 
 
 class Sizes:
@@ -55,6 +62,7 @@ def cases(opened: Opened, session: Session, only: str = "") -> Iterator[Case]:
     yield Case(LIMITS, partial(limits.measure, opened), first=True)
     listed = [
         Case("decode step, batch 1", partial(decode_step, session, sizes, device), seconds=120),
+        Case("decode step, batch 1, other forms", partial(decode_forms, session, opened, sizes, device), seconds=150),
         Case("decode, gap between steps", partial(host_gap, opened, sizes, device), seconds=90, last=True),
         *(
             Case(f"short prefills, {model}", partial(short_prefills, opened, sizes, device, model), seconds=90)
@@ -89,30 +97,35 @@ def settings(model: str, sizes: Sizes, device: str, **more: Any) -> dict[str, An
 
 def decode_step(session: Session, sizes: Sizes, device: str) -> Facts:
     """From plan to token on the host, against reading every weight but the embedding once."""
-    shape = StepShape.decode(1, sizes.context)
-    given = settings(sizes.model, sizes, device, max_running_requests=1, max_total_tokens=None)
-    rank = open_rank(EngineConfig.from_flat(**given), [shape])
-    try:
-        rank.runner.warm_up(progress=False)
-        took = StepDriver.of(rank).measure(shape, sizes.repeats)
-        weights = weight_bytes(rank.model)
-    finally:
-        rank.runner.close()
-        rank.runtime.close()
-    floor = weights / session.done[LIMITS]["copy"]
+    took = decode.measured(single(sizes, device), sizes.context, sizes.repeats)
+    floor = took["nbytes"] / session.done[LIMITS]["copy"]
     return {
-        "reached": floor / took.median,
+        "reached": floor / took["seconds"],
         "target": 0.8,
-        "ms": 1e3 * took.median,
+        "ms": 1e3 * took["seconds"],
         "floor_ms": 1e3 * floor,
-        "nbytes": weights,
+        "nbytes": took["nbytes"],
     }
 
 
-def weight_bytes(model: torch.nn.Module) -> int:
-    """Of all that a step reads whole. Of embeddings (not the head's matrix too, in these shapes) and tables of rotations, a row is read."""
-    read = [x for name, x in model.named_buffers() if "embed_tokens" not in name and "rotary" not in name]
-    return sum(x.numel() * x.element_size() for x in read)
+def decode_forms(session: Session, opened: Opened, sizes: Sizes, device: str) -> Facts:
+    """The same step with what nobody takes unasked. How kernels are launched changes no bit of a result, so no token."""
+    facts: Facts = {}
+    tokens = {}
+    for form, (kernel, dependent) in (FORMS if opened.on_gpu else {"plain": FORMS["plain"]}).items():
+        given = single(sizes, device) | {"kernel": kernel}
+        took = decode.in_process_of_its_own(given, sizes.context, sizes.repeats, dependent=dependent)
+        facts[f"{form}_ms"] = 1e3 * took["seconds"]
+        facts[f"{form}_reached"] = took["nbytes"] / session.done[LIMITS]["copy"] / took["seconds"]
+        tokens[form] = took["tokens"]
+        if dependent:
+            pairs = zip(tokens[form], tokens[form.removesuffix("_dependent")], strict=True)
+            facts[f"{form}_tokens_differ"] = sum(a != b for a, b in pairs)
+    return facts
+
+
+def single(sizes: Sizes, device: str) -> dict[str, Any]:
+    return settings(sizes.model, sizes, device, max_running_requests=1, max_total_tokens=None)
 
 
 def host_gap(opened: Opened, sizes: Sizes, device: str) -> Facts:

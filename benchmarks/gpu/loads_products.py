@@ -17,7 +17,7 @@ EXPERTS = {
     "Qwen3-30B-A3B": {"X": 128, "K": 8, "M": 2048, "F": 768},
 }
 SMALL = {"X": 8, "K": 2, "M": 128, "F": 128}
-FEW = 64  # rows up to which every provider's kernel is Triton's
+FEW = 64  # rows up to which every provider's kernel of quantised weights is Triton's
 FP8, INT4 = "fp8.block128", "int4.awq.g128"
 
 
@@ -50,7 +50,7 @@ def linear(opened: Opened, *, tokens: int, width: int, out: int, fmt: str) -> Wo
     make = opened.operands()
     facts: dict[str, Any] = {"fmt": fmt, "dims": {"in": width, "out": out}}
     bound = opened.bind(make, "gemm.linear", **facts)
-    own = opened.asked_for("gemm.linear", **facts) if tokens > FEW else {}
+    own = opened.asked_for("gemm.linear", **facts) if tokens > FEW or fmt == "dense" else {}
     (call,) = linear_calls(make, bound, tokens)
     x, stored = call.body[0].args
     return Work(
@@ -87,4 +87,6 @@ LOADS = [
     experts("DeepSeek-V3", 1, FP8, 31),
     product("fp8 block", 1, 7168, 16_384, FP8, 0.8, 32),
     product("int4", 8, 8192, 8192, INT4, 0.75, 33),
+    product("bf16", 1, 4096, 28_672, "dense", 0.8, 34),
+    product("bf16", 1, 14_336, 4096, "dense", 0.8, 35),
 ]

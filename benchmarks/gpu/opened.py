@@ -20,7 +20,7 @@ from sglang_core.errors import KernelSelectionError
 from sglang_core.ops import OPS
 
 SEED, REPEATS, PAGE_SIZE = 0, 21, 64
-ASKED_FOR = ("hopper", "blackwell")  # providers that nothing takes unless it is asked for
+ASKED_FOR = ("hopper", "blackwell", "streamed")  # providers that nothing takes unless it is asked for
 
 
 class Opened:

@@ -95,7 +95,8 @@ def rehearsing() -> Iterator[None]:
 
 def loads(text: str) -> Iterator[str]:
     """Of part `kernels`, at their own sizes: the title of each that raises."""
-    launched = ctypes.CDLL("libcuda.so.1").num_launches
+    library = ctypes.CDLL("libcuda.so.1")
+    counters = library.num_launches, library.num_dependent
     for load in kernels.all_loads():
         if text not in load.name or any(name in load.name for name in LARGE):
             continue
@@ -103,9 +104,10 @@ def loads(text: str) -> Iterator[str]:
             with torch.inference_mode():
                 work = load.make(Rehearsed())
                 for name, call in {work.provider: work.call, **work.compared}.items():
-                    before = launched()
+                    before = [count() for count in counters]
                     call()
-                    print(f"{load.name}: {name}, {launched() - before} launches", flush=True)
+                    all_of_them, dependent = (count() - old for count, old in zip(counters, before, strict=True))
+                    print(f"{load.name}: {name}, {all_of_them} launches, {dependent} of them dependent", flush=True)
         except Exception:
             traceback.print_exc()
             yield load.name

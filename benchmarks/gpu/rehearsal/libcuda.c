@@ -7,8 +7,9 @@
 enum { OK = 0, INVALID_VALUE = 1, SHARED = 232448, THREADS = 1024 };
 typedef int Result;
 
-static long launches;
+static long launches, dependent;
 long num_launches(void) { return launches; }
+long num_dependent(void) { return dependent; } /* that may begin before the kernel ahead has ended */
 
 static Result refused(const char *what, uint64_t found) {
   fprintf(stderr, "refused: %s, %llu\n", what, (unsigned long long)found);
@@ -41,11 +42,15 @@ Result cuFuncSetAttribute(void *function, int attribute, int value) {
   return value > SHARED ? refused("bytes of shared memory", value) : OK;
 }
 
-typedef struct { unsigned grid[3], block[3], shared; } Launch; /* the beginning of a CUlaunchConfig */
+typedef struct { int name; char pad[4]; union { int on; char pad[64]; } value; } Attribute; /* CUlaunchAttribute */
+typedef struct { unsigned grid[3], block[3], shared; void *stream; const Attribute *attributes; unsigned count; } Launch; /* CUlaunchConfig */
+enum { PROGRAMMATIC_STREAM_SERIALIZATION = 6 };
 
 Result cuLaunchKernelEx(const Launch *launch, void *function, void **arguments, void **extra) {
   static const uint64_t most[] = {(1u << 31) - 1, 65535, 65535};
   launches++;
+  for (unsigned i = 0; i < launch->count; i++)
+    dependent += launch->attributes[i].name == PROGRAMMATIC_STREAM_SERIALIZATION && launch->attributes[i].value.on;
   for (int i = 0; i < 3; i++)
     if (!launch->grid[i] || launch->grid[i] > most[i]) return refused("programs", launch->grid[i]);
   if (launch->block[0] > THREADS) return refused("threads", launch->block[0]);

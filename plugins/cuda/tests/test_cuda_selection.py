@@ -33,6 +33,21 @@ def test_dense_layers_are_summed_in_one_order_where_that_is_asked_for() -> None:
     assert found == {"sglang_triton.gemm:linear_invariant"}
 
 
+def test_dense_weights_are_streamed_by_triton_where_that_is_asked_for() -> None:
+    """Up to as many rows as a tile has; the library has the others, and all of them where nobody asks."""
+    table = OpTable(H200, CudaBackend(), ops=OPS, page_size=16, overrides={"gemm.linear": "streamed"})
+    bound = table.bind(OpSite(op="gemm.linear", layer="Layer", dtype="bfloat16", fmt="dense"))
+    assert [(kernel.tokens, kernel.fn) for kernel in bound.kernels] == [
+        ((1, 16), "sglang_triton.gemm:linear"),
+        ((17, None), "sglang_triton.gpu.linear:dense"),
+    ]
+    rows = explain(
+        EngineConfig.from_flat(model_path="demo", device="cuda"),
+        ChosenDevice(backend=CudaBackend(), info=H200, reason=""),
+    )
+    assert "streamed" not in {row.provider for row in rows}
+
+
 @pytest.mark.parametrize("op", ["moe.fused", "gemm.grouped", "lora.experts", "attn.mla_project"])
 @pytest.mark.parametrize("deterministic", [True, False])
 def test_experts_and_heads_are_multiplied_in_tiles_of_one_size_where_that_is_asked_for(

@@ -11,6 +11,7 @@ from sglang_triton.aot_spec import WIDE, AotSpec
 from sglang_triton.numerics import rounded, sigmoid, tanh, widen
 from sglang_triton.rows import as_rows
 from sglang_triton.tuning import choose
+from sglang_triton.turns import take_turn
 
 
 def gated(x: Tensor, kind: GateKind) -> Tensor:
@@ -37,6 +38,7 @@ def _launched(x: Tensor, kind: str, alpha: float, limit: float) -> Tensor:
 @triton.jit
 def _gated(x, y, T, F, stride, alpha, limit, KIND: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr):
     """x: [T, 2F], rows `stride` apart; y: [T, F], dense. One program: BLOCK_T rows by BLOCK_F columns."""
+    take_turn()
     row = (tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T))[:, None].to(tl.int64)
     column = (tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F))[None, :]
     inside = (row < T) & (column < F)

@@ -3,6 +3,7 @@
     python -m sglang_triton.aot --check benchmarks/gpu/budgets.json            # all of it
     python -m sglang_triton.aot --arch sm_90 --only norm --check ...           # some of it
     python -m sglang_triton.aot --write benchmarks/gpu/budgets.json            # what is used now becomes the budget
+    SGLANG_TRITON_PDL=1 python -m sglang_triton.aot --arch sm_90 sm_100        # that nothing is touched before a kernel's turn
 
 That a kernel compiles says nothing of its results. Triton compiles in no process that interprets: TRITON_INTERPRET must not be set.
 """
@@ -21,12 +22,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from sglang_triton import pdl
 from sglang_triton.aot_spec import AotSpec
 from sglang_triton.kernels import KERNELS
 from sglang_triton.tuning import ARCHS
 
 # Shared memory that one program may have, in bytes: triton compiles what exceeds it, and the launch fails.
 SHARED_LIMITS = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10, "gfx950": 160 << 10}
+# What another kernel may write or read, in PTX: whoever is launched before the kernel ahead has ended waits before it touches any.
+WAIT = "griddepcontrol.wait"
+ACCESS = re.compile(r"^\s*(@!?%\w+\s+)?(ld|st|atom|red|cp\.async)\b[\w.:]*(global|bulk|async)", re.MULTILINE)
 REGISTER_STEP = 8  # registers are handed out in eights; and releases of Triton differ by some
 OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg", "waves_per_eu", "matrix_instr_nonkdim")
 
@@ -130,6 +135,14 @@ def missing_instructions(spec: AotSpec, arch: str, assembly: str) -> list[str]:
     return [f"no {text} in its assembly" for text in wanted if text not in assembly]
 
 
+def hasty(ptx: str) -> list[str]:
+    """What is wrong with a kernel that may be launched before the one ahead has ended, in words."""
+    before, found, _ = ptx.partition(WAIT)
+    if not found:
+        return [f"no {WAIT}, and it may be launched before the kernel ahead has ended"]
+    return [f"{access[0].strip()} before its {WAIT}" for access in ACCESS.finditer(before)]
+
+
 def problems_of(usage: Usage, budget: Mapping[str, int] | None, arch: str) -> Iterator[str]:
     """`budget`: None where the file has none for it."""
     if usage.shared > SHARED_LIMITS[arch]:
@@ -159,6 +172,8 @@ def run(
                 continue
             used[arch][spec.title] = usage
             found = missing_instructions(spec, arch, assembly)
+            if pdl.asked() and arch in pdl.ARCHS and not spec.kernel.is_gluon():
+                found += hasty(assembly)
             if budgets is not None:
                 found += problems_of(usage, budgets.get(arch, {}).get(spec.title), arch)
             wrong += [f"{where}: {text}" for text in found]

@@ -10,6 +10,7 @@ import triton.language as tl
 
 from sglang_triton.attention_tile import LN_2, LOG2_E, NEG_INF, attend
 from sglang_triton.numerics import rounded, widen
+from sglang_triton.turns import take_turn
 
 # Fields of a record in the work list, see attention_plan.
 FIELDS = tl.constexpr(8)
@@ -82,6 +83,7 @@ def _attend_items(
     work[counter] is how many items there are; they stand from record `items` on. Short tiers go item by item, so that neighbouring
     programs read neighbouring heads of the same slots; long ones head by head, so that the keys of one are read from the cache.
     """
+    take_turn()
     num_items = tl.load(work + counter)
     BLOCKS: tl.constexpr = (TOKENS * GROUP + M - 1) // M
     heads: tl.constexpr = NUM_KV_HEADS * BLOCKS
@@ -148,6 +150,7 @@ def _attend_packed(
     LSE: tl.constexpr,
 ):
     """attn.ragged: a program for each tile that a req of the longest length has, last tile first, as it has most keys if causal."""
+    take_turn()
     L: tl.constexpr = M // GROUP if GROUP < M else 1
     BLOCKS: tl.constexpr = (L * GROUP + M - 1) // M
     unit = tl.program_id(0)
@@ -192,6 +195,7 @@ def _merge_splits(
     LSE: tl.constexpr,
 ):
     """The results of a token's splits become one, a head at a time, SPLITS of them at once, always in the same order."""
+    take_turn()
     count = tl.load(work + counter)
     col = tl.arange(0, BV)
     for unit in range(tl.program_id(0), count * NUM_HEADS, tl.num_programs(0)):
@@ -238,6 +242,7 @@ def _merge_halves(
     B: tl.constexpr,
 ):
     """attn.merge. A row is a token's head."""
+    take_turn()
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     col = tl.arange(0, B)
     real = row < num_rows

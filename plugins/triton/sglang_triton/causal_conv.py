@@ -18,6 +18,7 @@ from sglang_triton.numerics import rounded, sigmoid, widen
 from sglang_triton.ragged import count_up_to
 from sglang_triton.rows import dense_last
 from sglang_triton.tuning import choose
+from sglang_triton.turns import take_turn
 
 
 def causal_conv1d(
@@ -76,6 +77,7 @@ def _rows(
     BLOCK_C: tl.constexpr,
 ):
     """One program: BLOCK_T tokens, of whichever reqs, times BLOCK_C channels."""
+    take_turn()
     token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     column = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     req = count_up_to(cu, token, R, steps, 1, 0)
@@ -113,6 +115,7 @@ def _states(
 ):
     """One program: the state of a req, BLOCK_C channels of it. With SINGLE also the output of its one token, if it has one; and
     of the token of its own number, zeros, if that is of no req."""
+    take_turn()
     index = tl.program_id(0)
     column = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     if index < R:

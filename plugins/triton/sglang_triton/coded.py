@@ -15,6 +15,7 @@ from sglang_triton.numerics import rounded, widen
 from sglang_triton.quantize import BLOCK, coded, empty_codes
 from sglang_triton.rows import as_rows
 from sglang_triton.tuning import choose
+from sglang_triton.turns import take_turn
 
 
 def add_rms_norm_quant(x: Tensor, residual: Tensor, weight: Tensor, eps: float, kind: CodeKind) -> tuple[Codes, Tensor]:
@@ -68,6 +69,7 @@ def _add_rms_quant(
     BLOCK_M: tl.constexpr,
 ):
     """As norm's `_add_rms`, and then codes of what y is rounded to. Scales: [T, 1], or [T, ceil(M / GROUP)] of "fp8_block"."""
+    take_turn()
     row, column, inside = tile(T, M, BLOCK_T, BLOCK_M)
     value = widen(tl.load(x + row * stride_x + column, inside, other=0.0))
     value += widen(tl.load(residual + row * stride_r + column, inside, other=0.0))
@@ -103,6 +105,7 @@ def _gated_quant(
     BLOCK_F: tl.constexpr,
 ):
     """x: [T, 2F], rows `stride` apart. One program: the columns that share a scale, of BLOCK_T rows."""
+    take_turn()
     row = (tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T))[:, None].to(tl.int64)
     inner = tl.arange(0, BLOCK_F)[None, :]
     column = tl.program_id(1) * GROUP + inner

@@ -9,6 +9,7 @@ from torch import Tensor
 from sglang_triton.aot_spec import WIDE_EVERYWHERE, AotSpec
 from sglang_triton.rows import dense_last
 from sglang_triton.tuning import choose
+from sglang_triton.turns import take_turn
 
 
 def embed_lookup(ids: Tensor, weight: Tensor, vocab_start: int = 0) -> Tensor:
@@ -27,6 +28,7 @@ def embed_lookup(ids: Tensor, weight: Tensor, vocab_start: int = 0) -> Tensor:
 
 @triton.jit
 def _lookup(ids, weight, y, T, V, M, stride_ids, stride, vocab_start, BLOCK_T: tl.constexpr, BLOCK_M: tl.constexpr):
+    take_turn()
     row = (tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T))[:, None].to(tl.int64)
     column = (tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M))[None, :]
     local = tl.load(ids + row * stride_ids, row < T, other=-1).to(tl.int64) - vocab_start

@@ -26,6 +26,7 @@ from sglang_triton.numerics import dot, rounded, widen
 from sglang_triton.ragged import count_up_to
 from sglang_triton.rows import dense_last
 from sglang_triton.tuning import choose
+from sglang_triton.turns import take_turn
 
 SHORT = 8  # tokens: a chunk costs a few times as much as one of them, whatever it has
 CHUNK = 64
@@ -152,6 +153,7 @@ def _recurrent(
     BLOCK_V: tl.constexpr,
 ):
     """One program: a req of at most SHORT tokens, a value head, BLOCK_V columns of its state. Req R: zeros to the tokens of no req."""
+    take_turn()
     req, head = tl.program_id(0), tl.program_id(1)
     row, column = tl.arange(0, BLOCK_K), tl.program_id(2) * BLOCK_V + tl.arange(0, BLOCK_V)
     start = tl.load(cu + req)
@@ -214,6 +216,7 @@ def _prepare(
     (1 + A)^-1 diag(beta), and `scores` (q[i] . k[j]) D[i, j] on and below it. The chunks of req r have the places from
     cu[r] // CHUNK + r on: no two reqs share one, and a launch knows how many there are at most.
     """
+    take_turn()
     place, head = tl.program_id(0), tl.program_id(1)
     req = count_up_to(cu, place, R, steps, CHUNK, 1)
     if req < R:
@@ -332,6 +335,7 @@ def _scan(
     PRECISION: tl.constexpr,
 ):
     """One program: a req of more than SHORT tokens, the longest first, a value head, BLOCK_V columns of its state."""
+    take_turn()
     req, head = tl.load(order + tl.program_id(0)), tl.program_id(1)
     row, column = tl.arange(0, BLOCK_K), tl.program_id(2) * BLOCK_V + tl.arange(0, BLOCK_V)
     start, stop = tl.load(cu + req), tl.load(cu + req + 1)

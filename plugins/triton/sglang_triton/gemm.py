@@ -20,7 +20,9 @@ from sglang_triton.quantize import AOT as QUANTIZE_AOT
 from sglang_triton.quantize import quantise
 from sglang_triton.rows import as_rows
 from sglang_triton.tuning import choose
+from sglang_triton.turns import fetch_ahead, take_turn
 
+STREAMED = tl.constexpr(64)  # rows of a tile up to which a product waits for its weights
 INVARIANT_TOKENS = 64  # the batch whose tiles serve every batch: some rows of them idle in a decode step, and prefills are not at their best
 
 
@@ -105,6 +107,10 @@ def _linear(
     column = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
     in_x, in_w = token < T, column < N
     read, row = tl.minimum(token, T - 1), tl.minimum(column, N - 1)
+    FOUR_BITS: tl.constexpr = ELEMENT == "int4" or ELEMENT == "e2m1"
+    if BLOCK_T <= STREAMED:
+        fetch_ahead(w + row * w_stride, K // 2 if FOUR_BITS else K * w.dtype.element_ty.primitive_bitwidth // 8)
+    take_turn()
     value = product(
         x + read * x_stride,
         x_scale + read * x_scale_stride,

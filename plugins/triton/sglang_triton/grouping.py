@@ -12,7 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 from sglang_triton.aot_spec import AotSpec
-from sglang_triton.tuning import Config
+from sglang_triton.tuning import Config, launch_options
+from sglang_triton.turns import take_turn
 
 MOST_GROUPS = 1022  # beyond, a program would hold too many counters: adapters times experts may be so many
 BLOCK = 256  # rows of a program
@@ -31,7 +32,14 @@ def by_group(group: Tensor, num_groups: int, lookup: Tensor | None = None) -> tu
     sizes = torch.empty(num_groups, dtype=torch.int32, device=device)
     block = min(BLOCK, max(16, triton.next_power_of_2(num_rows)))
     blocks, bins = max(1, triton.cdiv(num_rows, block)), triton.next_power_of_2(num_groups + 2)
-    form = {"X": num_groups, "HAS_LOOKUP": lookup is not None, "BINS": bins, "BLOCK": block, **_options(bins)}
+    form = {
+        "X": num_groups,
+        "HAS_LOOKUP": lookup is not None,
+        "BINS": bins,
+        "BLOCK": block,
+        **_options(bins),
+        **launch_options(),
+    }
     lookup = group if lookup is None else lookup  # any pointer where it is not looked at, as for counts
     counts = sizes
     if blocks > 1:
@@ -67,6 +75,7 @@ def _count(
     group, lookup, counts, S, X: tl.constexpr, HAS_LOOKUP: tl.constexpr, BINS: tl.constexpr, BLOCK: tl.constexpr
 ):
     """counts: int32[blocks, BINS]."""
+    take_turn()
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     count = tl.histogram(_group_of(group, lookup, row, S, X, HAS_LOOKUP), BINS)
     tl.store(counts + tl.program_id(0) * BINS + tl.arange(0, BINS), count)
@@ -78,6 +87,7 @@ def _place(
     BINS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """`SEVERAL`: blocks, whose counts are there."""
+    take_turn()
     block, lane, each = tl.program_id(0), tl.arange(0, BLOCK), tl.arange(0, BINS)
     row = block * BLOCK + lane
     mine = _group_of(group, lookup, row, S, X, HAS_LOOKUP)

@@ -13,6 +13,7 @@ from sglang_triton.codes import encode_e4m3, encode_int8
 from sglang_triton.numerics import rounded, widen
 from sglang_triton.rows import dense_last
 from sglang_triton.tuning import choose
+from sglang_triton.turns import take_turn
 
 
 def kv_write(k: Tensor, v: Tensor, pool: Pool, layer: int, slot_mapping: Tensor) -> None:
@@ -81,6 +82,7 @@ def _write(
     BLOCK_T: tl.constexpr,
 ):
     """One program: BLOCK_T tokens of one head. Leaves are dense, [slots, H, D]."""
+    take_turn()
     token = (tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T))[:, None].to(tl.int64)
     head = tl.program_id(1)
     slot = tl.load(slots + token * slots_stride, token < T, other=0).to(tl.int64)

@@ -11,6 +11,7 @@ from sglang_triton.aot_spec import AotSpec
 from sglang_triton.numerics import tanh, widen
 from sglang_triton.rows import dense_last
 from sglang_triton.tuning import choose
+from sglang_triton.turns import take_turn
 
 
 def mask(logits: Tensor, bitmask: Tensor) -> Tensor:
@@ -54,6 +55,7 @@ def _map(logits: Tensor, cap: float, *, capped: bool) -> Tensor:
 @triton.jit
 def _mask(logits, bitmask, out, R, V, stride, mask_stride, BLOCK_R: tl.constexpr, BLOCK_V: tl.constexpr):
     """Token i is bit i % 32 of word i // 32."""
+    take_turn()
     row, token, inside = block(R, V, BLOCK_R, BLOCK_V)
     x = tl.load(logits + row * stride + token, inside, other=0.0)
     word = tl.load(bitmask + row * mask_stride + token // 32, inside, other=0)
@@ -64,6 +66,7 @@ def _mask(logits, bitmask, out, R, V, stride, mask_stride, BLOCK_R: tl.constexpr
 
 @triton.jit
 def _cap(logits, out, R, V, stride, cap, CAPPED: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_V: tl.constexpr):
+    take_turn()
     row, token, inside = block(R, V, BLOCK_R, BLOCK_V)
     x = widen(tl.load(logits + row * stride + token, inside, other=0.0))
     tl.store(out + row * V + token, cap * tanh(x / cap) if CAPPED else x, inside)
@@ -72,6 +75,7 @@ def _cap(logits, out, R, V, stride, cap, CAPPED: tl.constexpr, BLOCK_R: tl.const
 @triton.jit
 def _adjust(logits, rows, ids, repetition, add, out, E, V, stride, BLOCK_E: tl.constexpr):
     """What an entry changes is stored, and padding, which changes nothing, stores nothing: it may name an entry in use."""
+    take_turn()
     entry = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
     there = entry < E
     row = tl.load(rows + entry, there, other=0).to(tl.int64)

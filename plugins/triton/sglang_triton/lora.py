@@ -16,6 +16,7 @@ from sglang_triton.aot_spec import AotSpec
 from sglang_triton.numerics import INTERPRETED, dot, rounded, widen
 from sglang_triton.rows import dense_last
 from sglang_triton.tuning import choose
+from sglang_triton.turns import take_turn
 
 
 def apply(
@@ -150,6 +151,7 @@ def _pick(
     BLOCK_R: tl.constexpr,
 ):
     """h: float32[T, R]: row id - vocab_start of each token's own table [V, R] in a; zeros for other ids, and without an adapter."""
+    take_turn()
     token = (tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
     rank = tl.arange(0, BLOCK_R)[None, :]
     own = tl.load(adapter + token * adapter_stride, token < T, other=-1).to(tl.int64)
@@ -179,6 +181,7 @@ def _shrink(
     BLOCK_K: tl.constexpr,
 ):
     """h: float32[splits, T, N]: of part s of the inputs, x times the transpose of each token's own rows of a: [A, N, K]."""
+    take_turn()
     token = (tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
     column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     own = tl.load(adapter + token * adapter_stride, token < T, other=-1)
@@ -229,6 +232,7 @@ def _expand(
     BLOCK_R: tl.constexpr,
 ):
     """Columns [start, end) of the output, which belong to one part: columns [part * R, (part + 1) * R) of h: float32[SPLITS, T, N]."""
+    take_turn()
     token = (tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
     column = start + tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
     rank = tl.arange(0, BLOCK_R)

@@ -12,6 +12,7 @@ from sglang_triton.gemm import DOTS, INVARIANT_TOKENS
 from sglang_triton.numerics import dot, rounded
 from sglang_triton.rows import dense_last
 from sglang_triton.tuning import choose
+from sglang_triton.turns import take_turn
 
 
 def mla_project(x: Tensor, weight: Tensor) -> Tensor:
@@ -57,6 +58,7 @@ def _project(
     BLOCK_K: tl.constexpr,
 ):
     """One program: BLOCK_T tokens by BLOCK_N columns of one head. Either dim of a matrix may be the dense one."""
+    take_turn()
     token = (tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T))[:, None].to(tl.int64)
     column = (tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
     head = tl.program_id(2).to(tl.int64)

@@ -27,6 +27,7 @@ from sglang_triton.packed import FORMATS, as_codes, format_constexprs, format_ty
 from sglang_triton.quantize import quantise
 from sglang_triton.rows import as_rows
 from sglang_triton.tuning import choose
+from sglang_triton.turns import take_turn
 
 INVARIANT_ROWS = 1024  # whose tiles serve every batch where a row may not depend on its neighbours: of 16 rows, which prefills are not at their best in
 
@@ -189,6 +190,7 @@ def _grouped(
     BLOCK_K: tl.constexpr,
 ):
     """One program: BLOCK_T sorted rows of one expert by BLOCK_N of its columns. w: [X, N, K] codes."""
+    take_turn()
     each = tl.arange(0, BLOCK_X)
     size = tl.load(sizes + each, each < X, other=0)
     tiles = (size + BLOCK_T - 1) // BLOCK_T
@@ -239,6 +241,7 @@ def _grouped(
 def _combine(
     y, weights, out, T, M, K: tl.constexpr, WEIGHTED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_M: tl.constexpr
 ):
+    take_turn()
     token = (tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T))[:, None].to(tl.int64)
     column = (tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M))[None, :]
     inside = (token < T) & (column < M)

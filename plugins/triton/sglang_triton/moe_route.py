@@ -12,6 +12,7 @@ from sglang_triton.aot_spec import AotSpec
 from sglang_triton.numerics import sigmoid, widen
 from sglang_triton.rows import dense_last
 from sglang_triton.tuning import choose
+from sglang_triton.turns import take_turn
 
 TINY = tl.constexpr(1e-20)  # added to a sum of weights, as sglang_core.ops.moe has it
 
@@ -76,6 +77,7 @@ def _route(
     BLOCK_T: tl.constexpr,
 ):
     """One program: BLOCK_T tokens and all experts."""
+    take_turn()
     token = (tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T))[:, None].to(tl.int64)
     expert = tl.arange(0, BLOCK_X)[None, :]
     inside = (token < T) & (expert < X)

@@ -11,6 +11,7 @@ from sglang_triton.aot_spec import WIDE_EVERYWHERE, AotSpec
 from sglang_triton.numerics import rounded, widen
 from sglang_triton.rows import as_heads, as_rows
 from sglang_triton.tuning import choose
+from sglang_triton.turns import take_turn
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -83,6 +84,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Te
 @triton.jit
 def _rms(x, weight, y, T, H, M, stride_t, stride_h, eps, BLOCK_T: tl.constexpr, BLOCK_M: tl.constexpr):
     """x: T rows of [T / H, H, M]; y: [T, M], dense."""
+    take_turn()
     row, column, inside = tile(T, M, BLOCK_T, BLOCK_M)
     at = (row // H) * stride_t + (row % H) * stride_h + column
     value = widen(tl.load(x + at, inside, other=0.0))
@@ -95,6 +97,7 @@ def _add_rms(
     x, residual, weight, y, total, T, M, stride_x, stride_r, eps, BLOCK_T: tl.constexpr, BLOCK_M: tl.constexpr
 ):
     """x, residual: [T, M] -> total: their sum, rounded; y: the norm of what it was rounded to. Both are dense."""
+    take_turn()
     row, column, inside = tile(T, M, BLOCK_T, BLOCK_M)
     value = widen(tl.load(x + row * stride_x + column, inside, other=0.0))
     value += widen(tl.load(residual + row * stride_r + column, inside, other=0.0))
@@ -107,6 +110,7 @@ def _add_rms(
 @triton.jit
 def _layer(x, weight, bias, y, T, M, stride, eps, HAS_BIAS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_M: tl.constexpr):
     """The mean is taken away before squares are: their difference would have no digits left far from zero."""
+    take_turn()
     row, column, inside = tile(T, M, BLOCK_T, BLOCK_M)
     value = widen(tl.load(x + row * stride + column, inside, other=0.0))
     mean = tl.sum(value, axis=1, keep_dims=True) / M

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sglang_triton.aot_spec import AotSpec
 from sglang_triton.tuning import choose
+from sglang_triton.turns import take_turn
 
 ALIGNMENT = 16  # bytes: each tensor's rows begin at a multiple of so many in the buffer
 
@@ -74,6 +75,7 @@ class Rows:
 @triton.jit
 def _rows(addresses, words, first, index, staged, N, OUT: tl.constexpr, BLOCK: tl.constexpr):
     """One program: BLOCK words of a row of one leaf."""
+    take_turn()
     row, leaf = tl.program_id(0), tl.program_id(1)
     length = tl.load(words + leaf)
     word = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)

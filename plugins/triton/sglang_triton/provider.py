@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from sglang_core.api import Kernel, KernelContext, hookimpl
+from sglang_triton import pdl
 from sglang_triton.kernels import DEVICES, KERNELS
 from sglang_triton.tuning import arch_of, source
 
@@ -17,7 +18,8 @@ class TritonKernels:
         family = ctx.device.path.split("/")[0]
         if family not in DEVICES:
             return []
-        note = f"configs: {source(arch_of(ctx.device.path))}"
+        arch = arch_of(ctx.device.path)
+        note = f"configs: {source(arch)}" + (", dependent launches" if pdl.taken(arch) else "")
         return [
             kernel if kernel.tune is None else replace(kernel, note=note)
             for kernel in KERNELS

@@ -11,6 +11,7 @@ from sglang_triton.aot_spec import AotSpec
 from sglang_triton.codes import encode_e4m3, encode_int8
 from sglang_triton.numerics import widen
 from sglang_triton.tuning import choose
+from sglang_triton.turns import take_turn
 
 BLOCK = 128  # columns that share a scale of "fp8_block"
 
@@ -48,6 +49,7 @@ def _quantise(
     x, code, scale, T, K, stride, GROUP: tl.constexpr, KIND: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_T: tl.constexpr
 ):
     """One program: a group of columns of BLOCK_T rows. A scale is the largest magnitude over the largest code, 1 where that is 0."""
+    take_turn()
     row = (tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T))[:, None].to(tl.int64)
     inner = tl.arange(0, BLOCK_K)[None, :]
     column = tl.program_id(1) * GROUP + inner

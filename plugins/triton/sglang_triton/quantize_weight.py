@@ -25,6 +25,7 @@ from sglang_triton.codes import (
 from sglang_triton.numerics import nearest_integer, rounded, widen
 from sglang_triton.rows import dense_last
 from sglang_triton.tuning import choose
+from sglang_triton.turns import take_turn
 
 BLOCK = 128  # rows that share a scale in fp8.block128
 
@@ -174,6 +175,7 @@ def _eight(
 ):
     """One program: BLOCK_R rows of a matrix [N, K], a group of columns, which is looked at twice. With ROWS > 1 that is BLOCK_R,
     and the tile has one scale: float32[X, ceil(N / ROWS), groups]."""
+    take_turn()
     top: tl.constexpr = 127.0 if ELEMENT == "int8" else 448.0
     blocks = tl.cdiv(N, BLOCK_R)
     expert, block = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks
@@ -222,6 +224,7 @@ def _four(
     BLOCK_C: tl.constexpr,
 ):
     """One program: BLOCK_R rows of a matrix [N, K], a group of columns, which is looked at twice. Even columns are low nibbles."""
+    take_turn()
     blocks = tl.cdiv(N, BLOCK_R)
     expert, block = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks
     row = (block * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
@@ -301,6 +304,7 @@ def _dequantise(
     BLOCK_C: tl.constexpr,
 ):
     """One program: BLOCK_R rows and BLOCK_C columns of a matrix [N, K]."""
+    take_turn()
     blocks = tl.cdiv(N, BLOCK_R)
     expert, block = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks
     row = (block * BLOCK_R + tl.arange(0, BLOCK_R))[:, None].to(tl.int64)

@@ -12,6 +12,7 @@ from sglang_triton.aot_spec import WIDE, AotSpec
 from sglang_triton.numerics import rounded, widen
 from sglang_triton.rows import dense_last
 from sglang_triton.tuning import choose
+from sglang_triton.turns import take_turn
 
 
 def rope_apply(q: Tensor, k: Tensor, positions: Tensor, table: Tensor, spec: RopeSpec) -> tuple[Tensor, Tensor]:
@@ -73,6 +74,7 @@ def _rope(
     BLOCK_H: tl.constexpr,
 ):
     """One program: BLOCK_T tokens by BLOCK_H heads, of queries or, from block cdiv(Hq, BLOCK_H) on, of keys."""
+    take_turn()
     token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     angle = tl.arange(0, BLOCK_HALF)
     there = (token[:, None] < T) & (angle[None, :] < ROTARY // 2)

@@ -20,6 +20,7 @@ from sglang_triton.kv_write import encoded
 from sglang_triton.numerics import rounded, widen
 from sglang_triton.rows import dense_last
 from sglang_triton.tuning import choose
+from sglang_triton.turns import take_turn
 
 Paged = Callable[..., Tensor | tuple[Tensor, Tensor]]
 
@@ -132,6 +133,7 @@ def _turn_and_write(
     BLOCK_H: tl.constexpr,
 ):
     """One program: BLOCK_T tokens by BLOCK_H heads, of queries, then of keys, then of values. Leaves are dense, [slots, Hk, D]."""
+    take_turn()
     token = (tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T))[:, None, None].to(tl.int64)
     block = tl.program_id(1)
     q_blocks, kv_blocks = tl.cdiv(Hq, BLOCK_H), tl.cdiv(Hk, BLOCK_H)

@@ -41,6 +41,7 @@ from sglang_triton.sampling_tile import (
     warmth,
 )
 from sglang_triton.tuning import choose
+from sglang_triton.turns import take_turn
 
 DIGIT_BITS = tl.constexpr(4)
 DIGITS = tl.constexpr(16)
@@ -179,6 +180,7 @@ def _survey(
     """Of each chunk: its largest logit, the first token that has it, and the mass relative to that one, at temperatures 1 and its own. Of
     each group of GROUP tokens in it: the largest logit.
     """
+    take_turn()
     row, there, token, x = chunk_of(logits, tl.program_id(1), R, V, stride, BLOCK_R, CHUNK)
     most = tl.max(x, axis=1)
     finite = tl.where(most == float("-inf"), 0.0, most)[:, None]
@@ -200,12 +202,14 @@ def _survey(
 
 @triton.jit
 def _greedy(top, first, ids, R, V, S, BLOCK_S: tl.constexpr, BLOCK_R: tl.constexpr, CHUNK: tl.constexpr):
+    take_turn()
     row = (tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
     tl.store(ids + row, best(top, first, row, row < R, V, S, BLOCK_S), row < R)
 
 
 @triton.jit
 def _logprobs(logits, top, total, out, R, V, stride, BLOCK_S: tl.constexpr, BLOCK_R: tl.constexpr, CHUNK: tl.constexpr):
+    take_turn()
     row, there, token, x = chunk_of(logits, tl.program_id(1), R, V, stride, BLOCK_R, CHUNK)
     S = tl.num_programs(1)
     tops, at, inside = partials(top, row, there, S, BLOCK_S, float("-inf"))
@@ -235,6 +239,7 @@ def _weigh(
     CHUNK: tl.constexpr,
 ):
     """weight: float32[R, S, 16], of the chunk's tokens whose key begins as decided, by their next digit."""
+    take_turn()
     row, there, token, x = chunk_of(logits, tl.program_id(1), R, V, stride, BLOCK_R, CHUNK)
     wanted = is_wanted(top_k, top_p, row, there, V, BY_MASS)
     if tl.max(wanted.to(tl.int32), axis=0) > 0:
@@ -282,6 +287,7 @@ def _decide(
     `above`: the weight of what is above all keys that begin so. After the last digit: `cut`, the whole key, and `room`, how
     many tokens of that key are kept. `surplus`: of that key, those that top-k leaves out, which top-p then does not count.
     """
+    take_turn()
     row = (tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
     there = row < R
     wanted = is_wanted(top_k, top_p, row, there, V, BY_MASS)
@@ -348,6 +354,7 @@ def _tally(
     CHUNK: tl.constexpr,
 ):
     """Of each chunk: the mass of what is above the cut, relative to the row's largest, and how many tokens are at it."""
+    take_turn()
     row = (tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
     there = row < R
     S = tl.num_programs(1)
@@ -389,6 +396,7 @@ def _pick(
     CHUNK: tl.constexpr,
 ):
     """Where the row's number falls: the chunk by the masses of chunks, then the token in it."""
+    take_turn()
     row = (tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
     there = row < R
     S = (V + CHUNK - 1) // CHUNK

@@ -16,6 +16,7 @@ from sglang_core.api.ops import SampleParams
 from sglang_triton.aot_spec import AotSpec
 from sglang_triton.numerics import widen
 from sglang_triton.sampling_tile import GROUP, cooled, mass_of, ordered, row_top, warmth
+from sglang_triton.turns import take_turn
 
 FEW = 64
 MOST_ROWS = 16  # of a program: each has 8,192 tokens, and a tensor at most 2^20
@@ -60,6 +61,7 @@ def _gather(
     CHUNK: tl.constexpr,
 ):
     """groups: int32[R, 2 FEW], of rows that are filtered: those that hold all that top-k may keep, in order; -1 where there are no more."""
+    take_turn()
     row = (tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
     there = row < R
     wanted = is_filtered(top_k, top_p, row, there, V)
@@ -97,6 +99,7 @@ def _cut(
     CHUNK: tl.constexpr,
 ):
     """Of the tokens of each row's groups: top-k by count, then top-p by mass of what that leaves."""
+    take_turn()
     row = (tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
     there = row < R
     wanted = is_filtered(top_k, top_p, row, there, V)

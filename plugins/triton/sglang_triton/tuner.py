@@ -11,7 +11,7 @@ from typing import Any
 from sglang_core.api import Choice, Knob, TuneContext, Tuner
 from sglang_triton.aot import SHARED_LIMITS
 from sglang_triton.search import SPACES, Space
-from sglang_triton.tuning import ABOUT, Config, asking, choose, current_arch, source, user_path, user_table
+from sglang_triton.tuning import ABOUT, Config, asking, choose, current_arch, in_force, source, user_path, user_table
 
 
 class TritonTuner(Tuner):
@@ -37,11 +37,11 @@ class TritonTuner(Tuner):
 
     def _choice(self, knob: Knob) -> Choice:
         sizes, space = dict(knob.sizes), SPACES[knob.name]
-        in_force = choose(knob.name, **sizes)
-        sensible = list(space.candidates(in_force, sizes))
+        now = in_force(knob.name, sizes)
+        sensible = list(space.candidates(now, sizes))
         limit = SHARED_LIMITS.get(self.arch)
         fitting = [config for config in sensible if limit is None or space.shared(config, sizes) <= limit]
-        return Choice(knob=knob, in_force=in_force, candidates=tuple(fitting), unfit=len(sensible) - len(fitting))
+        return Choice(knob=knob, in_force=now, candidates=tuple(fitting), unfit=len(sensible) - len(fitting))
 
     @contextmanager
     def using(self, knob: Knob, config: Config) -> Iterator[None]:

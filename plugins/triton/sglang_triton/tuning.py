@@ -19,6 +19,7 @@ from types import MappingProxyType
 from typing import Any
 
 from sglang_core.api import ConfigError
+from sglang_triton import pdl
 
 Config = Mapping[str, Any]
 Entry = Mapping[str, Any]
@@ -96,7 +97,17 @@ _look: Look | None = None  # asked first, while configs are tuned
 
 @functools.lru_cache(maxsize=4096)
 def choose(op: str, **sizes: int | str) -> Config:
-    """The config for the device at hand."""
+    """The config for the device at hand, and with it how its kernel is launched."""
+    return MappingProxyType({**in_force(op, sizes), **launch_options()})
+
+
+def launch_options() -> Config:
+    """Of every kernel that takes its turn (`turns`)."""
+    return {"launch_pdl": True} if pdl.taken(current_arch()) else {}
+
+
+def in_force(op: str, sizes: Mapping[str, int | str]) -> Config:
+    """What the files say of an op of these sizes on the device at hand."""
     if _look is not None and (config := _look(op, sizes)) is not None:
         return config
     arch = current_arch()

@@ -43,7 +43,7 @@ class GpuBackend(Backend):
         return GpuRuntime(ctx, GpuDriver(ctx.devices[0].index))
 
     def kernels(self, ctx: KernelContext) -> list[Kernel]:
-        return [kernels.dense()]
+        return [kernels.dense(), *kernels.streamed()]
 
     def claims(self, ctx: KernelContext) -> Claims:
         return claims(PROFILES)

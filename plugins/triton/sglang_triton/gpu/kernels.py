@@ -11,18 +11,26 @@ from importlib.metadata import version
 from typing import Any
 
 from sglang_core.api import Kernel, SelectionContext
-from sglang_triton.kernels import FEW, GRAPHS, TUNER, dtype_limits
+from sglang_triton.kernels import FEW, GRAPHS, TUNER, UNPROVEN, dtype_limits
 
 Supports = Callable[[SelectionContext], str | None]
 
 ROW_SCALED = ("fp8.tensor", "fp8.token_channel")
 STATIC = ("fp8.tensor.static",)
 BLOCK_SCALED = ("fp8.block128",)
+STREAMED = 16  # rows of a tile of the tensor cores: with more, libraries lose nothing to padding
 
 
 def dense() -> Kernel:
     """F.linear, which is the op's body too: named here as what it is, the device's own."""
     return _kernel("sglang_triton.gpu.linear:dense", supports=dense_limits)
+
+
+def streamed() -> list[Kernel]:
+    """Dense weights by Triton's kernel where a step waits for them: its programs fetch them while the kernel ahead ends (`pdl`), as no library's do."""
+    facts: dict[str, Any] = {"provider": "streamed", "priority": UNPROVEN, "supports": dense_limits}
+    few = _kernel("sglang_triton.gemm:linear", tokens=(1, STREAMED), tune=TUNER, **facts)
+    return [few, _kernel("sglang_triton.gpu.linear:dense", tokens=(STREAMED + 1, None), **facts)]
 
 
 def scaled(fn: str, supports: Supports, **facts: Any) -> list[Kernel]:
