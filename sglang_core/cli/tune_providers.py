@@ -66,7 +66,8 @@ def _list(comparison: Comparison, token_counts: Sequence[int], *, as_json: bool)
     others = [other.name for other in comparison.others]
     if as_json:
         refused, in_force = dict(comparison.refused), comparison.in_force.name
-        print_json({"in_force": in_force, "compared": others, "refused": refused, "calls": calls})
+        notes = list(comparison.notes)
+        print_json({"in_force": in_force, "compared": others, "refused": refused, "notes": notes, "calls": calls})
         return 0
     rows = [(comparison.in_force.name, "in force"), *((name, "to be compared") for name in others)]
     print_table(("provider", ""), [*rows, *((name, f"refused: {why}") for name, why in comparison.refused.items())])
