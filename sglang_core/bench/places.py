@@ -15,18 +15,13 @@ from sglang_core.ops import OPS
 def places(tables: Sequence[OpTable], op: str) -> list[OpSite]:
     """Sites of an op, and of what is made of it: where one provider runs the whole and another its parts, the whole is compared."""
     sites = list({_key(b.site): b.site for table in tables for b in table.bound_ops if b.site.op in COMPARED}.values())
-    inner = {
-        _key(part) for site in sites for part in site.parts
-    }  # what layers leave to a whole they do not call themselves
+    # What layers leave to a whole they do not call themselves, though it may be bound.
+    inner = {_key(part) for site in sites for part in site.parts}
     called = [site for site in sites if not inner & {_key(site), *(_key(part) for part in _implied(site))}]
     alone = [site for site in called if site.op == op]
     if op == "gemm.grouped" and not alone:  # no layer calls it by itself
-        alone = [
-            part.site
-            for b in tables[0].bound_ops
-            if b.site.op == "moe.fused"
-            for part in grouped_of_fused(tables[0], b)
-        ]
+        experts = [bound for bound in tables[0].bound_ops if bound.site.op == "moe.fused"]
+        alone = [part.site for bound in experts for part in grouped_of_fused(tables[0], bound)]
     return alone + [site for site in called if op in _parts(site)]
 
 
