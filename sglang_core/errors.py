@@ -18,7 +18,11 @@ class DeviceError(SglangError):
 
 
 class KernelSelectionError(SglangError):
-    """No kernel may run an op here, or two claim it equally."""
+    """No kernel may run an op here, or two claim it equally. `why` is the reason alone, where that is shorter."""
+
+    def __init__(self, message: str, *, why: str = "") -> None:
+        super().__init__(message)
+        self.why = why or message
 
 
 class WeightError(SglangError):

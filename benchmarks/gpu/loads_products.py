@@ -7,8 +7,9 @@ from typing import Any
 
 from benchmarks.gpu.load import Load, Work, size_of
 from benchmarks.gpu.opened import Opened
-from sglang_core.bench.op_calls import fused as fused_calls
-from sglang_core.bench.op_calls import linear as linear_calls
+from sglang_core.bench.op_calls import Step
+from sglang_core.bench.op_calls import fused as fused_call
+from sglang_core.bench.op_calls import linear as linear_call
 from sglang_core.ops.moe import ExpertSpec
 from sglang_core.ops.weight import PackedWeight
 
@@ -30,7 +31,7 @@ def fused(opened: Opened, *, model: str, tokens: int, fmt: str) -> Work:
     dims, tokens = (SMALL, min(tokens, 16)) if opened.small else (EXPERTS[model], tokens)
     make = opened.operands()
     bound = opened.bind(make, "moe.fused", fmt=fmt, spec=ExpertSpec(), dims=dims)
-    (call,) = fused_calls(make, bound, tokens)
+    call = fused_call(make, bound, Step(tokens))
     kernel = call.kernel[0]
     x, w13, w2, _, ids = kernel.args[:5]
     active = ids.unique().numel()
@@ -51,7 +52,7 @@ def linear(opened: Opened, *, tokens: int, width: int, out: int, fmt: str) -> Wo
     facts: dict[str, Any] = {"fmt": fmt, "dims": {"in": width, "out": out}}
     bound = opened.bind(make, "gemm.linear", **facts)
     own = opened.asked_for("gemm.linear", **facts) if tokens > FEW or fmt == "dense" else {}
-    (call,) = linear_calls(make, bound, tokens)
+    call = linear_call(make, bound, Step(tokens))
     x, stored = call.body[0].args
     return Work(
         call=call.kernel[0],

@@ -197,6 +197,10 @@ class OpTable:
         assert len({site.op for site in sites}) == len(sites), "a group has one site an op"
         return {bound.site.op: bound for bound in self._memo(tuple(sites), pool)}
 
+    def providers(self, op: str) -> list[str]:
+        """What --kernel may name for an op here, whether or not it runs at any site of the model."""
+        return [*sorted(self._kernels.get(op, {})), REFERENCE, *([DECOMPOSED] if self.ops[op].parts else [])]
+
     def pool_layout(self, pool: str = "full") -> str:
         """The layout to allocate a pool with, once its groups are bound."""
         return self._settled_layout(pool) or CANONICAL
@@ -406,7 +410,7 @@ class OpTable:
     def _check_override(self, op: str, provider: str) -> None:
         if op not in self.ops:
             raise KernelSelectionError(f"--kernel {op}={provider}: {_unknown_op(op, self.ops)}")
-        known = [*sorted(self._kernels.get(op, {})), REFERENCE, *([DECOMPOSED] if self.ops[op].parts else [])]
+        known = self.providers(op)
         if provider not in known:
             raise KernelSelectionError(f"--kernel {op}={provider}: {op} is provided by {', '.join(known)}")
 
@@ -457,8 +461,10 @@ def _check_kernel(kernel: Kernel, ops: Mapping[str, OpLike]) -> None:
 
 def _override_refused(site: OpSite, wanted: str, offer: GroupOffer | None) -> KernelSelectionError:
     rows = tuple(row for refused in offer.refused for row in refused) if offer else ()
+    reasons = "; ".join(dict.fromkeys(reason for _, reason in rows))
     return KernelSelectionError(
-        f"--kernel {site.op}={wanted} is refused at {_title(site)}: {_reasons(rows)}; name another provider, or {REFERENCE!r}"
+        f"--kernel {site.op}={wanted} is refused at {_title(site)}: {_reasons(rows)}; name another provider, or {REFERENCE!r}",
+        why=f"at {_title(site)}: {reasons}",
     )
 
 

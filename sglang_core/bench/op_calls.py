@@ -1,9 +1,9 @@
-"""Calls of an op as a model makes them, on random operands of its shapes: what `tune` times and compares."""
+"""Calls of products as a model makes them, on random operands of its shapes: what `tune` times and compares."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -20,7 +20,17 @@ from sglang_core.ops.weight import PackedWeight
 
 PERIOD = 65_521  # a prime: rows of no width are alike, and drawing so few takes no time
 TWICE = 2
+EPS = 1e-6  # of norms: a model's own is not known at a site, and changes no time
 Call = Callable[[], Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What a call is a part of: a step of so many tokens. `reqs` are (prefix, extend) each, where an op looks at them."""
+
+    tokens: int
+    title: str = ""
+    reqs: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +83,7 @@ class Operands:
         return bound.pack(PackedWeight(fmt, own, **facts)), canonical
 
 
-Maker = Callable[[Operands, BoundOp, int], Iterator[OpCall]]
+Maker = Callable[[Operands, BoundOp, Step], OpCall]
 
 
 def dtype_of(bound: BoundOp) -> torch.dtype:
@@ -82,12 +92,12 @@ def dtype_of(bound: BoundOp) -> torch.dtype:
     return dtype
 
 
-def linear(make: Operands, bound: BoundOp, tokens: int) -> Iterator[OpCall]:
+def linear(make: Operands, bound: BoundOp, step: Step) -> OpCall:
     """x: [T, in] times [out, in]."""
-    dims, dtype = bound.site.dims, dtype_of(bound)
+    dims, dtype, tokens = bound.site.dims, dtype_of(bound), step.tokens
     packed, canonical = make.weight(bound, dims["out"], dims["in"])
     xs = [make.normal(tokens, dims["in"], dtype=dtype) for _ in range(TWICE)]
-    yield OpCall(
+    return OpCall(
         title=f"{bound.site.layer} {dims['in']} to {dims['out']}, {tokens} tokens",
         bound=bound,
         kernel=tuple(partial(bound.fn, x, packed) for x in xs),
@@ -95,14 +105,27 @@ def linear(make: Operands, bound: BoundOp, tokens: int) -> Iterator[OpCall]:
     )
 
 
-def grouped(make: Operands, bound: BoundOp, tokens: int) -> Iterator[OpCall]:
+def linear_gated(make: Operands, bound: BoundOp, step: Step) -> OpCall:
+    """x: [T, in] times [out, in], then the activation of both halves."""
+    dims, dtype, kind = bound.site.dims, dtype_of(bound), bound.site.spec
+    packed, canonical = make.weight(bound, dims["out"], dims["in"])
+    xs = [make.normal(step.tokens, dims["in"], dtype=dtype) for _ in range(TWICE)]
+    return OpCall(
+        title=f"{bound.site.layer} {dims['in']} to {dims['out']} and {kind}, {step.tokens} tokens",
+        bound=bound,
+        kernel=tuple(partial(bound.fn, x, packed, kind) for x in xs),
+        body=tuple(partial(OPS["gemm.linear_gated"].body, x, canonical, kind) for x in xs),
+    )
+
+
+def grouped(make: Operands, bound: BoundOp, step: Step) -> OpCall:
     """T * K rows, as many for each expert as the others, as far as they go round."""
     dims, dtype = bound.site.dims, dtype_of(bound)
     packed, canonical = make.weight(bound, dims["X"], dims["out"], dims["in"])
-    rows, num = tokens * dims["K"], dims["X"]
+    rows, num = step.tokens * dims["K"], dims["X"]
     sizes = make.place(torch.tensor([rows // num + (i < rows % num) for i in range(num)], dtype=torch.int32))
     xs = [make.normal(rows, dims["in"], dtype=dtype) for _ in range(TWICE)]
-    yield OpCall(
+    return OpCall(
         title=f"{num} experts {dims['in']} to {dims['out']}, {rows} rows",
         bound=bound,
         kernel=tuple(partial(bound.fn, x, packed, sizes) for x in xs),
@@ -110,16 +133,16 @@ def grouped(make: Operands, bound: BoundOp, tokens: int) -> Iterator[OpCall]:
     )
 
 
-def fused(make: Operands, bound: BoundOp, tokens: int) -> Iterator[OpCall]:
+def fused(make: Operands, bound: BoundOp, step: Step) -> OpCall:
     """Every token goes to K experts, all sets of K equally likely."""
-    dims, dtype, act = bound.site.dims, dtype_of(bound), bound.site.spec
+    dims, dtype, act, tokens = bound.site.dims, dtype_of(bound), bound.site.spec, step.tokens
     w13, canonical13 = make.weight(bound, dims["X"], 2 * dims["F"], dims["M"])
     w2, canonical2 = make.weight(bound, dims["X"], dims["M"], dims["F"])
     ids = torch.rand(tokens, dims["X"], generator=make.generator).topk(dims["K"]).indices.int()
     weights = torch.rand(tokens, dims["K"], generator=make.generator) + 0.1
     routed = make.place(weights / weights.sum(1, keepdim=True)), make.place(ids)
     xs = [make.normal(tokens, dims["M"], dtype=dtype) for _ in range(TWICE)]
-    yield OpCall(
+    return OpCall(
         title=f"{dims['X']} experts {dims['M']} by {dims['F']}, top {dims['K']}, {tokens} tokens",
         bound=bound,
         kernel=tuple(partial(bound.fn, x, w13, w2, *routed, act) for x in xs),

@@ -2,40 +2,28 @@
 
 from __future__ import annotations
 
-import math
-import statistics
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from sglang_core.backend.binding import import_target
 from sglang_core.backend.discovery import did_you_mean
-from sglang_core.backend.interface import DeviceRuntime, RuntimeContext
+from sglang_core.backend.interface import DeviceRuntime
 from sglang_core.backend.selection import DECOMPOSED, REFERENCE, BoundOp, OpTable
 from sglang_core.backend.tuning import Config, Knob, TuneContext, Tuner
-from sglang_core.bench.attention_calls import latent, paged
-from sglang_core.bench.op_calls import Maker, OpCall, Operands, fused, grouped, grouped_of_fused, linear
+from sglang_core.bench.calls import TUNED, calls_of, open_operands
+from sglang_core.bench.checks import MARGIN, check, check_in_force, graph_safe, mean_ratio, seconds
+from sglang_core.bench.op_calls import OpCall, Operands, grouped_of_fused
 from sglang_core.config import EngineConfig
 from sglang_core.engine.explain import bound_model
 from sglang_core.engine.resolve import Resolved, resolve
-from sglang_core.errors import ConfigError, DeviceError
+from sglang_core.errors import ConfigError
 from sglang_core.ops import OPS
-from sglang_core.runner.verify import LIMITS, distance
 
-MAKERS: dict[str, Maker] = {
-    "moe.fused": fused,
-    "gemm.linear": linear,
-    "gemm.grouped": grouped,
-    "attn.paged": paged,
-    "attn.mla_paged": latent,
-}
-MARGIN = 0.02  # a candidate that is less than so much faster is no better: that is what two measurements of one kernel differ by
-WRONG = "wrong result"
-SEED = 0
+WAY_OUT = "if a candidate before it broke the device, run again with fewer --tokens, or on this one alone"
 
 
 @dataclass(kw_only=True)
@@ -49,7 +37,7 @@ class Trial:
     @property
     def ratio(self) -> float:
         """Of its time to that of the config in force: the geometric mean over calls."""
-        return math.exp(statistics.fmean(math.log(own / base) for own, base in self.seconds))
+        return mean_ratio(self.seconds)
 
 
 @dataclass(kw_only=True)
@@ -80,17 +68,20 @@ class Tuning:
     """An op of a model on an opened device, and what tunes its kernel."""
 
     resolved: Resolved
-    runtime: DeviceRuntime
     table: OpTable
     sites: Sequence[BoundOp]
     tuner: Tuner
     operands: Operands
 
+    @property
+    def runtime(self) -> DeviceRuntime:
+        return self.operands.runtime
+
     def calls(self, token_counts: Sequence[int]) -> Iterator[OpCall]:
         """Of every site and number of tokens. Operands of one are gone when the next is asked for."""
         for bound in self.sites:
             for tokens in token_counts:
-                yield from MAKERS[bound.site.op](self.operands, bound, tokens)
+                yield from calls_of(self.operands, bound, tokens)
 
 
 def open_tuning(config: EngineConfig, op: str, *, context: int, out: str | None) -> Tuning:
@@ -98,9 +89,9 @@ def open_tuning(config: EngineConfig, op: str, *, context: int, out: str | None)
 
     Raises ConfigError where the op is none, is not in the model, or runs nothing that can be tuned.
     """
-    if op not in MAKERS:
-        known = "is not tuned" if op in OPS else f"is no op{did_you_mean(op, MAKERS)}"
-        raise ConfigError(f"--op {op} {known}; tuned are {', '.join(MAKERS)}")
+    if op not in TUNED:
+        known = "is not tuned" if op in OPS else f"is no op{did_you_mean(op, TUNED)}"
+        raise ConfigError(f"--op {op} {known}; tuned are {', '.join(TUNED)}")
     resolved = resolve(config)
     table, _ = bound_model(resolved)
     sites = _sites(table, op, config.model.model_path)
@@ -113,16 +104,8 @@ def open_tuning(config: EngineConfig, op: str, *, context: int, out: str | None)
     assert target is not None
     tuner = import_target(kernel, target)(TuneContext(device=info, op=op, out=_path(out)))
     assert isinstance(tuner, Tuner), f"{target} made {tuner!r}, which is no Tuner"
-    runtime = resolved.device.backend.create_runtime(
-        RuntimeContext(devices=(info,), num_threads=resolved.config.device.num_threads)
-    )
-    operands = Operands(
-        runtime=runtime,
-        table=table,
-        context=min(context, resolved.context_length),
-        generator=torch.Generator().manual_seed(SEED),
-    )
-    return Tuning(resolved=resolved, runtime=runtime, table=table, sites=sites, tuner=tuner, operands=operands)
+    operands = open_operands(resolved, table, context)
+    return Tuning(resolved=resolved, table=table, sites=sites, tuner=tuner, operands=operands)
 
 
 def _path(out: str | None) -> Path | None:
@@ -135,7 +118,7 @@ def _sites(table: OpTable, op: str, model: str) -> list[BoundOp]:
         experts = [bound for bound in table.bound_ops if bound.site.op == "moe.fused"]
         found = [part for bound in experts for part in grouped_of_fused(table, bound)]
     if not found:
-        there = sorted({b.site.op for b in table.bound_ops} & MAKERS.keys())
+        there = sorted({b.site.op for b in table.bound_ops} & set(TUNED))
         raise ConfigError(f"{model} has no {op}; of what can be tuned it has {', '.join(there) or 'nothing'}")
     tuned = [bound for bound in found if bound.kernels and bound.kernels[0].tune]
     if tuned:
@@ -169,7 +152,7 @@ def sweep(
         for call in calls:
             expected = tuple(body() for body in call.body) if timed else ()
             if timed:
-                _check_in_force(call, expected)
+                check_in_force(call, expected, what="config", way_out=WAY_OUT)
             choices = tuner.choices(call.kernel[0])
             total = sum(len(choice.candidates) for choice in choices)
             done = 0
@@ -178,26 +161,15 @@ def sweep(
                 fresh.trials += [Trial(config=config) for config in choice.candidates]
                 search = found.setdefault(choice.knob, fresh)
                 if timed:
-                    search.base.append(_seconds(call, runtime, repeats))
+                    search.base.append(
+                        seconds(call.kernel[0], runtime, repeats, replayed=graph_safe(call.bound.kernels))
+                    )
                 for trial in search.trials:
                     if timed and not trial.dropped:
                         _try(trial, search, call, expected, tuner, runtime, repeats)
                     done += 1
                     progress(call.title, done, total)
     return list(found.values())
-
-
-def _check_in_force(call: OpCall, expected: Sequence[object]) -> None:
-    title = f"the config in force for {call.bound.site.op} ({call.title})"
-    try:
-        reason = _check(call, expected)
-    except Exception as error:  # the device's own
-        raise DeviceError(
-            f"{title} does not run: {type(error).__name__}: {error}; if a candidate before it broke the device, run again with fewer"
-            " --tokens, or on this one alone"
-        ) from error
-    if reason:
-        raise DeviceError(f"{title} is wrong itself; run the conformance suite on this device first")
 
 
 def _try(
@@ -211,27 +183,11 @@ def _try(
 ) -> None:
     try:
         with tuner.using(search.knob, trial.config):
-            trial.dropped = _check(call, expected)
+            trial.dropped = check(call, expected)
             if trial.dropped:
                 return
-            seconds = _seconds(call, runtime, repeats)
+            took = seconds(call.kernel[0], runtime, repeats, replayed=graph_safe(call.bound.kernels))
     except Exception as error:  # a compiler's, or a device's: this candidate is out, whatever it is
         trial.dropped = type(error).__name__
         return
-    trial.seconds.append((seconds, search.base[-1]))
-
-
-def _seconds(call: OpCall, runtime: DeviceRuntime, repeats: int) -> float:
-    replayed = all("graph_safe" in kernel.features for kernel in call.bound.kernels)
-    return statistics.median(runtime.time_calls(call.kernel[0], repeats=repeats, replayed=replayed))
-
-
-def _check(call: OpCall, expected: Sequence[object]) -> str:
-    """ "" or WRONG. The last set of activations first, so that memory still holds results of another set than the one asked for."""
-    for kernel, want in reversed(list(zip(call.kernel, expected, strict=True))):
-        got = kernel()
-        assert isinstance(got, Tensor) and isinstance(want, Tensor)
-        error, _ = distance(got, want)
-        if not error <= LIMITS[got.dtype]:
-            return WRONG
-    return ""
+    trial.seconds.append((took, search.base[-1]))

@@ -18,7 +18,7 @@ COMMANDS = {
     "devices": "list installed backends and the devices they find",
     "explain": "show which kernel each op of a model got on a device, and why",
     "profile": "rank the ops of a model by the time they take on a device",
-    "tune": "find the fastest configs of a kernel on a device, for the shapes of a model",
+    "tune": "find the fastest configs of a kernel, or the fastest provider of an op, for the shapes of a model",
     "doctor": "check this environment and say how to fix it",
     "version": "show versions of the core, the plugins and what they stand on",
 }

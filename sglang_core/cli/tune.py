@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from sglang_core.cli import tune_providers
 from sglang_core.cli.bench_step import numbers
 from sglang_core.cli.parser import Parser, print_json
 from sglang_core.cli.settings import WHICH_MODEL, add_settings, engine_config
@@ -25,20 +26,26 @@ def run(argv: list[str]) -> int:
     parser = Parser(
         "tune",
         "--op OP --model-path MODEL [--device NAME] [options]",
-        "Try every config of an op's kernel on the shapes of a model, and keep the fastest that is right. Takes minutes, and the device for"
-        "\nitself. Weights are random: none is read. Serving never tunes; it reads what this wrote.",
+        "Try every config of an op's kernel on the shapes of a model, and keep the fastest that is right; or, with --providers, compare who"
+        "\ncan run the op, and say what to serve with. Takes minutes, and the device for itself. Weights are random: none is read. Serving"
+        "\nnever tunes; it reads what this wrote.",
         argv,
-        epilog="example: sglang-core tune --device cuda --op moe.fused --model-path Qwen/Qwen3-30B-A3B",
+        epilog="examples: sglang-core tune --device cuda --op moe.fused --model-path Qwen/Qwen3-30B-A3B"
+        "\n          sglang-core tune --device cuda --op attn.paged --providers --model-path Qwen/Qwen3-8B",
     )
     own = parser.add_argument_group("tuning")
     own.add_argument("--op", required=True, metavar="NAME", help="the op, as explain names it")
+    own.add_argument(
+        "--providers", nargs="?", const="", metavar="NAME,...",
+        help="compare providers of the op (all, or these) with the one in force; writes nothing",
+    )  # fmt: skip
     own.add_argument("--tokens", default=TOKENS, metavar="N,...", help=f"tokens of a step (default: {TOKENS})")
     own.add_argument(
         "--context", type=int, default=4096, metavar="N", help="tokens that a decode step attends to (default: 4096)"
     )
     own.add_argument("--repeats", type=int, default=9, metavar="N", help="of which the median counts (default: 9)")
     own.add_argument("--out", metavar="FILE", help="write here, and not where the provider reads at start")
-    own.add_argument("--dry-run", action="store_true", help="list the candidates; time and write nothing")
+    own.add_argument("--dry-run", action="store_true", help="list what would be tried; time and write nothing")
     own.add_argument("--json", action="store_true", help="print JSON")
     add_settings(parser, shown=(*WHICH_MODEL, "kernel", "quantization"))
     args = parser.parse()
@@ -47,6 +54,8 @@ def run(argv: list[str]) -> int:
             raise ConfigError(f"--{name} {getattr(args, name)} must be at least 1")
     token_counts = sorted(set(numbers("--tokens", args.tokens)))
     config = engine_config(args, log_level="error")
+    if args.providers is not None:
+        return tune_providers.run(args, config, token_counts, bar)
     from sglang_core.bench.tune import open_tuning, sweep  # imports torch
 
     tuning = open_tuning(config, args.op, context=args.context, out=args.out)

@@ -115,7 +115,7 @@ class KernelVerifier:
 
     def _compare(self, key: tuple[str, str, str], error: OpError, got: Any, want: Any) -> None:
         error.calls += 1
-        for mine, reference in zip(_tensors(got), _tensors(want), strict=True):
+        for mine, reference in zip(tensors_of(got), tensors_of(want), strict=True):
             nmse, worst = distance(mine, reference)
             error.worst_nmse, error.worst_abs = max(error.worst_nmse, nmse), max(error.worst_abs, worst)
             if not nmse <= LIMITS.get(mine.dtype, 0.0):  # a NaN fails too
@@ -135,11 +135,12 @@ def distance(got: Tensor, want: Tensor) -> tuple[float, float]:
     return float(nmse.nan_to_num(nan=INF, posinf=INF)), float(difference.abs().max().nan_to_num(nan=INF, posinf=INF))
 
 
-def _tensors(value: Any) -> Iterable[Tensor]:
+def tensors_of(value: Any) -> Iterable[Tensor]:
+    """Of a result, whatever holds them."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, Codes):  # as numbers: the last bit of what is quantised turns a code
         yield decoded(value).to(value.dtype)
     elif isinstance(value, tuple | list):
         for each in value:
-            yield from _tensors(each)
+            yield from tensors_of(each)

@@ -231,8 +231,9 @@ def test_reference_forces_the_body_and_is_no_fallback() -> None:
 
 
 def test_an_override_of_a_refused_kernel_gives_its_reason() -> None:
-    with pytest.raises(KernelSelectionError, match=r"--kernel norm.rms=a is refused .*: a \(.*\): too wide"):
+    with pytest.raises(KernelSelectionError, match=r"--kernel norm.rms=a is refused .*: a \(.*\): too wide") as refused:
         table(kernel("a", supports=lambda ctx: "too wide"), kernel("b"), overrides={"norm.rms": "a"}).bind(RMS)
+    assert refused.value.why == f"at norm.rms in {RMS.layer} ({RMS.dtype}): too wide"
 
 
 @pytest.mark.parametrize(

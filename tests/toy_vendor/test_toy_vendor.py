@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import json
 import sys
 import tomllib
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from sglang_core.backend.devices import open_device
 from sglang_core.backend.interface import KernelContext, RuntimeContext
 from sglang_core.backend.kernel import OpSite
 from sglang_core.backend.selection import OpTable
+from sglang_core.cli.main import main
 
 ROOT = Path(__file__).parent
 MAX_DEVICE_LINES, MAX_KERNEL_LINES = 20, 15
@@ -96,3 +98,26 @@ def test_its_kernel_is_the_op(dtype: torch.dtype, kind: str, num_tokens: int) ->
     x = torch.randn(num_tokens, 10).to(dtype)
     expected = OPS["act.gated"].body(x, kind)
     torch.testing.assert_close(getattr(importlib.import_module(module), name)(x, kind), expected, rtol=0, atol=0)
+
+
+@pytest.mark.usefixtures("installed")
+def test_its_kernel_is_compared_with_the_body(capsys: pytest.CaptureFixture[str]) -> None:
+    """With nothing that it would have to say of itself."""
+    flags = (
+        "--op",
+        "act.gated",
+        "--providers",
+        "--device",
+        "acme",
+        "--model-path",
+        "demo",
+        "--tokens",
+        "1,3",
+        "--repeats",
+        "1",
+    )
+    assert main(["tune", *flags, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["in_force"] == "acme"
+    assert list(report["ratios"]) == ["reference"]
+    assert not report["out"] and not report["refused"]

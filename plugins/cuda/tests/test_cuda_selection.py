@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from sglang_cuda.backend import CudaBackend
 
 from sglang_core.api import DeviceInfo, OpSite
 from sglang_core.api.ops import OPS
 from sglang_core.backend.devices import ChosenDevice
-from sglang_core.backend.selection import OpTable
+from sglang_core.backend.selection import DECOMPOSED, OpTable
+from sglang_core.bench.comparison import plan_comparison
 from sglang_core.config import EngineConfig
 from sglang_core.engine.explain import explain
 
@@ -56,3 +59,20 @@ def test_experts_and_heads_are_multiplied_in_tiles_of_one_size_where_that_is_ask
     table = OpTable(H200, CudaBackend(), ops=OPS, page_size=16, deterministic=deterministic)
     bound = table.bind(OpSite(op=op, layer="Layer", dtype="bfloat16", fmt="dense"))
     assert bound.provider == "triton" and bound.kernels[0].fn.endswith("_invariant") == deterministic
+
+
+@pytest.mark.parametrize(("arch", "own", "foreign"), [("90", "hopper", "blackwell"), ("100", "blackwell", "hopper")])
+def test_kernels_that_nothing_takes_unasked_can_be_compared(arch: str, own: str, foreign: str) -> None:
+    """`tune --providers` has the group of each, its plan among it, and says of the others what they lack."""
+    info = replace(H200, path=f"cuda/sm_{arch}")
+    device = ChosenDevice(backend=CudaBackend(), info=info, reason="")
+    config = EngineConfig.from_flat(model_path="demo", device="cuda")
+    comparison = plan_comparison(config, "attn.paged", [], context=4096, device=device)
+    assert comparison.in_force.name == "triton"
+    assert [site.op for site in comparison.sites] == ["attn.rope_paged"]
+    table = next(other.table for other in comparison.others if other.name == own)
+    assert {b.site.op: b.provider for b in table.bound_ops if b.site.layer == "Attention"} == {
+        "attn.paged": own, "attn.plan": own, "attn.rope_paged": DECOMPOSED,
+    }  # fmt: skip
+    assert comparison.refused[foreign].startswith("at attn.paged in Attention (bfloat16): is for sm_")
+    assert comparison.flags(own) == f"--kernel attn.paged={own}"

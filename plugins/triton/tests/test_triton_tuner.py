@@ -205,3 +205,21 @@ def test_what_cannot_fit_shared_memory_is_left_out(monkeypatch: pytest.MonkeyPat
     assert choice.unfit > 0
     assert all(space.shared(config, sizes) <= 64 << 10 for config in choice.candidates)
     assert len(choice.candidates) + choice.unfit == len(list(space.candidates(choice.in_force, sizes)))
+
+
+@pytest.mark.parametrize(
+    ("op", "flags", "words"),
+    [
+        ("moe.fused", ("--tokens", "1"), ["4 experts 64 by 32, top 2, 1 tokens"]),
+        ("gemm.grouped", ("--tokens", "1"), ["4 experts 64 to 64, 2 rows", "4 experts 32 to 64, 2 rows"]),
+        ("attn.paged", ("--tokens", "20", "--context", "24"), ["decode of 20, context 24", "prompt of 20"]),
+    ],
+)
+def test_its_kernels_are_compared_with_the_bodies(
+    tune: Any, capsys: pytest.CaptureFixture[str], op: str, flags: tuple[str, ...], words: list[str]
+) -> None:
+    assert tune("--op", op, "--providers", "--json", *flags) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["in_force"] == "triton" and list(report["ratios"]) == ["reference"]
+    assert [call["call"].removeprefix("attn.rope_paged: ") for call in report["calls"]] == words
+    assert bool(report["notes"]) == (op == "gemm.grouped"), "no layer calls that by itself"
