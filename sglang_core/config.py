@@ -85,7 +85,10 @@ class DeviceArgs:
     """Which backend, and how strictly its claims are held."""
 
     device: str = setting("auto", "backend name, name:index, or auto (the best one probed)", common=True)
-    kernel: tuple[str, ...] = setting((), "OP=PROVIDER: force a kernel provider for an op; repeatable")
+    kernel: tuple[str, ...] = setting(
+        (),
+        "OP=PROVIDER: force a kernel provider for an op, or OP[FORMAT]=PROVIDER where its weights have a format; repeatable",
+    )
     fallback: str = setting(
         "auto",
         "what to do where a claimed kernel refuses: auto is error for attention, GEMM and MoE and warn for the rest",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
@@ -120,8 +121,8 @@ class OpTable:
         for claim in self.claims.claims:
             if claim.op != "*" and claim.op not in ops:
                 raise PluginError(f"backend {backend.name!r} claims an op that is none: {_unknown_op(claim.op, ops)}")
-        for op, provider in self.overrides.items():
-            self._check_override(op, provider)
+        for which, provider in self.overrides.items():
+            self._check_override(which, provider)
         self._instrument = instrument
         self._layouts: dict[str, str] = {}  # pool -> layout, once a kernel was chosen for it
         self._bound: dict[object, tuple[BoundOp, ...]] = {}
@@ -155,7 +156,7 @@ class OpTable:
 
     def _why_dequantize(self, site: OpSite, dense_only: str, online: bool) -> str:
         """Why the weights of a site are dequantised at load; empty where they stay packed. Raises as `bind_weight`."""
-        asked_for_body = self.overrides.get(site.op) == REFERENCE
+        asked_for_body = self._asked(site) == REFERENCE
         if not dense_only and (asked_for_body or self.has_kernel(site)):
             return ""
         why = dense_only or f"no kernel of {self.backend.name!r} takes {site.fmt}"
@@ -181,7 +182,7 @@ class OpTable:
 
         `packed_as`: and multiplies by weights as they are packed for that op.
         """
-        wanted = self.overrides.get(site.op)
+        wanted = self._asked(site)
         offers = [o for o in self._offers((site,), CANONICAL) if o.offers[0] and wanted in (None, o.provider)]
         if packed_as is None or not offers:
             return bool(offers)
@@ -253,7 +254,7 @@ class OpTable:
         refused = [tuple(row for offer in offers for row in offer.refused[i]) for i in range(len(sites))]
         accepted = [offer for offer in offers if offer.accepted and wanted in (None, offer.provider)]
         if wanted is not None and not accepted:
-            raise _override_refused(sites[0], wanted, next((o for o in offers if o.provider == wanted), None))
+            raise self._override_refused(sites[0], wanted, next((o for o in offers if o.provider == wanted), None))
         if not accepted:
             for site, why_not in zip(sites, refused, strict=True):
                 bound[site.op] = self._no_kernel(site, why_not, beside=bound)
@@ -284,7 +285,8 @@ class OpTable:
 
     def _asked_apart(self, site: OpSite, provider: str) -> str:
         """The --kernel flag that a composite's kernel of this provider would pass over; empty where there is none."""
-        flags = {op: self.overrides[op] for op in (site.op, *self.ops[site.op].parts.values()) if op in self.overrides}
+        every = (site.op, *self.ops[site.op].parts.values())
+        flags = {op: asked for op in every if (asked := self._asked(site, op)) is not None}
         apart = flags.pop(site.op, None)
         if apart is None:
             return next(
@@ -354,7 +356,7 @@ class OpTable:
         """The body. A composite's runs the kernels of its parts: those bound `beside` it in its group, and others at their sites."""
         op = self.ops[site.op]
         fn, provider, packs = op.body, REFERENCE, None
-        if op.parts and self.overrides.get(site.op) != REFERENCE:
+        if op.parts and self._asked(site) != REFERENCE:
             sites = site.parts or tuple(replace(site, op=part) for part in op.parts.values())
             parts = {part.op: beside.get(part.op) or self.bind(part) for part in sites}
             if any(part.provider != REFERENCE for part in parts.values()):
@@ -407,15 +409,32 @@ class OpTable:
                 " or take a checkpoint in another format"
             )
 
-    def _check_override(self, op: str, provider: str) -> None:
+    def _asked(self, site: OpSite, op: str = "") -> str | None:
+        """Whom --kernel asks for at a site, for its op or a part of it. What names the format of the weights comes before what does not."""
+        op = op or site.op
+        return self.overrides.get(f"{op}[{site.fmt}]", self.overrides.get(op))
+
+    def _check_override(self, which: str, provider: str) -> None:
+        op, _, fmt = which.removesuffix("]").partition("[")
         if op not in self.ops:
-            raise KernelSelectionError(f"--kernel {op}={provider}: {_unknown_op(op, self.ops)}")
+            raise KernelSelectionError(f"--kernel {which}={provider}: {_unknown_op(op, self.ops)}")
+        if fmt and not self.ops[op].weighted:
+            raise KernelSelectionError(f"--kernel {which}={provider}: {op} takes no weights, so no format of them")
         known = self.providers(op)
         if provider not in known:
-            raise KernelSelectionError(f"--kernel {op}={provider}: {op} is provided by {', '.join(known)}")
+            raise KernelSelectionError(f"--kernel {which}={provider}: {op} is provided by {', '.join(known)}")
+
+    def check_formats_asked(self) -> None:
+        """Once a model is bound. Raises KernelSelectionError where --kernel names a format that none of its layers have."""
+        for which, provider in self.overrides.items():
+            op, _, fmt = which.removesuffix("]").partition("[")
+            there = dict.fromkeys(bound.site.fmt for bound in self.bound_ops if bound.site.op == op)
+            if fmt and fmt not in there:
+                found = f"there is {', '.join(there)}" if there else f"there is no {op}"
+                raise KernelSelectionError(f"--kernel {which}={provider}: no layer has weights in {fmt} there; {found}")
 
     def _override_of(self, sites: Sequence[OpSite]) -> str | None:
-        flags = {site.op: self.overrides.get(site.op, DECOMPOSED) for site in sites}
+        flags = {site.op: self._asked(site) or DECOMPOSED for site in sites}
         wanted = {op: provider for op, provider in flags.items() if provider != DECOMPOSED}
         if len(set(wanted.values())) > 1:
             given = " and ".join(f"--kernel {op}={provider}" for op, provider in wanted.items())
@@ -424,14 +443,29 @@ class OpTable:
             )
         return next(iter(wanted.values()), None)
 
+    def _override_refused(self, site: OpSite, wanted: str, offer: GroupOffer | None) -> KernelSelectionError:
+        rows = tuple(row for refused in offer.refused for row in refused) if offer else ()
+        reasons = "; ".join(dict.fromkeys(reason for _, reason in rows))
+        which, way_out = site.op, f"name another provider, or {REFERENCE!r}"
+        if (of_format := f"{site.op}[{site.fmt}]") in self.overrides:
+            which = of_format
+        elif self.ops[site.op].weighted:
+            way_out += f", or ask for it where weights have a format, --kernel {site.op}[FORMAT]={wanted}"
+        return KernelSelectionError(
+            f"--kernel {which}={wanted} is refused at {_title(site)}: {_reasons(rows)}; {way_out}",
+            why=f"at {_title(site)}: {reasons}",
+        )
+
 
 def parse_overrides(flags: Iterable[str]) -> dict[str, str]:
-    """["attn.paged=triton"] -> {"attn.paged": "triton"}. Raises ConfigError on what is not OP=PROVIDER, or given twice."""
+    """["attn.paged=triton", "gemm.linear[fp8.block128]=hopper"] -> by what is before the =. Raises ConfigError on what has another form, or is given twice."""
     found: dict[str, str] = {}
     for flag in flags:
         op, equals, provider = flag.partition("=")
-        if not (op and equals and provider):
-            raise ConfigError(f"--kernel {flag!r} is not OP=PROVIDER, as in attn.paged={REFERENCE}")
+        if not (equals and provider and re.fullmatch(r"[\w.]+(\[[\w.-]+\])?", op)):
+            raise ConfigError(
+                f"--kernel {flag!r} is not OP=PROVIDER or OP[FORMAT]=PROVIDER, as in attn.paged={REFERENCE} or gemm.linear[dense]={REFERENCE}"
+            )
         if found.setdefault(op, provider) != provider:
             raise ConfigError(f"--kernel names two providers for {op}: {found[op]} and {provider}; give one")
     return found
@@ -457,15 +491,6 @@ def _check_kernel(kernel: Kernel, ops: Mapping[str, OpLike]) -> None:
         problem = f"has tokens={kernel.tokens}; it must be (low, high) with 1 <= low <= high, or (low, None)"
     if problem:
         raise PluginError(f"kernel {kernel_title(kernel)} for {kernel.op!r} {problem}")
-
-
-def _override_refused(site: OpSite, wanted: str, offer: GroupOffer | None) -> KernelSelectionError:
-    rows = tuple(row for refused in offer.refused for row in refused) if offer else ()
-    reasons = "; ".join(dict.fromkeys(reason for _, reason in rows))
-    return KernelSelectionError(
-        f"--kernel {site.op}={wanted} is refused at {_title(site)}: {_reasons(rows)}; name another provider, or {REFERENCE!r}",
-        why=f"at {_title(site)}: {reasons}",
-    )
 
 
 def _unknown_op(op: str, ops: Mapping[str, OpLike]) -> str:

@@ -90,7 +90,11 @@ class _Round:
         beside: list[float] = []
         for done, (other, score) in enumerate(zip(self.comparison.others, outcome.scores, strict=True)):
             progress(self.title, done, len(outcome.scores))
-            if not score.dropped and (pair := self.pair(other, score)) is not None:
+            if (
+                not score.dropped
+                and self.comparison.differs(other, self.site)
+                and (pair := self.pair(other, score)) is not None
+            ):
                 score.pairs[len(outcome.titles)] = pair
                 beside.append(pair[1])
         if not beside:

@@ -22,10 +22,11 @@ from sglang_core.ops import OPS
 
 @dataclass(frozen=True, kw_only=True)
 class Contender:
-    """The model under one provider of the op. `name` is what --kernel calls it; of the one in force, who runs at its places."""
+    """The model under one provider of the op. `name` is what --kernel calls it; of the one in force, who runs at its places. `asked`: how --kernel asks for it."""
 
     name: str
     table: OpTable
+    asked: Mapping[str, str]
 
     def call(self, make: Operands, site: OpSite, step: Step) -> OpCall:
         return build(COMPARED[site.op], replace(make, table=self.table), bound_at(self.table, site), step)
@@ -56,10 +57,14 @@ class Comparison:
                 for step in COMPARED[site.op].steps(tokens, self.context):
                     yield site, step
 
+    def differs(self, other: Contender, site: OpSite) -> bool:
+        """Whether it runs other kernels there than the one in force: not where it is asked for in some formats alone."""
+        return _signature(other.table, [site]) != _signature(self.in_force.table, [site])
+
     def flags(self, provider: str) -> str:
         """What to serve with, for this provider and what the user asked for already."""
-        asked = {**self.overrides, self.op: provider}
-        return " ".join(f"--kernel {op}={name}" for op, name in asked.items())
+        asked = {**self.overrides, **next(other.asked for other in self.others if other.name == provider)}
+        return _flags(asked)
 
 
 def plan_comparison(
@@ -76,8 +81,8 @@ def plan_comparison(
     table, _ = bound_model(resolved)
     bound = {b.site.op for b in table.bound_ops}
     overrides = parse_overrides(config.device.kernel)
-    tables, refused = _tables(resolved, config, op, _chosen(table, op, names), overrides)
-    sites = places([table, *tables.values()], op)
+    contenders, refused = _contenders(resolved, config, op, _chosen(table, op, names), overrides, table)
+    sites = places([table, *(each.table for each in contenders)], op)
     if not sites:
         there = sorted(bound & COMPARED.keys())
         raise ConfigError(f"{config.model.model_path} has no {op}; providers can be compared of {', '.join(there)}")
@@ -86,14 +91,19 @@ def plan_comparison(
         notes.append(f"no layer calls {op} by itself: --kernel {op}=PROVIDER changes nothing in serving")
     seen = {_signature(table, sites): "the one in force"}
     others = []
-    for name, own in tables.items():
+    for each in contenders:
+        name = each.name
         try:
-            signature = _signature(own, sites)
+            signature = _signature(each.table, sites)
         except SglangError as error:
             refused[name] = getattr(error, "why", str(error))
             continue
         if (same := seen.setdefault(signature, f"the same as {name}")) == f"the same as {name}":
-            others.append(Contender(name=name, table=own))
+            others.append(each)
+            if op not in each.asked:
+                notes.append(
+                    f"{name} is compared where it may run, with {_flags(each.asked)}: it is refused {refused.pop(name)}"
+                )
         elif same != "the one in force":
             notes.append(f"{name} is {same}")
     running = dict.fromkeys(provider_of(table, bound_at(table, site), op) for site in sites)
@@ -101,7 +111,7 @@ def plan_comparison(
         op=op,
         resolved=resolved,
         sites=sites,
-        in_force=Contender(name=" + ".join(running), table=table),
+        in_force=Contender(name=" + ".join(running), table=table, asked={}),
         others=others,
         refused=refused,
         overrides=overrides,
@@ -119,19 +129,44 @@ def _chosen(table: OpTable, op: str, names: Sequence[str]) -> list[str]:
     return [name for name in known if not names or name in names]
 
 
-def _tables(
-    resolved: Resolved, config: EngineConfig, op: str, names: Sequence[str], overrides: Mapping[str, str]
-) -> tuple[dict[str, OpTable], dict[str, str]]:
-    """The model's ops under --kernel OP=NAME, by name; and of those that it refuses, the reason."""
-    tables, refused = {}, {}
-    for name in names:
-        flags = tuple(f"{other}={provider}" for other, provider in {**overrides, op: name}.items())
-        under = EngineConfig.from_flat(**{**config.flat(), "kernel": flags})
+def _contenders(
+    resolved: Resolved,
+    config: EngineConfig,
+    op: str,
+    names: Sequence[str],
+    overrides: Mapping[str, str],
+    in_force: OpTable,
+) -> tuple[list[Contender], dict[str, str]]:
+    """The model under --kernel OP=NAME; under OP[FORMAT]=NAME for the formats that it takes, where others refuse it. And of what is refused, the reason."""
+    formats = dict.fromkeys(bound.site.fmt for bound in in_force.bound_ops if bound.site.op == op)
+    found: list[Contender] = []
+    refused: dict[str, str] = {}
+
+    def under(asked: Mapping[str, str]) -> OpTable:
+        flags = tuple(f"{which}={provider}" for which, provider in {**overrides, **asked}.items())
+        return bound_model(resolve(EngineConfig.from_flat(**{**config.flat(), "kernel": flags}), resolved.device))[0]
+
+    def takes(asked: Mapping[str, str]) -> bool:
         try:
-            tables[name], _ = bound_model(resolve(under, resolved.device))
+            under(asked)
+        except SglangError:
+            return False
+        return True
+
+    for name in names:
+        asked = {op: name}
+        try:
+            found.append(Contender(name=name, table=under(asked), asked=asked))
         except SglangError as error:
             refused[name] = getattr(error, "why", str(error))
-    return tables, refused
+            each = [{f"{op}[{fmt}]": name} for fmt in formats] if len(formats) > 1 else []
+            if taken := {which: name for one in each if takes(one) for which in one}:
+                found.append(Contender(name=name, table=under(taken), asked=taken))
+    return found, refused
+
+
+def _flags(asked: Mapping[str, str]) -> str:
+    return " ".join(f"--kernel {which}={provider}" for which, provider in asked.items())
 
 
 def _signature(table: OpTable, sites: Sequence[OpSite]) -> tuple[object, ...]:

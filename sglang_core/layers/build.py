@@ -166,6 +166,7 @@ def bind_model(model: nn.Module, ctx: BuildContext) -> None:
             module.bind(ctx)
     for _, layer in named_layers(model):
         layer.settle(ctx)
+    ctx.table.check_formats_asked()
     model._bound_with = ctx  # type: ignore[assignment]
 
 

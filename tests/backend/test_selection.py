@@ -254,9 +254,39 @@ def test_override_flags_are_parsed() -> None:
         "attn.paged": "triton",
         "norm.rms": "reference",
     }
-    for flags in (["attn.paged"], ["=x"], ["a="], ["a=b", "a=c"]):
+    assert parse_overrides(["gemm.linear[int4.pack.g-1]=a"]) == {"gemm.linear[int4.pack.g-1]": "a"}
+    for flags in (["attn.paged"], ["=x"], ["a="], ["a=b", "a=c"], ["a[]=b"], ["a[b=c"], ["[b]=c"]):
         with pytest.raises(ConfigError, match="--kernel"):
             parse_overrides(flags)
+
+
+def test_an_override_may_name_the_format_of_the_weights() -> None:
+    """Elsewhere it asks for nothing; before what names no format; refused as any other."""
+    kernels = [
+        kernel("a", "gemm.linear", supports=lambda ctx: None if ctx.site.fmt != "dense" else "not dense"),
+        kernel("b", "gemm.linear", priority=60),
+    ]
+    dense, fp8 = (replace(GEMM, fmt=fmt) for fmt in ("dense", "fp8.block128"))
+    chosen = table(*kernels, overrides={"gemm.linear[fp8.block128]": "a"})
+    assert (chosen.bind(dense).fn(), chosen.bind(fp8).fn()) == ("b", "a")
+    chosen.check_formats_asked()
+    both = table(*kernels, overrides={"gemm.linear": "b", "gemm.linear[fp8.block128]": "a"})
+    assert (both.bind(dense).fn(), both.bind(fp8).fn()) == ("b", "a")
+    with pytest.raises(KernelSelectionError, match=r"--kernel gemm.linear\[dense\]=a is refused .*: not dense"):
+        table(*kernels, overrides={"gemm.linear[dense]": "a"}).bind(dense)
+    with pytest.raises(KernelSelectionError, match=r"gemm.linear=a is refused .*, --kernel gemm.linear\[FORMAT\]=a"):
+        table(*kernels, overrides={"gemm.linear": "a"}).bind(dense)
+
+
+def test_a_format_that_no_layer_has_is_refused() -> None:
+    chosen = table(kernel("a", "gemm.linear"), overrides={"gemm.linear[fp9]": "a"})
+    chosen.bind(GEMM)
+    with pytest.raises(
+        KernelSelectionError, match=r"gemm.linear\[fp9\]=a: no layer has weights in fp9 there; there is bf16"
+    ):
+        chosen.check_formats_asked()
+    with pytest.raises(KernelSelectionError, match="norm.rms takes no weights"):
+        table(kernel("a"), overrides={"norm.rms[dense]": "a"})
 
 
 # reference and fallback

@@ -51,6 +51,28 @@ def test_dense_weights_are_streamed_by_triton_where_that_is_asked_for() -> None:
     assert "streamed" not in {row.provider for row in rows}
 
 
+def test_products_of_our_own_are_asked_for_by_format() -> None:
+    """They know fp8 alone, and the head of such a model is dense."""
+    device = ChosenDevice(backend=CudaBackend(), info=H200, reason="")
+    asked = EngineConfig.from_flat(
+        model_path="demo", device="cuda", quantization="fp8", kernel=("gemm.linear[fp8.token_channel]=hopper",)
+    )
+    rows = [row for row in explain(asked, device) if row.op == "gemm.linear"]
+    assert {(row.fmt, row.provider) for row in rows} == {("fp8.token_channel", "hopper"), ("dense", "cuda")}
+
+
+def test_providers_of_one_format_are_compared_where_weights_have_it() -> None:
+    device = ChosenDevice(backend=CudaBackend(), info=H200, reason="")
+    fp8 = EngineConfig.from_flat(model_path="demo", device="cuda", quantization="fp8")
+    comparison = plan_comparison(fp8, "gemm.linear", ["hopper", "streamed"], context=100, device=device)
+    assert {
+        other.name: {site.fmt for site in comparison.sites if comparison.differs(other, site)}
+        for other in comparison.others
+    } == {"hopper": {"fp8.token_channel"}, "streamed": {"dense"}}
+    assert comparison.flags("hopper") == "--kernel gemm.linear[fp8.token_channel]=hopper"
+    assert not comparison.refused and any("LMHead" in note for note in comparison.notes)
+
+
 @pytest.mark.parametrize("op", ["moe.fused", "gemm.grouped", "lora.experts", "attn.mla_project"])
 @pytest.mark.parametrize("deterministic", [True, False])
 def test_experts_and_heads_are_multiplied_in_tiles_of_one_size_where_that_is_asked_for(
