@@ -22,7 +22,7 @@ CONFIG = {
     "model_type": "qwen3_next",
     "hidden_size": 64,
     "intermediate_size": 48,
-    "num_experts": 0,
+    "mlp_only_layers": [0, 1],
     "num_hidden_layers": 2,
     "layer_types": ["linear_attention", "full_attention"],
     "num_attention_heads": 4,
