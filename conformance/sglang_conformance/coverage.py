@@ -189,7 +189,7 @@ AXES = (
     Axis(name="sinks", met=lambda s: s.sinks, of=frozenset({"attn.paged", "attn.rope_paged"}), why_not="takes no sinks"),
     Axis(name="long contexts", met=lambda s: s.longest >= LONG or related("8191")(s), of=(PAGED | {"attn.ragged"}) - {"attn.rope_paged"}, why_not="sums over no context, or as attn.paged does"),
     Axis(name="past 2^31 elements", met=lambda s: s.far, of=VAST, why_not="no id or slot is multiplied by a width in it"),
-    Axis(name="more than 65,535 rows", met=related("70000 rows"), of=frozenset({"norm.rms", "norm.add_rms", "norm.layer", "rope.apply", "act.gated", "embed.lookup", "gemm.linear", "gemm.linear_gated", "gemm.grouped", "moe.route", "lora.apply"}), why_not="a step has fewer rows for it, or a case is too long"),
+    Axis(name="more than 65,535 rows", met=related("70000 rows"), of=frozenset({"norm.rms", "norm.rms_gated", "norm.add_rms", "norm.layer", "ssm.gates", "rope.apply", "act.gated", "embed.lookup", "gemm.linear", "gemm.linear_gated", "gemm.grouped", "moe.route", "lora.apply"}), why_not="a step has fewer rows for it, or a case is too long"),
 )  # fmt: skip
 
 

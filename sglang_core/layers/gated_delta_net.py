@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from sglang_core.backend.kernel import OpSite
@@ -15,9 +15,10 @@ from sglang_core.backend.state_pool import StatePoolSpec
 from sglang_core.errors import ConfigError
 from sglang_core.layers.build import BuildContext, Layer, PoolLayer, WeightSpec, dtype_name
 from sglang_core.layers.forward_batch import ForwardBatch
-from sglang_core.layers.linear import ColumnLinear, RowLinear
+from sglang_core.layers.linear import ColumnLinear, Linear, RowLinear, stored_format
 from sglang_core.layers.model_config import ModelConfig
-from sglang_core.layers.norm import RMSNorm
+from sglang_core.layers.norm import GatedRMSNorm
+from sglang_core.ops.codes import Codes
 from sglang_core.ops.ssm_plan import GatedDeltaSpec, StatePlan
 from sglang_core.parallel.groups import even_shard
 from sglang_core.types import STATE
@@ -41,6 +42,12 @@ class GatedDeltaConfig:
     k_head_dim: int
     v_head_dim: int
     conv_width: int
+
+    @property
+    def by_key_head(self) -> tuple[int, int, int, int]:
+        """Rows of q, k, v, z that the projection has of a key head, one below the other."""
+        value = self.num_v_heads // self.num_k_heads * self.v_head_dim
+        return self.k_head_dim, self.k_head_dim, value, value
 
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any]) -> GatedDeltaConfig:
@@ -88,29 +95,63 @@ class CausalConv1d(Layer):
         self.register_buffer("weight", parts[0][:, 0].contiguous(), persistent=False)
 
 
+class QKVZLinear(Linear):
+    """Queries, keys, values and z as one product, side by side. A checkpoint has their rows by key head: q, k, its values, their z.
+
+    Rows take that order as they are read. Where a format shares a scale or a word between rows that would part, they stay, and the
+    product's columns take it: a copy of them in each step.
+    """
+
+    order: Tensor | None  # int32[rows of this rank]: the product's columns, where rows stayed
+
+    def __init__(self, hidden_size: int, delta: GatedDeltaConfig) -> None:
+        super().__init__(hidden_size, delta.num_k_heads * sum(delta.by_key_head))
+        self.delta = delta
+
+    def _settle(self, ctx: BuildContext) -> None:
+        first, last = even_shard(self.delta.num_k_heads, ctx.tp.rank, ctx.tp.size, "linear_num_key_heads")
+        sizes = self.delta.by_key_head
+        heads = [sum(sizes) * head for head in range(first, last)]
+        inside = pairwise(accumulate(sizes, initial=0))
+        ranges = [(head + start, head + stop) for start, stop in inside for head in heads]
+        step = stored_format(self.quant, self.name).row_step(self.in_features)
+        order = None
+        if any(size % step for size in sizes):
+            if len(heads) > 1:
+                rows = [row - heads[0] for start, stop in ranges for row in range(start, stop)]
+                order = torch.tensor(rows, dtype=torch.int32, device=ctx.device)
+            ranges = [(heads[0], heads[-1] + sum(sizes))]
+        self.register_buffer("order", order, persistent=False)
+        self.parts = [("", self.out_features, tuple(ranges))]
+
+    def forward(self, x: Tensor | Codes) -> Tensor:
+        """x: [T, M] -> [T, C + Hv * Dv]."""
+        y = super().forward(x)
+        return y if self.order is None else y[:, self.order]
+
+
 class GatedDeltaNet(PoolLayer):
     """Gated DeltaNet (Yang et al. 2024, arXiv 2412.06464) as Qwen3-Next has it.
 
     Queries, keys and values go through a short convolution and the gated delta rule, whose result is normalised head by head
     and gated by z. The checkpoint lays q, k, v, z out by key head, and likewise b, a, which make beta and the decay; each rank
-    holds whole key heads.
+    holds whole key heads. What lies between the projections is four ops, each a launch where a device has kernels of them (decision 0029).
     """
 
     spec: GatedDeltaSpec  # for this rank; it and `plan` are known once bound
     plan: Callable[..., StatePlan]  # the op ssm.plan that belongs to the kernel chosen
-    A_log: Tensor  # float32[Hv]
+    rate: Tensor  # float32[Hv]: -exp(A_log)
     dt_bias: Tensor  # float32[Hv]
 
     def __init__(self, cfg: ModelConfig, delta: GatedDeltaConfig) -> None:
         super().__init__()
         self.delta, self.group = delta, STATE
         d = delta
-        key, value = d.num_k_heads * d.k_head_dim, d.num_v_heads * d.v_head_dim
-        self.in_proj_qkvz = ColumnLinear(cfg.hidden_size, 2 * key + 2 * value)
+        self.in_proj_qkvz = QKVZLinear(cfg.hidden_size, delta)
         self.in_proj_ba = ColumnLinear(cfg.hidden_size, 2 * d.num_v_heads)
         self.conv1d = CausalConv1d(delta)
-        self.norm = RMSNorm(d.v_head_dim, cfg.rms_norm_eps)
-        self.out_proj = RowLinear(value, cfg.hidden_size)
+        self.norm = GatedRMSNorm(d.v_head_dim, cfg.rms_norm_eps)
+        self.out_proj = RowLinear(d.num_v_heads * d.v_head_dim, cfg.hidden_size)
 
     def bind(self, ctx: BuildContext) -> None:
         d = self.delta
@@ -134,6 +175,7 @@ class GatedDeltaNet(PoolLayer):
         group = [rule, replace(rule, op="ssm.causal_conv1d"), replace(rule, op="ssm.plan")]
         bound = ctx.table.bind_group(group, pool=self.group)
         self._rule, self._conv, self.plan = (bound[site.op].fn for site in group)
+        self._gates = ctx.table.bind(replace(rule, op="ssm.gates")).fn
 
     def weights(self, prefix: str) -> list[WeightSpec]:
         return [
@@ -144,8 +186,9 @@ class GatedDeltaNet(PoolLayer):
         ]
 
     def load(self, parts: list[Tensor]) -> None:
-        for name, part in zip(("A_log", "dt_bias"), parts, strict=True):
-            self.register_buffer(name, part, persistent=False)
+        log_rate, dt_bias = parts
+        self.register_buffer("rate", -log_rate.exp(), persistent=False)
+        self.register_buffer("dt_bias", dt_bias, persistent=False)
 
     def pool_spec(self, num_layers: int, page_size: int, dtype: torch.dtype) -> StatePoolSpec:
         """The pool of this layer and its likes. A page of it is one state, and no dtype of keys and values applies."""
@@ -161,21 +204,13 @@ class GatedDeltaNet(PoolLayer):
     def forward(self, h: Tensor, fb: ForwardBatch) -> Tensor:
         """h: [T, M] -> [T, M], of the rows kept. Writes the state after each req's last token to the pool."""
         s, pool, plan = self.spec, fb.pools[self.group], fb.plans[self.spec]
-        mixed, z = self._project(h)
-        mixed = self._conv(mixed, self.conv1d.weight, None, pool, self.pool_layer, plan, activation="silu")
+        qkv, z = self.in_proj_qkvz(h).split([s.conv_dim, s.num_v_heads * s.v_head_dim], dim=1)
+        qkv = self._conv(qkv, self.conv1d.weight, None, pool, self.pool_layer, plan, activation="silu")
         key = s.num_k_heads * s.k_head_dim
-        q, k = (x.view(-1, s.num_k_heads, s.k_head_dim) for x in mixed[:, : 2 * key].chunk(2, dim=1))
-        v = mixed[:, 2 * key :].view(-1, s.num_v_heads, s.v_head_dim)
-        b, a = self.in_proj_ba(h).view(-1, s.num_k_heads, 2, s.num_v_heads // s.num_k_heads).float().unbind(2)
-        beta, g = b.flatten(1).sigmoid(), -self.A_log.exp() * F.softplus(a.flatten(1) + self.dt_bias)
-        o = self.norm.normalize(self._rule(q, k, v, g, beta, pool, self.pool_layer, s, plan))
-        o = (o.float() * F.silu(z.float())).to(o.dtype)
+        q, k, v = qkv.split([key, key, s.num_v_heads * s.v_head_dim], dim=1)
+        q, k = (x.unflatten(1, (s.num_k_heads, s.k_head_dim)) for x in (q, k))
+        v, z = (x.unflatten(1, (s.num_v_heads, s.v_head_dim)) for x in (v, z))
+        ba = self.in_proj_ba(h).unflatten(1, (s.num_k_heads, 2, s.num_v_heads // s.num_k_heads))
+        g, beta = self._gates(ba[:, :, 0], ba[:, :, 1], self.rate, self.dt_bias)
+        o = self.norm(self._rule(q, k, v, g, beta, pool, self.pool_layer, s, plan), z)
         return self.out_proj(fb.kept(o.flatten(1)))  # type: ignore[no-any-return]
-
-    def _project(self, h: Tensor) -> tuple[Tensor, Tensor]:
-        """h: [T, M] -> q, k, v side by side: [T, C], z: [T, Hv, Dv]."""
-        s = self.spec
-        value = s.num_v_heads // s.num_k_heads * s.v_head_dim
-        by_head = self.in_proj_qkvz(h).view(h.shape[0], s.num_k_heads, -1)
-        *qkv, z = torch.split(by_head, [s.k_head_dim, s.k_head_dim, value, value], dim=2)
-        return torch.cat([x.flatten(1) for x in qkv], dim=1), z.reshape(-1, s.num_v_heads, s.v_head_dim)

@@ -67,6 +67,33 @@ class RMSNorm(Layer):
         return y, total
 
 
+class GatedRMSNorm(Layer):
+    """Root-mean-square norm over the last dim, times silu of a gate."""
+
+    weight: Tensor
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.size, self.eps = size, eps
+
+    def bind(self, ctx: BuildContext) -> None:
+        self.dtype = ctx.dtype
+        dims = {"M": self.size}
+        site = OpSite(op="norm.rms_gated", layer="GatedRMSNorm", dtype=dtype_name(ctx.dtype), dims=dims)
+        self._norm = ctx.table.bind(site).fn
+
+    def weights(self, prefix: str) -> list[WeightSpec]:
+        return [WeightSpec(name=f"{prefix}.weight", shape=(self.size,), dtype=self.dtype, init="ones")]
+
+    def load(self, parts: list[Tensor]) -> None:
+        self.register_buffer("weight", parts[0], persistent=False)
+
+    def forward(self, x: Tensor, gate: Tensor) -> Tensor:
+        """x, gate: [..., M] -> [..., M]."""
+        y: Tensor = self._norm(x, gate, self.weight, self.eps)
+        return y
+
+
 class LayerNorm(Layer):
     """Mean and variance norm over the last dim."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sglang_core.ops.codes import CodeKind, Codes, coded
@@ -58,3 +59,16 @@ def add_rms_norm_quant(
     """x, residual: [T, M], weight: [M] -> y: codes of [T, M], residual: [T, M]. What is quantised is y as it was rounded to x.dtype."""
     y, residual = norm(x, residual, weight, eps)
     return coded(y, kind), residual
+
+
+@op("norm.rms_gated", composite={"rms": "norm.rms"})
+def rms_norm_gated(
+    x: Tensor,
+    gate: Tensor,
+    weight: Tensor,
+    eps: float,
+    *,
+    rms: Callable[[Tensor, Tensor, float], Tensor] = rms_norm,
+) -> Tensor:
+    """x, gate: [..., M], weight: [M] -> [..., M]: the norm of x, rounded to x.dtype, times silu(gate). float32 inside, one rounding more at the end."""
+    return (wide(rms(x, weight, eps)) * F.silu(wide(gate))).to(x.dtype)

@@ -1,4 +1,4 @@
-"""State-space ops: a causal convolution and the gated delta rule, whose states live in a pool, a slot each.
+"""State-space ops: a causal convolution and the gated delta rule, whose states live in a pool, a slot each, and the gates of that rule.
 
 The gated delta rule (Yang, Kautz, Hatamizadeh 2024, arXiv 2412.06464) keeps a matrix S per value head. A token lets it decay,
 reads what S has stored under its key, and replaces a part `beta` of that by its value:
@@ -88,6 +88,17 @@ def _owners(num_tokens: int, cu_extend: Tensor) -> tuple[Tensor, Tensor, Tensor]
     real = req < cu_extend.shape[0] - 1
     req = torch.where(real, req, 0)
     return req, token - cu_extend[req], real
+
+
+@op("ssm.gates")
+def gates(b: Tensor, a: Tensor, rate: Tensor, dt_bias: Tensor) -> tuple[Tensor, Tensor]:
+    """What the gated delta rule takes beside queries, keys and values: beta = sigmoid(b), g = rate * softplus(a + dt_bias).
+
+    b, a: [T, Hk, Hv / Hk], the value heads of each key head, slices of a fused projection that may begin and step at any place;
+    rate, dt_bias: float32[Hv] -> g, beta: float32[T, Hv]. `rate` is below 0: the -exp(A_log) of Mamba 2 (Dao, Gu 2024, arXiv 2405.21060).
+    """
+    b, a = wide(b).flatten(1), wide(a).flatten(1)
+    return rate.to(a.dtype) * F.softplus(a + dt_bias.to(a.dtype)), b.sigmoid()
 
 
 @op("ssm.gated_delta_rule")

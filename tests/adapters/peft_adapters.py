@@ -14,6 +14,7 @@ from tests.models.tiny import hf_model
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 MLP = ["gate_proj", "up_proj", "down_proj"]
+DELTA_NET = ["in_proj_qkvz", "in_proj_ba", "out_proj"]
 TOKENS = [5, 9, 77, 31, 2, 64, 11, 40, 18]
 
 
@@ -42,6 +43,7 @@ KINDS: dict[str, Kind] = {
     "embeddings": Kind(rank=5, targets=["embed_tokens", "lm_head", "q_proj"]),
     "one layer": Kind(changes={"layers_to_transform": [0]}),
 }
+KINDS_OF_NETS: dict[str, Kind] = {"delta net": Kind(rank=3, targets=DELTA_NET)}
 
 
 def peft_model(base: torch.nn.Module, kind: Kind, seed: int) -> peft.PeftModel:
@@ -62,7 +64,7 @@ def peft_model(base: torch.nn.Module, kind: Kind, seed: int) -> peft.PeftModel:
 
 def save(case: str, name: str, folder: Path, seed: int = 0) -> tuple[Path, Tensor]:
     """The adapter `name` of the tiny model `case`, on disk, and the logits of TOKENS of the two merged."""
-    model = peft_model(hf_model(case), KINDS[name], seed)
+    model = peft_model(hf_model(case), (KINDS | KINDS_OF_NETS)[name], seed)
     model.save_pretrained(folder)
     merged = model.merge_and_unload()
     with torch.no_grad():

@@ -17,6 +17,7 @@ from tests.models.tiny import hf_model, reference
 
 BOUND = 1e-4  # of logits whose standard deviation is 1 or more: float32 sums in another order, through every layer
 CASES = [("llama3", name) for name in KINDS] + [("qwen3", name) for name in ("whole", "all-linear")]
+CASES.append(("qwen3-next", "delta net"))  # rows of its projection lie in another order than the checkpoint's
 
 
 @pytest.mark.parametrize("case, name", CASES)

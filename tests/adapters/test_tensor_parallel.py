@@ -19,7 +19,7 @@ BOUND = 1e-5
 
 
 def test_two_ranks_give_the_logits_of_one(checkpoints: Path, tmp_path: Path) -> None:
-    cases = [("llama3", "whole"), ("llama3", "embeddings"), ("qwen3", "rslora")]
+    cases = [("llama3", "whole"), ("llama3", "embeddings"), ("qwen3", "rslora"), ("qwen3-next", "delta net")]
     pairs = []
     for case, name in cases:
         folder, _ = save(case, name, tmp_path / f"{case}-{name}")

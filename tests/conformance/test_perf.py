@@ -137,6 +137,7 @@ def test_loads_run_on_kernels_and_bodies_and_what_breaks_is_said() -> None:
     found = measure.measure(suite(layer_norm("honest")), ["norm.", "moe.route [decode"])
     assert {(row.op, row.provider) for row in found.rows} == {
         ("norm.rms", "reference"),
+        ("norm.rms_gated", "reference"),
         ("norm.add_rms", "reference"),
         ("norm.add_rms_quant", "reference"),
         ("norm.layer", "fake"),

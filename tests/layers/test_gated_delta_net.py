@@ -63,7 +63,7 @@ def test_ranks_hold_whole_heads() -> None:
     (conv,) = layer.conv1d.weights("c")
     assert (conv.name, conv.shape, conv.ranges) == ("c.weight", (46, 1, 4), ((4, 8), (12, 16), (31, 46)))
     assert {w.name: w.ranges for w in layer.weights("n")} == {"n.A_log": ((3, 6),), "n.dt_bias": ((3, 6),)}
-    assert [w.ranges for w in layer.in_proj_qkvz.weights("p")] == [((38, 76),)]
+    assert [w.ranges for w in layer.in_proj_qkvz.weights("p")] == [((38, 42), (42, 46), (46, 61), (61, 76))]
     assert [w.ranges for w in layer.in_proj_ba.weights("p")] == [((6, 12),)]
     assert layer.pool_spec(1, 16, torch.bfloat16).state_shape == (3, 4, 5)
 

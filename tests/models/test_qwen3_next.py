@@ -64,8 +64,8 @@ def no_conv_activation(model: CausalLM) -> None:
 
 def no_z_gate(model: CausalLM) -> None:
     for net in nets(model):
-        project = net._project
-        net._project = lambda h, project=project: (project(h)[0], torch.full_like(project(h)[1], SILU_IS_ONE))  # type: ignore[method-assign]
+        norm = net.norm.forward
+        net.norm.forward = lambda o, z, norm=norm: norm(o, torch.full_like(z, SILU_IS_ONE))  # type: ignore[method-assign, misc]
 
 
 def no_output_gate(model: CausalLM) -> None:

@@ -137,6 +137,7 @@ CALLS: list[Callable[[], Call]] = [
         for op in ("ssm.causal_conv1d", "ssm.gated_delta_rule")
         for static in (False, True)
     ],
+    lambda: call("ssm.gates", Q, Q, -torch.rand(32), torch.zeros(32)),
     lambda: call("attn.ragged", Q, K, K, RaggedBatch.of([2, 3], [2, 3], CPU), attn_spec(), lse=True),
     lambda: call("attn.merge", Q, Q[..., 0], Q, Q[..., 0]),
     lambda: call("gemm.linear", X, dense(torch.randn(3, 8)), torch.randn(3)),
@@ -154,6 +155,7 @@ CALLS: list[Callable[[], Call]] = [
     lambda: adapted_experts(None),
     lambda: call("norm.rms", X, W, 1e-6),
     lambda: call("norm.layer", X, W, W, 1e-6),
+    lambda: call("norm.rms_gated", X, X, W, 1e-6),
     lambda: call("norm.add_rms", X, X, W, 1e-6),
     *[lambda kind=kind: call("norm.add_rms_quant", X, X, W, 1e-6, kind) for kind in CODE_KINDS],
     *[lambda kind=kind: call("act.gated_quant", X, "silu", kind) for kind in CODE_KINDS],

@@ -1,4 +1,4 @@
-"""Normalisation: plain, after adding a residual, and of layers."""
+"""Normalisation: plain, with a gate, after adding a residual, and of layers."""
 
 from __future__ import annotations
 
@@ -43,6 +43,24 @@ def add_rms(env: Env, rows: int, width: int, scale: float = 1.0, *, wide_weight:
     return {"y": y, "residual": residual}
 
 
+def gated(shape: tuple[int, ...], scale: float = 1.0) -> Callable[[Env], Outputs]:
+    """`scale`: of the gates."""
+
+    def run(env: Env) -> Outputs:
+        op = env.op("norm.rms_gated", dims={"M": shape[-1]})
+        return {"y": op(env.normal(*shape), env.normal(*shape, scale=scale), env.normal(shape[-1]), EPS)}
+
+    return run
+
+
+def gate_of_a_projection(env: Env) -> Outputs:
+    """x is dense; the heads of its gate lie side by side in the last columns of something wider, whose other columns are NaN."""
+    heads, width = 4, 128
+    op, weight = env.op("norm.rms_gated", dims={"M": width}), env.normal(width)
+    gate = env.sliced(env.normal(7, heads * width), 256).unflatten(1, (heads, width))
+    return {"y": op(env.normal(7, heads, width), gate, weight, EPS)}
+
+
 def layer(env: Env, rows: int, width: int, bias: bool, *, mean: float = 3.0) -> Outputs:
     op = env.op("norm.layer", dims={"M": width})
     x, w = env.normal(rows, width, mean=mean), env.normal(width)
@@ -64,6 +82,11 @@ add(Case(op="norm.rms", name="small rows", run=rms((6, 256), 2e-3)))
 add(Case(op="norm.rms", name="large rows", run=rms((6, 256), 3e3)))
 add(Case(op="norm.rms", name="rows of zeros", run=rms_of_zeros))
 add(Case(op="norm.rms", name="float32 weight", run=rms((6, 256), wide_weight=True)))
+for name, (shape, profile) in SHAPES.items():
+    add(Case(op="norm.rms_gated", name=name, run=gated(shape), profile=profile))
+# An exponential of the gate overflows here, and a gate of much below zero lets nothing through.
+add(Case(op="norm.rms_gated", name="large gates", run=gated((6, 4, 64), 60.0)))
+add(Case(op="norm.rms_gated", name="gate of a projection", run=gate_of_a_projection))
 RESIDUAL = ("residual",)  # a rounded sum of two numbers: nothing about it is open
 for name, (rows, width, profile) in {
     "decode": (4, 1024, "core"),
@@ -109,6 +132,16 @@ def rms_rows(env: Env, rows: int, width: int = 512, heads: int = 0) -> tuple[Row
     return {"x": env.normal(*shape)}, lambda given: {"y": op(given["x"], weight, EPS)}
 
 
+def gated_rows(env: Env, rows: int, width: int = 512, heads: int = 0) -> tuple[Rows, Run]:
+    op, weight = env.op("norm.rms_gated", dims={"M": width}), env.normal(width)
+    shape = (rows, heads, width) if heads else (rows, width)
+
+    def run(given: Rows) -> Outputs:
+        return {"y": op(given["x"], given["gate"], weight, EPS)}
+
+    return {"x": env.normal(*shape), "gate": env.normal(*shape, scale=2.0)}, run
+
+
 def add_rms_rows(env: Env, rows: int, width: int = 512) -> tuple[Rows, Run]:
     op, weight = env.op("norm.add_rms", dims={"M": width}), env.normal(width)
 
@@ -135,6 +168,16 @@ add_rows(
     lambda env, rows: rms_rows(env, rows, 64, heads=3),
     name="heads",
     odd=lambda env, rows: rms_rows(env, rows, 37, heads=3),
+)
+BOTH = ("x", "gate")
+add_rows("norm.rms_gated", gated_rows, odd=lambda env, rows: gated_rows(env, rows, 37), poisoned=BOTH)
+add_rows(
+    "norm.rms_gated",
+    lambda env, rows: gated_rows(env, rows, 64, heads=3),
+    name="heads",
+    odd=lambda env, rows: gated_rows(env, rows, 37, heads=3),
+    many=lambda env, rows: gated_rows(env, rows // 4, 64, heads=4),
+    poisoned=BOTH,
 )
 add_rows(
     "norm.add_rms",

@@ -173,7 +173,7 @@ MODELS: tuple[TinyModel, ...] = (
             "linear_value_head_dim": 32,
             "partial_rotary_factor": 0.5,
         },
-        covers=(*MOE, "ssm.gated_delta_rule", "ssm.causal_conv1d"),
+        covers=(*MOE, "ssm.gated_delta_rule", "ssm.causal_conv1d", "ssm.gates", "norm.rms_gated"),
     ),
     DemoModel(name="demo", architecture="Qwen3ForCausalLM", model_type="qwen3", full=False),
 )

@@ -78,6 +78,17 @@ def conv(env: PerfEnv, tokens: int) -> Work:
     )
 
 
-for name, make in {"ssm.gated_delta_rule": delta, "ssm.causal_conv1d": conv}.items():
+def gates(env: PerfEnv, tokens: int) -> Work:
+    """Of the projection as it lies; what comes out is float32."""
+    key_heads, heads = SPEC.num_k_heads, SPEC.num_v_heads
+    op = env.op("ssm.gates", dims={"Hk": key_heads, "Hv": heads})
+    rate, bias = env.place(torch.full((heads,), -0.5)), env.place(torch.zeros(heads))
+    shape = (tokens, key_heads, 2, heads // key_heads)
+    given = env.tensors(*shape, copies=copies_of(size_of(env.normal(*shape))))
+    calls = [partial(op, *x.unbind(2), rate, bias) for x in given]
+    return Work(calls=calls, nbytes=size_of(given[0]) + 2 * tokens * heads * 4)
+
+
+for name, make in {"ssm.gated_delta_rule": delta, "ssm.causal_conv1d": conv, "ssm.gates": gates}.items():
     for step, tokens in STEPS.items():
         add(name, step, partial(make, tokens=tokens))

@@ -27,6 +27,8 @@ def over(env: PerfEnv, shapes: list[tuple[int, ...]], call: Callable[..., object
 
 def norm(env: PerfEnv, tokens: int, name: str) -> Work:
     op, w = env.op(name, dims={"M": M}), env.normal(M)
+    if name == "norm.rms_gated":
+        return over(env, [(tokens, M)] * 2, lambda x, gate: op(x, gate, w, EPS), passes=1.5)
     if name == "norm.add_rms":
         return over(env, [(tokens, M)] * 2, lambda x, residual: op(x, residual, w, EPS))
     if name == "norm.layer":
@@ -108,7 +110,9 @@ def adapters(env: PerfEnv, tokens: int) -> Work:
 
 
 Make = Callable[..., Work]
-NORMS: dict[str, Make] = {name: partial(norm, name=name) for name in ("norm.rms", "norm.add_rms", "norm.layer")}
+NORMS: dict[str, Make] = {
+    name: partial(norm, name=name) for name in ("norm.rms", "norm.rms_gated", "norm.add_rms", "norm.layer")
+}
 OF_TOKENS: dict[str, Make] = NORMS | {
     "rope.apply": rotate,
     "act.gated": gated,

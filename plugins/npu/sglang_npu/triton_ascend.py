@@ -20,6 +20,7 @@ BELOW_OURS = 40
 FUNCTIONS = {
     "ssm.gated_delta_rule": "sglang_triton.gated_delta:gated_delta_rule",
     "ssm.causal_conv1d": "sglang_triton.causal_conv:causal_conv1d",
+    "ssm.gates": "sglang_triton.gates:gates",
 }
 
 

@@ -111,6 +111,7 @@ def _products(provider: str, many: str) -> tuple[Kernel, ...]:
 KERNELS = (
     _kernel("act.gated", "activation:gated"),
     _kernel("norm.rms", "norm:rms_norm"),
+    _kernel("norm.rms_gated", "norm:rms_norm_gated"),
     _kernel("norm.add_rms", "norm:add_rms_norm"),
     _kernel("norm.layer", "norm:layer_norm"),
     _kernel("rope.apply", "rope:rope_apply"),
@@ -143,6 +144,7 @@ KERNELS = (
     _kernel("gemm.grouped", "moe:grouped", supports=format_limits, features=GRAPHS),
     _kernel("gemm.grouped", "moe:grouped_invariant", supports=format_limits, priority=PRIORITY - 1),
     _kernel("ssm.causal_conv1d", "causal_conv:causal_conv1d"),
+    _kernel("ssm.gates", "gates:gates"),
     _kernel("ssm.gated_delta_rule", "gated_delta:gated_delta_rule", supports=state_limits),
     _kernel("attn.plan", "attention_plan:plan", features=GRAPHS),
     _kernel("attn.plan", "attention_plan:plan_invariant", priority=PRIORITY - 1),

@@ -1,4 +1,4 @@
-"""norm.rms, norm.add_rms and norm.layer: a row is one tile, read once."""
+"""norm.rms, norm.rms_gated, norm.add_rms and norm.layer: a row is one tile, read once."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sglang_triton.aot_spec import WIDE_EVERYWHERE, AotSpec
-from sglang_triton.numerics import rounded, widen
+from sglang_triton.numerics import rounded, sigmoid, widen
 from sglang_triton.rows import as_heads, as_rows
 from sglang_triton.tuning import choose
 from sglang_triton.turns import take_turn
@@ -29,6 +29,31 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
             width,
             rows.stride(0),
             rows.stride(1),
+            eps,
+            BLOCK_M=triton.next_power_of_2(width),
+            **config,
+        )
+    return y
+
+
+def rms_norm_gated(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x, gate: [..., M], weight: [M] -> [..., M]."""
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if y.numel():
+        width, rows, gates = x.shape[-1], as_heads(x), as_heads(gate)
+        count, config = rows.shape[0] * rows.shape[1], choose("norm.rms", M=width)
+        _rms_gated[(triton.cdiv(count, config["BLOCK_T"]),)](
+            rows,
+            gates,
+            weight,
+            y,
+            count,
+            rows.shape[1],
+            width,
+            rows.stride(0),
+            rows.stride(1),
+            gates.stride(0),
+            gates.stride(1),
             eps,
             BLOCK_M=triton.next_power_of_2(width),
             **config,
@@ -93,6 +118,34 @@ def _rms(x, weight, y, T, H, M, stride_t, stride_h, eps, BLOCK_T: tl.constexpr, 
 
 
 @triton.jit
+def _rms_gated(
+    x,
+    gate,
+    weight,
+    y,
+    T,
+    H,
+    M,
+    stride_t,
+    stride_h,
+    gate_stride_t,
+    gate_stride_h,
+    eps,
+    BLOCK_T: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """x, gate: T rows of [T / H, H, M]; y: [T, M], dense. The norm is rounded, as between two kernels."""
+    take_turn()
+    row, column, inside = tile(T, M, BLOCK_T, BLOCK_M)
+    value = widen(tl.load(x + (row // H) * stride_t + (row % H) * stride_h + column, inside, other=0.0))
+    value = normalised(value, M, eps) * widen(tl.load(weight + column, column < M, other=0.0))
+    value = widen(rounded(value, y.dtype.element_ty))
+    opened = widen(tl.load(gate + (row // H) * gate_stride_t + (row % H) * gate_stride_h + column, inside, other=0.0))
+    value *= opened * sigmoid(opened)
+    tl.store(y + row * M + column, rounded(value, y.dtype.element_ty), inside)
+
+
+@triton.jit
 def _add_rms(
     x, residual, weight, y, total, T, M, stride_x, stride_r, eps, BLOCK_T: tl.constexpr, BLOCK_M: tl.constexpr
 ):
@@ -137,13 +190,17 @@ def normalised(x, M, eps):
 
 WIDTHS = (128, 1024, 4096, 8192, 16384)  # one for each entry of the configs
 _RMS = {"x": "*bf16", "weight": "*bf16", "y": "*bf16", "T": "i32", "H": "i32", "M": "i32", "stride_t": "i32"}
+_GATED = _RMS | {"gate": "*bf16", "stride_h": "i32", "gate_stride_t": "i32", "gate_stride_h": "i32"}
 _ADD = {"x": "*bf16", "residual": "*bf16", "weight": "*bf16", "y": "*bf16", "total": "*bf16", "T": "i32", "M": "i32"}
 _LAYER = {"x": "*bf16", "weight": "*bf16", "bias": "*bf16", "y": "*bf16", "T": "i32", "M": "i32", "stride": "i32"}
 
 
-def _spec(op: str, kernel: object, signature: dict[str, str], width: int, **constexprs: object) -> AotSpec:
+def _spec(
+    op: str, kernel: object, signature: dict[str, str], width: int, *, tuned_as: str = "", **constexprs: object
+) -> AotSpec:
     return AotSpec(
         op=op,
+        tuned_as=tuned_as,
         name=f"M={width}",
         kernel=kernel,
         signature=signature | {"eps": "fp32"},
@@ -156,6 +213,7 @@ def _spec(op: str, kernel: object, signature: dict[str, str], width: int, **cons
 
 AOT = (
     *(_spec("norm.rms", _rms, _RMS | {"stride_h": "i32"}, width) for width in WIDTHS),
+    _spec("norm.rms_gated", _rms_gated, _GATED, 128, tuned_as="norm.rms"),
     *(_spec("norm.add_rms", _add_rms, _ADD | {"stride_x": "i32", "stride_r": "i32"}, width) for width in WIDTHS),
     *(_spec("norm.layer", _layer, _LAYER, width, HAS_BIAS=True) for width in WIDTHS),
 )

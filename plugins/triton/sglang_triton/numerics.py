@@ -79,6 +79,18 @@ def sigmoid(x):
 
 
 @triton.jit
+def softplus(x):
+    """x: float32 -> log(1 + exp(x)), to some units of the last place: 1 + z has lost the digits of a small z, and log(1 + z) = 2 atanh(z / (2 + z)), a series."""
+    z = tl.exp(-tl.abs(x))
+    y = z / (2.0 + z)
+    square = y * y
+    series = 1.0 / 13 + square * (1.0 / 15)
+    for i in tl.static_range(6):
+        series = 1.0 / (11 - 2 * i) + square * series
+    return tl.maximum(x, 0.0) + 2.0 * y * series
+
+
+@triton.jit
 def tanh(x):
     """x: float32, to some units of the last place: a series where 1 - exp(-2 |x|) would cancel."""
     near = tl.where(tl.abs(x) < 0.15, x, 0.0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from sglang_triton.embedding import embed_lookup
-from sglang_triton.norm import add_rms_norm, layer_norm, rms_norm
+from sglang_triton.norm import add_rms_norm, layer_norm, rms_norm, rms_norm_gated
 from sglang_triton.rope import rope_apply
 from torch import Tensor
 from triton_tolerance import assert_close
@@ -35,6 +35,20 @@ def test_rms_norm_of_heads_of_a_fused_projection() -> None:
     qkv, weight = torch.randn(5, 9, 40), torch.randn(24)
     heads = qkv[:, 2:6, 8:32]
     assert_close(rms_norm(heads, weight, EPS), OPS["norm.rms"].body(heads, weight, EPS))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_rms_norm_gated(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    x, gate, weight = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype), torch.randn(shape[-1]).to(dtype)
+    assert_close(rms_norm_gated(x, gate, weight, EPS), OPS["norm.rms_gated"].body(x, gate, weight, EPS))
+
+
+def test_rms_norm_gated_by_heads_of_a_fused_projection() -> None:
+    """The gate's tokens lie apart by another stride than those of x."""
+    x, projected, weight = torch.randn(5, 4, 24), torch.randn(5, 9 * 24), torch.randn(24)
+    gate = projected[:, 5 * 24 :].unflatten(1, (4, 24))
+    assert_close(rms_norm_gated(x, gate, weight, EPS), OPS["norm.rms_gated"].body(x, gate, weight, EPS))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -14,20 +14,42 @@ NormArgs norm_args(const Tensor& x, const Tensor& weight, double eps) {
   return args;
 }
 
-// x: [..., M], weight: [M] -> [..., M]. Views such as the q heads of a merged qkv are read in place.
-Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps) {
+// x, [..., M], as rows of groups of M: views such as the q heads of a merged qkv are read in place.
+struct Groups {
+  Tensor held;  // x, or a copy of it
+  Rows rows;
+  int64_t inner, inner_stride;
+};
+
+Groups groups_of(const Tensor& x, const char* name) {
+  bool heads = x.dim() == 3, by_row = heads || x.dim() == 2;
+  Tensor held = by_row && x.stride(x.dim() - 1) == 1 ? x : as_contiguous(x);
+  Rows rows{held.data_ptr(), dtype_of(held, name), by_row ? held.stride(0) : x.size(x.dim() - 1)};
+  return {held, rows, heads ? x.size(1) : 1, heads ? held.stride(1) : 0};
+}
+
+Tensor norm_of(const Tensor& x, const Tensor* gate, const Tensor& weight, double eps) {
   NormArgs args = norm_args(x, weight, eps);
-  bool in_place = x.dim() <= 3 && x.dim() > 1 && x.stride(x.dim() - 1) == 1;
-  Tensor from = in_place ? x : as_contiguous(x);
+  Groups from = groups_of(x, "x"), opens = gate ? groups_of(*gate, "gate") : Groups{};
   Tensor out = empty_as(x);
-  args.x = {from.data_ptr(), dtype_of(from, "x"), in_place ? from.stride(0) : args.width};
-  args.inner = in_place && x.dim() == 3 ? x.size(1) : 1;
-  args.inner_stride = in_place && x.dim() == 3 ? x.stride(1) : 0;
+  args.x = from.rows, args.inner = from.inner, args.inner_stride = from.inner_stride;
+  if (gate) args.gate = opens.rows, args.gate_inner_stride = opens.inner_stride;
   args.out = out.data_ptr();
   if (!x.numel()) return out;
   args.rows = x.numel() / args.width / args.inner;
   kernels().norm(args);
   return out;
+}
+
+// x: [..., M], weight: [M] -> [..., M]
+Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps) { return norm_of(x, nullptr, weight, eps); }
+
+// x, gate: [..., M], weight: [M] -> [..., M]: the norm, rounded, times silu of the gate
+Tensor rms_norm_gated(const Tensor& x, const Tensor& gate, const Tensor& weight, double eps) {
+  STD_TORCH_CHECK(
+      gate.sizes() == x.sizes() && gate.scalar_type() == x.scalar_type(),
+      "sglang_xeon: x and gate must be of one shape and dtype");
+  return norm_of(x, &gate, weight, eps);
 }
 
 // x, residual: [T, M] -> the norm of their rounded sum, and the sum
@@ -126,6 +148,7 @@ Tensor embed(const Tensor& ids, const Tensor& weight, int64_t start) {
 
 STABLE_TORCH_LIBRARY_FRAGMENT(sglang_xeon, m) {
   m.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
+  m.def("rms_norm_gated(Tensor x, Tensor gate, Tensor weight, float eps) -> Tensor");
   m.def("add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor, Tensor)");
   m.def("layer_norm(Tensor x, Tensor weight, Tensor? bias, float eps) -> Tensor");
   m.def("gated(Tensor x, int gate) -> Tensor");
@@ -136,6 +159,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(sglang_xeon, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(sglang_xeon, CPU, m) {
   m.impl("rms_norm", TORCH_BOX(&rms_norm));
+  m.impl("rms_norm_gated", TORCH_BOX(&rms_norm_gated));
   m.impl("add_rms_norm", TORCH_BOX(&add_rms_norm));
   m.impl("layer_norm", TORCH_BOX(&layer_norm));
   m.impl("gated", TORCH_BOX(&gated));

@@ -124,6 +124,8 @@ struct NormArgs {
   void* residual_out;  // x's dtype, rows contiguous
   int64_t rows, inner, width;  // rows of `inner` groups of `width` each; inner is 1 but for per-head norms
   int64_t inner_stride;
+  Rows gate;  // its silu multiplies the norm as it was rounded; no data: plain norm; x's dtype, groups as x has them
+  int64_t gate_inner_stride;
   float eps;
 };
 

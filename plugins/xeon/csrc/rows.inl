@@ -56,13 +56,24 @@ static void norm_row(const void* opaque, int64_t index) {
     x = total;
   }
   rms_of(x, a.weight, a.weight_dtype, a.width, a.eps, out);
+  if (!a.gate.data) return;
+  const T* opens =
+      static_cast<const T*>(a.gate.data) + index / a.inner * a.gate.stride + index % a.inner * a.gate_inner_stride;
+  int64_t i = 0;
+  for (; i + VL <= a.width; i += VL) store(out + i, load(out + i) * silu(load(opens + i)));
+  if (i == a.width) return;
+  vf rest{};
+  for (int64_t j = 0; i + j < a.width; ++j) rest[j] = load1(opens + i + j);
+  rest = silu(rest);
+  for (int64_t j = 0; i + j < a.width; ++j) store1(out + i + j, load1(out + i + j) * rest[j]);
 }
 
 static void norm(const NormArgs& args) {
+  int64_t cost = args.gate.data ? args.width * 8 : args.width;  // as in `gated`, below
   if (args.x.dtype == DType::bf16)
-    each_row<norm_row<uint16_t>>(&args, args.rows * args.inner, args.width);
+    each_row<norm_row<uint16_t>>(&args, args.rows * args.inner, cost);
   else
-    each_row<norm_row<float>>(&args, args.rows * args.inner, args.width);
+    each_row<norm_row<float>>(&args, args.rows * args.inner, cost);
 }
 
 template <typename T>

@@ -136,6 +136,7 @@ class XeonBackend(Backend):
             _kernel("attn.ragged", "attention:ragged"),
             _kernel("attn.merge", "attention:merge"),
             _kernel("norm.rms", "norm:rms_norm"),
+            _kernel("norm.rms_gated", "norm:rms_norm_gated"),
             _kernel("norm.add_rms", "norm:add_rms_norm"),
             _kernel("norm.layer", "norm:layer_norm"),
             _kernel("rope.apply", "rope:rope_apply"),

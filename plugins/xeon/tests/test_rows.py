@@ -31,6 +31,21 @@ def test_rms_norm_reads_views_of_a_merged_projection(level: str, dtype: torch.dt
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 1024), (7, 33), (0, 64), (600, 128), (3, 5, 128), (64,), (2, 3, 4, 20)])
+def test_rms_norm_gated_is_the_body(level: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    x, gate, w = torch.randn(shape).to(dtype) * 3, torch.randn(shape).to(dtype) * 4, torch.randn(shape[-1]).to(dtype)
+    assert_close(norm.rms_norm_gated(x, gate, w, 1e-6), body("norm.rms_gated")(x, gate, w, 1e-6), scale=4)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rms_norm_gated_reads_a_gate_of_a_merged_projection(level: str, dtype: torch.dtype) -> None:
+    """The norm of a dense x and the gate's heads lie apart by other strides."""
+    x, projected, w = torch.randn(9, 4, 60).to(dtype), torch.randn(9, 700).to(dtype), torch.randn(60).to(dtype)
+    gate = projected[:, 400:640].unflatten(1, (4, 60))
+    assert torch.equal(norm.rms_norm_gated(x, gate, w, 1e-6), norm.rms_norm_gated(x, gate.contiguous(), w, 1e-6))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(1, 1024), (7, 33), (0, 64), (300, 100)])
 def test_add_rms_norm_is_the_body(level: str, dtype: torch.dtype, shape: tuple[int, int]) -> None:
     x, residual, w = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype), torch.randn(shape[1]).to(dtype)

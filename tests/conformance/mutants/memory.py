@@ -34,6 +34,8 @@ gates_as_if_dense = partial(as_if_dense, "act.gated")
 routes_as_if_dense = partial(as_if_dense, "moe.route")
 adapts_as_if_dense = partial(as_if_dense, "lora.apply")
 convolves_as_if_dense = partial(as_if_dense, "ssm.causal_conv1d")
+opens_as_if_dense = partial(as_if_dense, "ssm.gates")
+normalises_gated_as_if_dense = partial(as_if_dense, "norm.rms_gated")
 masks_as_if_dense = partial(as_if_dense, "logits.mask")
 
 

@@ -111,7 +111,24 @@ def rounds_the_sum_late(x: Tensor, residual: Tensor, weight: Tensor, eps: float)
     return body("norm.rms", total, weight, eps), total
 
 
+def rms_gated_by_sigmoid(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return (body("norm.rms", x, weight, eps).float() * gate.float().sigmoid()).to(x.dtype)  # type: ignore[no-any-return]
+
+
+def rms_gated_first(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """As Mamba 2 may have it: the gate, then the norm of the product."""
+    return body("norm.rms", (x.float() * F.silu(gate.float())).to(x.dtype), weight, eps)  # type: ignore[no-any-return]
+
+
+def rms_gated_by_a_quotient(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
+    opened = gate.float() * gate.float().exp() / (1 + gate.float().exp())
+    return (body("norm.rms", x, weight, eps).float() * opened).to(x.dtype)  # type: ignore[no-any-return]
+
+
 MUTANTS = {
+    "rms_gated_by_sigmoid": Mutant("norm.rms_gated"),
+    "rms_gated_first": Mutant("norm.rms_gated"),
+    "rms_gated_by_a_quotient": Mutant("norm.rms_gated", "large gates"),
     "rms_without_eps": Mutant("norm.rms"),
     "rms_in_the_dtype": Mutant("norm.rms"),
     "add_rms_keeps_the_old_residual": Mutant("norm.add_rms"),

@@ -116,7 +116,43 @@ def delta_skips_reqs_without_tokens(*args: Any) -> Tensor:
     return o
 
 
+def gates_of_the_other(b: Tensor, a: Tensor, *args: Any) -> Any:
+    return body("ssm.gates", a, b, *args)
+
+
+def gates_without_bias(b: Tensor, a: Tensor, rate: Tensor, dt_bias: Tensor) -> Any:
+    return body("ssm.gates", b, a, rate, dt_bias * 0)
+
+
+def gates_deal_heads_out(b: Tensor, a: Tensor, *args: Any) -> Any:
+    """Takes what is by key head for what is by place within one."""
+    return body("ssm.gates", b.mT.reshape(b.shape), a.mT.reshape(a.shape), *args)
+
+
+def gates_in_the_dtype(b: Tensor, a: Tensor, rate: Tensor, dt_bias: Tensor) -> Any:
+    g, beta = body("ssm.gates", b, a, rate, dt_bias)
+    return g.to(a.dtype).float(), beta
+
+
+def softplus_by_its_name(b: Tensor, a: Tensor, rate: Tensor, dt_bias: Tensor) -> Any:
+    """log(1 + exp(a)) as it is written: nothing is left of a small exp(a)."""
+    _, beta = body("ssm.gates", b, a, rate, dt_bias)
+    a = a.float().flatten(1) + dt_bias
+    return rate * torch.where(a > 20, a, (1 + a.clamp(max=20).exp()).log()), beta
+
+
+def softplus_overflows(b: Tensor, a: Tensor, rate: Tensor, dt_bias: Tensor) -> Any:
+    _, beta = body("ssm.gates", b, a, rate, dt_bias)
+    return rate * (a.float().flatten(1) + dt_bias).exp().log1p(), beta
+
+
 MUTANTS = {
+    "gates_of_the_other": Mutant("ssm.gates"),
+    "gates_without_bias": Mutant("ssm.gates"),
+    "gates_deal_heads_out": Mutant("ssm.gates"),
+    "gates_in_the_dtype": Mutant("ssm.gates"),
+    "softplus_by_its_name": Mutant("ssm.gates", "slow decays"),
+    "softplus_overflows": Mutant("ssm.gates", "large gates"),
     "delta_without_decay": Mutant("ssm.gated_delta_rule"),
     "delta_decays_after_reading": Mutant("ssm.gated_delta_rule"),
     "delta_deals_key_heads_out": Mutant("ssm.gated_delta_rule"),
