@@ -38,7 +38,11 @@ def format_constexprs(name: str, in_features: int) -> dict[str, object]:
         "ROWS": BLOCK if fmt.activation == "fp8_block" else 1,
         "ACTIVATION": fmt.activation,
         "HAS_ZERO": fmt.has_zero,
-        "BLOCK_K": 64 if fmt.is_dense else min(BLOCK, group) if group < in_features else BLOCK,
+        "BLOCK_K": 64
+        if fmt.is_dense
+        else BLOCK
+        if fmt.element == "e2m1" or group >= in_features
+        else min(BLOCK, group),
     }
 
 
