@@ -42,7 +42,7 @@ def product(
     are not at one that there is, and write nothing of them.
     """
     if ELEMENT == "e2m1" and PTX and K % 4 == 0 and x_row.dtype.element_ty == tl.bfloat16:
-        # What has fp8 products has those of warp groups, or loses little in their order.
+        # Devices with products of fp8 take those of warp groups, and the others lose little by their order.
         value = product_of_scaled(x_row, w_row, w_scale, K, NATIVE_FP8, BLOCK_T, BLOCK_N, BLOCK_K)
     else:
         value = product_by_group(

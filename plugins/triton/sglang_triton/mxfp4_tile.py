@@ -18,7 +18,7 @@ GROUP = tl.constexpr(32)
 LANES = tl.constexpr(4)  # threads that share a row of the left side
 # Eight codes become 4 x 2 numbers: a register has those of one place in both halves of $4, which are the codes of four columns each. A code that is repeated
 # six and twelve bits higher (times 0x1040) has its size in a bfloat16's lowest exponents, where it is the number over 2^126, a subnormal there as here, and its
-# sign at the sign. $5 and $6 are factors whose product is 2^126 times the scale, up to 2^253: one alone would overflow.
+# sign at the sign. Products of bfloat16 keep subnormals: their instruction knows no flushing. $5 and $6 are factors whose product is 2^126 times the scale, up to 2^253: one alone would overflow.
 SCALED = """
 {
 .reg .b32 high, t, zero;

@@ -10,6 +10,7 @@ import triton.language as tl
 from ptx_model import numbers, ran
 from sglang_triton import tuning
 from sglang_triton.gemm import linear, linear_invariant
+from sglang_triton.moe import grouped_invariant
 from sglang_triton.mxfp4_tile import SCALED, factors
 from triton_tolerance import assert_close
 
@@ -106,6 +107,17 @@ def test_scales_at_both_ends() -> None:
     want[3], want[4] = float("inf"), float("nan")
     assert torch.equal(got.nan_to_num(7), want.nan_to_num(7))
     assert bool(got[4].isnan())
+
+
+@pytest.mark.usefixtures("arch")
+def test_experts() -> None:
+    """Of none, one and more rows than a tile has; a row's result is the same in any company."""
+    torch.manual_seed(0)
+    w = OPS["quant.quantize"].body(torch.randn(3, 150, 360) * 360**-0.5, "mxfp4.g32")
+    x, sizes = torch.randn(77, 360).bfloat16(), torch.tensor([0, 1, 76], dtype=torch.int32)
+    got = grouped_invariant(x, w, sizes)
+    assert_close(got, OPS["gemm.grouped"].body(x, w, sizes))
+    assert torch.equal(grouped_invariant(x[:1], w, torch.tensor([0, 1, 0], dtype=torch.int32)), got[:1])
 
 
 @pytest.mark.usefixtures("arch")
