@@ -15,11 +15,12 @@ from sglang_core.ops.weight import PackedWeight
 
 EXPERTS = {
     "DeepSeek-V3": {"X": 256, "K": 8, "M": 7168, "F": 2048},
+    "GPT-OSS-120B": {"X": 128, "K": 4, "M": 2880, "F": 2880},
     "Qwen3-30B-A3B": {"X": 128, "K": 8, "M": 2048, "F": 768},
 }
 SMALL = {"X": 8, "K": 2, "M": 128, "F": 128}
 FEW = 64  # rows up to which every provider's kernel of quantised weights is Triton's
-FP8, INT4 = "fp8.block128", "int4.awq.g128"
+FP8, INT4, MXFP4 = "fp8.block128", "int4.awq.g128", "mxfp4.g32"
 
 
 def bytes_of(w: PackedWeight) -> int:
@@ -84,6 +85,8 @@ LOADS = [
     experts("DeepSeek-V3", 4096, FP8, 11),
     product("fp8 block", 64, 7168, 16_384, FP8, 0.8, 12),
     product("int4", 32, 8192, 8192, INT4, 0.75, 13),
+    experts("GPT-OSS-120B", 64, MXFP4, 17),
+    experts("GPT-OSS-120B", 4096, MXFP4, 18),
     experts("Qwen3-30B-A3B", 1, "dense", 30),
     experts("DeepSeek-V3", 1, FP8, 31),
     product("fp8 block", 1, 7168, 16_384, FP8, 0.8, 32),

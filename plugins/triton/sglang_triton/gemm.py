@@ -136,11 +136,7 @@ def _linear(
 
 _INTEGERS = ("T", "N", "x_stride", "x_scale_stride", "w_stride", "scale_stride", "zero_stride")
 DOTS = {"sm_80": "mma.sync", "sm_90": "mma", "sm_100": "mma", "gfx9": "v_mfma"}
-
-
-def instructions(fmt: str) -> dict[str, str]:
-    """Products, and copies ahead of the loop of 16 bytes a thread; of mxfp4, whose steps have 32 columns, of 8."""
-    return DOTS if fmt.startswith("mxfp4") else DOTS | {"sm_": "cp.async.cg"}
+STREAMING_DOTS = DOTS | {"sm_": "cp.async.cg"}  # copies ahead of the loop of 16 bytes a thread
 
 
 def _spec(fmt: str, tokens: int, out: int = 4096) -> AotSpec:
@@ -153,13 +149,14 @@ def _spec(fmt: str, tokens: int, out: int = 4096) -> AotSpec:
         constexprs={"HAS_BIAS": False} | format_constexprs(fmt, 4096),
         sizes={"T": tokens, **weight_sizes(fmt, out, 4096)},
         odd=("T", "x_scale_stride", "scale_stride", "zero_stride"),
-        instructions=instructions(fmt),
+        instructions=STREAMING_DOTS,
     )
 
 
 AOT = (
     *(_spec(fmt, tokens) for fmt in FORMATS for tokens in (16, 64, 4096)),
     *(_spec("int4.awq.g128", tokens, out) for tokens, out in ((16, 16_384), (32, 4096), (64, 16_384))),
+    *(_spec("mxfp4.g32", tokens, 16_384) for tokens in (16, 64)),
     _spec("dense", INVARIANT_TOKENS),
     *QUANTIZE_AOT,
 )

@@ -2,7 +2,8 @@
 
 Codes are multiplied exactly and sums are scaled: a group of columns at a time where weights have a scale a group, else at the end.
 So no weight is rounded to the activations' dtype, and int8 codes are summed as integers. Of 4-bit weights, the low nibbles
-meet the even columns of x, and the high ones the odd: nothing is put together again.
+meet the even columns of x, and the high ones the odd: nothing is put together again. mxfp4 weights and bfloat16 rows have a product of their
+own on NVIDIA's devices (`mxfp4_tile`): there a weight times its scale is exact too.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import triton
 import triton.language as tl
 
 from sglang_triton.codes import decode_e4m3, decode_e8m0
+from sglang_triton.mxfp4_tile import product_of_scaled
 from sglang_triton.nibbles import numbers_of
 from sglang_triton.numerics import dot, rounded
 
@@ -36,9 +38,52 @@ def product(
     """Pointers to BLOCK_T rows of x and to BLOCK_N rows of w, and to each row's scales and zeros -> float32[BLOCK_T, BLOCK_N].
 
     x, as it is or codes: K columns; x_scale: float32, one or one a group; w: codes, two a byte if of four bits; w_scale: one
-    every GROUP columns; zero: the same, uint8. A step along K is within one group. All rows are read: callers point those that there
+    every GROUP columns; zero: the same, uint8. All rows are read: callers point those that there
     are not at one that there is, and write nothing of them.
     """
+    if ELEMENT == "e2m1" and PTX and K % 4 == 0 and x_row.dtype.element_ty == tl.bfloat16:
+        # Devices with products of fp8 take those of warp groups, and the others lose little by their order.
+        value = product_of_scaled(x_row, w_row, w_scale, K, NATIVE_FP8, BLOCK_T, BLOCK_N, BLOCK_K)
+    else:
+        value = product_by_group(
+            x_row,
+            x_scale,
+            w_row,
+            w_scale,
+            zero,
+            K,
+            ELEMENT,
+            GROUP,
+            ACTIVATION,
+            HAS_ZERO,
+            NATIVE_FP8,
+            PTX,
+            BLOCK_T,
+            BLOCK_N,
+            GROUP if ELEMENT == "e2m1" else BLOCK_K,
+        )
+    return value
+
+
+@triton.jit
+def product_by_group(
+    x_row,
+    x_scale,
+    w_row,
+    w_scale,
+    zero,
+    K: tl.constexpr,
+    ELEMENT: tl.constexpr,
+    GROUP: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    HAS_ZERO: tl.constexpr,
+    NATIVE_FP8: tl.constexpr,
+    PTX: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """As `product`, a step along K within one group."""
     x_row, w_row = x_row[:, None], w_row[None, :]
     total = tl.zeros([BLOCK_T, BLOCK_N], tl.int32 if ELEMENT == "int8" else tl.float32)
     w_by, x_by, offset = of_group(x_scale, w_scale, zero, 0, K, ELEMENT, GROUP, HAS_ZERO)

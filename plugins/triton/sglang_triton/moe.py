@@ -19,7 +19,7 @@ from torch import Tensor
 from sglang_core.api.ops import ExpertSpec, Fmt, PackedWeight
 from sglang_triton.activation import gated_rows
 from sglang_triton.aot_spec import WIDE, AotSpec
-from sglang_triton.gemm import instructions
+from sglang_triton.gemm import STREAMING_DOTS
 from sglang_triton.gemm_tile import product, scale_rows
 from sglang_triton.grouping import by_group
 from sglang_triton.numerics import rounded, widen
@@ -260,11 +260,11 @@ _STRIDES = (
 )
 
 
-def _spec(fmt: str, rows: int, out: int = 2048) -> AotSpec:
+def _spec(fmt: str, rows: int, out: int = 2048, inner: int = 2048) -> AotSpec:
     pointers = {"x_scale": "*fp32", "zero": "*u8", "bias": "*bf16", "y": "*bf16"} | format_types(fmt)
     return AotSpec(
         op="moe.fused",
-        name=f"{fmt}, S={rows}" + (f", N={out}" if out != 2048 else ""),
+        name=f"{fmt}, S={rows}" + (f", N={out}" if out != 2048 else "") + (f", K={inner}" if inner != 2048 else ""),
         kernel=_grouped,
         signature=pointers
         | {"sizes": "*i32", "source": "*i32", "target": "*i32"}
@@ -276,17 +276,19 @@ def _spec(fmt: str, rows: int, out: int = 2048) -> AotSpec:
             "HAS_SOURCE": True,
             "HAS_TARGET": False,
             "HAS_BIAS": False,
-            **format_constexprs(fmt, 2048),
+            **format_constexprs(fmt, inner),
         },
-        sizes={"S": rows, "X": 128, **weight_sizes(fmt, out, 2048)},
+        sizes={"S": rows, "X": 128, **weight_sizes(fmt, out, inner)},
         odd=("x_scale_stride", "scale_stride_n", "zero_stride_n"),
-        instructions=instructions(fmt),
+        instructions=STREAMING_DOTS,
     )
 
 
 AOT = (
     *(_spec(fmt, rows) for fmt in ("dense", *FORMATS) for rows in (512, 32_768)),
     *(_spec("dense", rows, out) for rows, out in ((8192, 2048), (32_768, 768))),
+    _spec("mxfp4.g32", 8192),
+    _spec("mxfp4.g32", 512, 5760, 2880),  # GPT-OSS's, whose rows are no whole number of steps
     replace(_spec("dense", 512), op="gemm.grouped", tuned_as="moe.fused"),
     AotSpec(
         op="moe.fused",

@@ -31,6 +31,7 @@ def format_constexprs(name: str, in_features: int) -> dict[str, object]:
     """What `gemm_tile.product` wants to know of a format."""
     fmt = Fmt.parse(name)
     group = in_features if fmt.group in (None, -1) else int(fmt.group or 0)
+    step = min(BLOCK, group) if group < in_features and fmt.element != "e2m1" else BLOCK
     return {
         "K": in_features,
         "ELEMENT": fmt.element,
@@ -38,7 +39,7 @@ def format_constexprs(name: str, in_features: int) -> dict[str, object]:
         "ROWS": BLOCK if fmt.activation == "fp8_block" else 1,
         "ACTIVATION": fmt.activation,
         "HAS_ZERO": fmt.has_zero,
-        "BLOCK_K": 64 if fmt.is_dense else min(BLOCK, group) if group < in_features else BLOCK,
+        "BLOCK_K": 64 if fmt.is_dense else step,
     }
 
 
