@@ -82,7 +82,7 @@ def quotient(x, d):
     x, d = x * scale, d * scale
     by = tl.div_rn(1.0, d)
     near = x * by
-    y = tl.fma(-tl.fma(near, d, -x), by, near)  # so signed that -0 stays -0
+    y = tl.fma(tl.fma(near, d, -x), -by, near)  # so signed that -0 stays -0
     return tl.where(y == y, y, near)  # no remainder where one of them is infinite, or d is 0
 
 
