@@ -11,6 +11,8 @@ from sglang_triton.tuning import Config, choose_for
 POINTER = "*"
 # Of what streams: 16 bytes a thread. AMD's waves are of 64 lanes, so tiles as large may leave less.
 WIDE = {"sm_": ("ld.global.v4", "st.global.v4")}
+# Of codes of fp8: two an instruction, saturated.
+SATFINITE = dict.fromkeys(("sm_90", "sm_100"), "cvt.rn.satfinite.e4m3x2.f32")
 WIDE_EVERYWHERE = WIDE | {"gfx9": "_store_dwordx4"}
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sglang_core.api.ops import CodeKind, Codes, GateKind
 from sglang_triton.activation import activate
-from sglang_triton.aot_spec import AotSpec
+from sglang_triton.aot_spec import SATFINITE, AotSpec
 from sglang_triton.norm import WIDTHS, normalised, tile
 from sglang_triton.numerics import rounded, widen
 from sglang_triton.quantize import BLOCK, coded, empty_codes
@@ -24,7 +24,7 @@ def add_rms_norm_quant(x: Tensor, residual: Tensor, weight: Tensor, eps: float, 
     code, scale = empty_codes(*x.shape, kind, x.device)
     if total.numel():
         width, rows, old = x.shape[-1], as_rows(x), as_rows(residual)
-        config = choose("norm.add_rms", M=width)
+        config = choose("norm.add_rms_quant", M=width)
         _add_rms_quant[(triton.cdiv(rows.shape[0], config["BLOCK_T"]),)](
             rows, old, weight, code, scale, total, rows.shape[0], width, rows.stride(0), old.stride(0), eps,
             KIND=kind, GROUP=BLOCK, BLOCK_M=max(BLOCK, triton.next_power_of_2(width)), **config,
@@ -67,6 +67,7 @@ def _add_rms_quant(
     GROUP: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    SATFINITE: tl.constexpr,
 ):
     """As norm's `_add_rms`, and then codes of what y is rounded to. Scales: [T, 1], or [T, ceil(M / GROUP)] of "fp8_block"."""
     take_turn()
@@ -78,14 +79,14 @@ def _add_rms_quant(
     value = normalised(widen(kept), M, eps) * widen(tl.load(weight + column, column < M, other=0.0))
     value = widen(rounded(value, total.dtype.element_ty))
     if KIND == "fp8_block":
-        made, step = coded(tl.reshape(value, [BLOCK_T, BLOCK_M // GROUP, GROUP]), KIND)
+        made, step = coded(tl.reshape(value, [BLOCK_T, BLOCK_M // GROUP, GROUP]), KIND, SATFINITE)
         made = tl.reshape(made, [BLOCK_T, BLOCK_M])
         groups = tl.cdiv(M, GROUP)
         group = tl.arange(0, BLOCK_M // GROUP)[None, :]
         step = tl.reshape(step, [BLOCK_T, BLOCK_M // GROUP])
         tl.store(scale + row * groups + group, step, (row < T) & (group < groups))
     else:
-        made, step = coded(value, KIND)
+        made, step = coded(value, KIND, SATFINITE)
         tl.store(scale + row, step, row < T)
     tl.store(code + row * M + column, made, inside)
 
@@ -103,6 +104,7 @@ def _gated_quant(
     GROUP: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_F: tl.constexpr,
+    SATFINITE: tl.constexpr,
 ):
     """x: [T, 2F], rows `stride` apart. One program: the columns that share a scale, of BLOCK_T rows."""
     take_turn()
@@ -112,7 +114,7 @@ def _gated_quant(
     inside = (row < T) & (column < F) & (inner < GROUP)
     gate = widen(tl.load(x + row * stride + column, inside, other=0.0))
     up = widen(tl.load(x + row * stride + F + column, inside, other=0.0))
-    made, step = coded(widen(rounded(activate(gate, ACT) * up, x.dtype.element_ty)), KIND)
+    made, step = coded(widen(rounded(activate(gate, ACT) * up, x.dtype.element_ty)), KIND, SATFINITE)
     tl.store(code + row * F + column, made, inside)
     tl.store(scale + row * tl.num_programs(1) + tl.program_id(1), step, row < T)
 
@@ -124,13 +126,14 @@ AOT = (
     *(
         AotSpec(
             op="norm.add_rms_quant",
-            tuned_as="norm.add_rms",
             name=f"{kind}, M={width}",
             kernel=_add_rms_quant,
             signature=_NORM | dict.fromkeys(("T", "M", "stride_x", "stride_r"), "i32") | {"code": code},
             constexprs={"KIND": kind, "GROUP": BLOCK, "BLOCK_M": width},
             sizes={"M": width},
             odd=("T",),
+            # At the largest width sm_90 does without: ptxas takes 93 registers with it, so one program a processor in place of two.
+            instructions={} if kind == "int8" or width == WIDTHS[-1] else SATFINITE,
         )
         for kind, code in _KINDS.items()
         for width in WIDTHS[1:]
@@ -145,6 +148,7 @@ AOT = (
             constexprs={"ACT": "silu", "KIND": kind, "GROUP": group, "BLOCK_F": triton.next_power_of_2(group)},
             sizes={"K": group},
             odd=("T",),
+            instructions={} if kind == "int8" else SATFINITE,
         )
         for kind, code in _KINDS.items()
         for width, group in ((4096, BLOCK if kind == "fp8_block" else 4096),)

@@ -10,22 +10,28 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sglang_triton.numerics import nearest_integer
+from sglang_triton.numerics import INTERPRETED
 
 
 @triton.jit
-def encode_e4m3(x):
-    """x: float32 -> uint8 codes of float8_e4m3fn: to the nearest, a tie to the even code, saturated at 448; NaN stays NaN."""
-    bits = x.to(tl.uint32, bitcast=True)
-    size = tl.minimum(tl.abs(x), 448.0)
-    size_bits = size.to(tl.uint32, bitcast=True)
-    # 4 exponent bits and 3 of the mantissa remain of 8 and 23; the bias is 7 and not 127.
-    normal = ((size_bits + 0x7FFFF + ((size_bits >> 20) & 1)) >> 20) - (120 << 3)
-    # Below 2^-6 codes count 2^-9: adding 2^14 leaves that many in the lowest bits, rounded.
-    small = (size + 16384.0).to(tl.uint32, bitcast=True) - 0x46800000
-    code = tl.where(size < 0.015625, small, normal)
-    code = tl.where(x == x, code, 0x7F) | ((bits >> 24) & 0x80)
-    return code.to(tl.uint8)
+def encode_e4m3(x, SATFINITE: tl.constexpr = False):
+    """x: float32 -> uint8 codes of float8_e4m3fn: to the nearest, a tie to the even code, saturated at 448; NaN stays NaN.
+
+    SATFINITE: the device has an instruction for that, `cvt.rn.satfinite.e4m3x2` of sm_89 and later. It gives every NaN the sign +.
+    """
+    if SATFINITE and not INTERPRETED:
+        made = x.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+    else:
+        bits = x.to(tl.uint32, bitcast=True)
+        size = tl.minimum(tl.abs(x), 448.0)
+        size_bits = size.to(tl.uint32, bitcast=True)
+        # 4 exponent bits and 3 of the mantissa remain of 8 and 23; the bias is 7 and not 127.
+        normal = ((size_bits + 0x7FFFF + ((size_bits >> 20) & 1)) >> 20) - (120 << 3)
+        # Below 2^-6 codes count 2^-9: adding 2^14 leaves that many in the lowest bits, rounded.
+        small = (size + 16384.0).to(tl.uint32, bitcast=True) - 0x46800000
+        code = tl.where(size < 0.015625, small, normal)
+        made = (tl.where(x == x, code, 0x7F) | ((bits >> 24) & 0x80)).to(tl.uint8)
+    return made
 
 
 @triton.jit
@@ -42,7 +48,8 @@ def decode_e4m3(code):
 @triton.jit
 def encode_int8(x):
     """x: float32 -> int8 in +-127: to the nearest, a tie to the even one."""
-    return nearest_integer(tl.minimum(tl.maximum(x, -127.0), 127.0)).to(tl.int8)
+    # The lowest bits of the sum are the integer, in two's complement: no conversion, of which there are few a cycle.
+    return (tl.minimum(tl.maximum(x, -127.0), 127.0) + 12582912.0).to(tl.int32, bitcast=True).to(tl.int8)
 
 
 @triton.jit

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sglang_core.api.ops import Codes, Fmt, PackedWeight
+from sglang_triton import gemm_parts
 from sglang_triton.aot_spec import AotSpec
 from sglang_triton.gemm_tile import product, scale_rows
 from sglang_triton.numerics import rounded, widen
@@ -49,6 +50,10 @@ def _launch(x: Tensor | Codes, w: PackedWeight, bias: Tensor | None, num_tokens:
         rows, kind = as_rows(x), Fmt.parse(w.fmt).activation
         # Any pointer, where x is not quantised.
         rows, x_scale = (rows, scale) if kind == "as_is" else quantise(rows, kind)
+    facts = format_constexprs(w.fmt, w.in_features)
+    if parted := gemm_parts.config_of(rows, facts, num_tokens, w.out_features):
+        gemm_parts.launch(rows, code, scale, zero, bias, y, bool(facts["HAS_ZERO"]), parted)
+        return y
     config = choose("gemm.linear", T=num_tokens, **weight_sizes(w.fmt, w.out_features, w.in_features))
     grid = (triton.cdiv(w.out_features, config["BLOCK_N"]), triton.cdiv(rows.shape[0], config["BLOCK_T"]))
     _linear[grid](
@@ -67,7 +72,7 @@ def _launch(x: Tensor | Codes, w: PackedWeight, bias: Tensor | None, num_tokens:
         scale.stride(0),
         zero.stride(0),
         HAS_BIAS=bias is not None,
-        **format_constexprs(w.fmt, w.in_features),
+        **facts,
         **config,
     )
     return y
@@ -158,5 +163,6 @@ AOT = (
     *(_spec("int4.awq.g128", tokens, out) for tokens, out in ((16, 16_384), (32, 4096), (64, 16_384))),
     *(_spec("mxfp4.g32", tokens, 16_384) for tokens in (16, 64)),
     _spec("dense", INVARIANT_TOKENS),
+    *gemm_parts.AOT,
     *QUANTIZE_AOT,
 )

@@ -30,6 +30,7 @@ def quicken() -> None:
     tl.tensor.__index__ = lambda self: int(self.handle.data.item())
     interpreter._patch_lang = lambda fn: Kept()
     interpreter.InterpreterBuilder.create_dot = _dot(interpreter.InterpreterBuilder.create_dot)
+    interpreter.InterpreterBuilder.create_fma = _fma(interpreter.InterpreterBuilder.create_fma)
 
 
 def _dot(theirs: Any) -> Any:
@@ -45,3 +46,24 @@ def _dot(theirs: Any) -> Any:
         return interpreter.TensorHandle(made.data.astype(np.float32) + d.data, d.dtype.scalar)
 
     return create_dot
+
+
+def _fma(theirs: Any) -> Any:
+    """Releases before 3.9 round a product before they add to it. In float64 it is exact; a sum that is not, made odd in its last bit, rounds to
+    float32 as the exact one does (Boldo and Melquiond).
+    """
+
+    def create_fma(self: Any, x: Any, y: Any, z: Any) -> Any:
+        if z.data.dtype != np.float32:
+            return theirs(self, x, y, z)
+        with np.errstate(invalid="ignore", over="ignore"):
+            product, added = x.data.astype(np.float64) * y.data, z.data.astype(np.float64)
+            total = np.asarray(product + added)
+            part = total - product
+            lost = (product - (total - part)) + (added - part)
+            odd = (total.view(np.int64) & 1) != 0
+            away = np.nextafter(total, np.copysign(np.inf, lost))
+            total = np.where(np.isfinite(lost) & (lost != 0) & ~odd, away, total)
+            return interpreter.TensorHandle(total.astype(np.float32), z.dtype.scalar)
+
+    return create_fma

@@ -8,9 +8,9 @@ import triton.language as tl
 from torch import Tensor
 
 from sglang_core.api import Pool
-from sglang_triton.aot_spec import AotSpec
+from sglang_triton.aot_spec import SATFINITE, AotSpec
 from sglang_triton.codes import encode_e4m3, encode_int8
-from sglang_triton.numerics import rounded, widen
+from sglang_triton.numerics import quotient, rounded, widen
 from sglang_triton.rows import dense_last
 from sglang_triton.tuning import choose
 from sglang_triton.turns import take_turn
@@ -80,6 +80,7 @@ def _write(
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     BLOCK_T: tl.constexpr,
+    SATFINITE: tl.constexpr,
 ):
     """One program: BLOCK_T tokens of one head. Leaves are dense, [slots, H, D]."""
     take_turn()
@@ -88,14 +89,23 @@ def _write(
     slot = tl.load(slots + token * slots_stride, token < T, other=0).to(tl.int64)
     target = slot * H + head
     source = k + token * k_stride_t + head * k_stride_h
-    store_row(source, k_leaf + target * D, k_scale, target, head, token < T, D, SCALING, BLOCK_D)
+    store_row(source, k_leaf + target * D, k_scale, target, head, token < T, D, SCALING, SATFINITE, BLOCK_D)
     source = v + token * v_stride_t + head * v_stride_h
-    store_row(source, v_leaf + target * DV, v_scale, target, head, token < T, DV, SCALING, BLOCK_DV)
+    store_row(source, v_leaf + target * DV, v_scale, target, head, token < T, DV, SCALING, SATFINITE, BLOCK_DV)
 
 
 @triton.jit
 def store_row(
-    source, target, scale, scale_at, head, there, D: tl.constexpr, SCALING: tl.constexpr, BLOCK: tl.constexpr
+    source,
+    target,
+    scale,
+    scale_at,
+    head,
+    there,
+    D: tl.constexpr,
+    SCALING: tl.constexpr,
+    SATFINITE: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """source, target: pointers [BLOCK_T, 1] to rows of D elements. `scale`: float32[H], or one a row, written at `scale_at`."""
     column = tl.arange(0, BLOCK)[None, :]
@@ -107,16 +117,16 @@ def store_row(
     elif SCALING == "dynamic":
         step = tl.div_rn(tl.max(tl.abs(x), axis=1, keep_dims=True), 127.0)
         tl.store(scale + scale_at, step, there)
-    tl.store(target + column, encoded(x, step, target.dtype.element_ty, SCALING), inside)
+    tl.store(target + column, encoded(x, step, target.dtype.element_ty, SCALING, SATFINITE), inside)
 
 
 @triton.jit
-def encoded(x, step, dtype: tl.constexpr, SCALING: tl.constexpr):
+def encoded(x, step, dtype: tl.constexpr, SCALING: tl.constexpr, SATFINITE: tl.constexpr):
     """x: float32 -> what a pool of such a dtype holds of it. step: the scale of its codes, if it has any."""
     if SCALING == "static":
-        code = encode_e4m3(tl.div_rn(x, step))
+        code = encode_e4m3(quotient(x, step), SATFINITE)
     elif SCALING == "dynamic":
-        code = encode_int8(tl.div_rn(x, tl.where(step == 0.0, 1.0, step)))
+        code = encode_int8(quotient(x, tl.where(step == 0.0, 1.0, step)))
     else:
         code = rounded(x, dtype)
     return code
@@ -136,6 +146,7 @@ def _spec(op: str, dim: int, v_dim: int, scaling: str, leaf: str) -> AotSpec:
         constexprs={"D": dim, "DV": v_dim, "SCALING": scaling, "BLOCK_D": dim, "BLOCK_DV": v_dim},
         sizes={"D": max(dim, v_dim)},
         odd=("T", "H", "slots_stride"),
+        instructions=SATFINITE if scaling == "static" else {},
     )
 
 

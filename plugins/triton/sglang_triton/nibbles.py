@@ -35,7 +35,8 @@ _ASM = tl.constexpr(HALVES)
 
 @triton.jit
 def numbers_of(pair, zero, dtype: tl.constexpr, ELEMENT: tl.constexpr, PTX: tl.constexpr):
-    """pair: uint8[k, n], zero: int32[n] -> the low and the high codes' numbers before they are scaled, [k, n] each, exact in any float dtype."""
+    """pair: uint8[.., k, n], zero: int32[.., n] -> the low and the high codes' numbers before they are scaled, [.., k, n] each, exact in any float dtype."""
+    zero = tl.expand_dims(zero, len(pair.shape) - 2)
     if ELEMENT == "e2m1":
         wide = pair.to(tl.int32)
         low, high = rounded(decode_e2m1(wide & 15), dtype), rounded(decode_e2m1(wide >> 4), dtype)
@@ -43,7 +44,7 @@ def numbers_of(pair, zero, dtype: tl.constexpr, ELEMENT: tl.constexpr, PTX: tl.c
         low, high = tl.inline_asm_elementwise(
             _ASM,
             "=r,=r,=r,=r,r,r,r",
-            [pair, (-128 - zero).to(tl.float32).to(tl.bfloat16)[None, :]],
+            [pair, (-128 - zero).to(tl.float32).to(tl.bfloat16)],
             dtype=(tl.bfloat16, tl.bfloat16),
             is_pure=True,
             pack=4,
@@ -51,7 +52,7 @@ def numbers_of(pair, zero, dtype: tl.constexpr, ELEMENT: tl.constexpr, PTX: tl.c
     else:
         # As above: under the exponent of 2^23, and of 2^19 where a code lies four bits higher. No shift, and no conversion.
         wide = pair.to(tl.int32)
-        low = ((wide & 15) | 0x4B000000).to(tl.float32, bitcast=True) - (8388608 + zero).to(tl.float32)[None, :]
-        high = ((wide & 240) | 0x49000000).to(tl.float32, bitcast=True) - (524288 + zero).to(tl.float32)[None, :]
+        low = ((wide & 15) | 0x4B000000).to(tl.float32, bitcast=True) - (8388608 + zero).to(tl.float32)
+        high = ((wide & 240) | 0x49000000).to(tl.float32, bitcast=True) - (524288 + zero).to(tl.float32)
         low, high = rounded(low, dtype), rounded(high, dtype)
     return low, high

@@ -7,9 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sglang_triton.aot_spec import AotSpec
+from sglang_triton.aot_spec import SATFINITE, WIDE, AotSpec
 from sglang_triton.codes import encode_e4m3, encode_int8
-from sglang_triton.numerics import widen
+from sglang_triton.numerics import quotient, widen
 from sglang_triton.tuning import choose
 from sglang_triton.turns import take_turn
 
@@ -46,7 +46,17 @@ def empty_codes(num_tokens: int, width: int, kind: str, device: torch.device) ->
 
 @triton.jit
 def _quantise(
-    x, code, scale, T, K, stride, GROUP: tl.constexpr, KIND: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_T: tl.constexpr
+    x,
+    code,
+    scale,
+    T,
+    K,
+    stride,
+    GROUP: tl.constexpr,
+    KIND: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    SATFINITE: tl.constexpr,
 ):
     """One program: a group of columns of BLOCK_T rows. A scale is the largest magnitude over the largest code, 1 where that is 0."""
     take_turn()
@@ -54,18 +64,18 @@ def _quantise(
     inner = tl.arange(0, BLOCK_K)[None, :]
     column = tl.program_id(1) * GROUP + inner
     inside = (row < T) & (column < K) & (inner < GROUP)
-    value, step = coded(widen(tl.load(x + row * stride + column, inside, other=0.0)), KIND)
+    value, step = coded(widen(tl.load(x + row * stride + column, inside, other=0.0)), KIND, SATFINITE)
     tl.store(code + row * K + column, value, inside)
     tl.store(scale + row * tl.num_programs(1) + tl.program_id(1), step, row < T)
 
 
 @triton.jit
-def coded(x, KIND: tl.constexpr):
+def coded(x, KIND: tl.constexpr, SATFINITE: tl.constexpr):
     """x: float32[..., n], zeros outside -> codes of its kind, and the scale of each row: [..., 1]."""
     step = tl.div_rn(tl.max(tl.abs(x), axis=len(x.shape) - 1, keep_dims=True), 127.0 if KIND == "int8" else 448.0)
     step = tl.where(step == 0.0, 1.0, step)
-    value = tl.div_rn(x, step)
-    return encode_int8(value) if KIND == "int8" else encode_e4m3(value), step
+    value = quotient(x, step)
+    return encode_int8(value) if KIND == "int8" else encode_e4m3(value, SATFINITE), step
 
 
 AOT = tuple(
@@ -84,6 +94,7 @@ AOT = tuple(
         constexprs={"GROUP": group, "KIND": kind, "BLOCK_K": group},
         sizes={"K": group},
         odd=("T",),
+        instructions=WIDE | (SATFINITE if kind == "fp8" else {}),
     )
-    for kind, group in (("fp8", 128), ("fp8", 4096), ("int8", 4096))
+    for kind, group in (("fp8", 128), ("fp8", 4096), ("fp8", 16_384), ("int8", 4096))
 )

@@ -15,7 +15,7 @@ from torch import Tensor
 from sglang_core.api import Pool
 from sglang_core.api.ops import AttnSpec, HeadNorms, Plan, RopeSpec
 from sglang_triton import attention
-from sglang_triton.aot_spec import AotSpec
+from sglang_triton.aot_spec import SATFINITE, AotSpec
 from sglang_triton.kv_write import encoded
 from sglang_triton.numerics import rounded, widen
 from sglang_triton.rows import dense_last
@@ -131,6 +131,7 @@ def _turn_and_write(
     BLOCK_DV: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_H: tl.constexpr,
+    SATFINITE: tl.constexpr,
 ):
     """One program: BLOCK_T tokens by BLOCK_H heads, of queries, then of keys, then of values. Leaves are dense, [slots, Hk, D]."""
     take_turn()
@@ -179,10 +180,10 @@ def _turn_and_write(
                 step = tl.div_rn(step, 127.0)
                 tl.store(k_scale + slot * Hk + head, step, there)
             target = k_leaf + (slot * Hk + head) * D
-            tl.store(target + first, encoded(a, step, k_leaf.dtype.element_ty, SCALING), there & turns)
-            tl.store(target + second, encoded(b, step, k_leaf.dtype.element_ty, SCALING), there & turns)
+            tl.store(target + first, encoded(a, step, k_leaf.dtype.element_ty, SCALING, SATFINITE), there & turns)
+            tl.store(target + second, encoded(b, step, k_leaf.dtype.element_ty, SCALING, SATFINITE), there & turns)
             if ROTARY < D:
-                tl.store(target + rest, encoded(c, step, k_leaf.dtype.element_ty, SCALING), there & passes)
+                tl.store(target + rest, encoded(c, step, k_leaf.dtype.element_ty, SCALING, SATFINITE), there & passes)
     else:
         head = ((block - q_blocks - kv_blocks) * BLOCK_H + tl.arange(0, BLOCK_H))[None, :, None]
         column = tl.arange(0, BLOCK_DV)[None, None, :]
@@ -195,7 +196,7 @@ def _turn_and_write(
         elif SCALING == "dynamic":
             step = tl.div_rn(largest(x), 127.0)
             tl.store(v_scale + slot * Hk + head, step, there)
-        code = encoded(x, step, v_leaf.dtype.element_ty, SCALING)
+        code = encoded(x, step, v_leaf.dtype.element_ty, SCALING, SATFINITE)
         tl.store(v_leaf + (slot * Hk + head) * DV + column, code, there & (column < DV))
 
 
@@ -257,6 +258,7 @@ def _spec(name: str, dim: int, rotary: int, *, interleaved: bool = False, norm: 
         constexprs={"DV": dim, "SCALING": scaling, "NORM": norm, "BLOCK_DV": dim, **shape_of(dim, rotary, interleaved)},
         sizes={"D": dim},
         odd=("T", "Hq", "Hk", "positions_stride", "slots_stride"),
+        instructions=SATFINITE if scaling == "static" else {},
     )
 
 

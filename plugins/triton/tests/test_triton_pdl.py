@@ -16,7 +16,7 @@ from sglang_triton.aot_spec import AotSpec
 
 from sglang_core.errors import ConfigError
 
-HARMLESS = ("arange", "program_id", "num_programs", "cdiv", "minimum", "to", "constexpr", "fetch_ahead")
+HARMLESS = ("arange", "program_id", "num_programs", "cdiv", "minimum", "to", "zeros", "constexpr", "fetch_ahead")
 
 
 @pytest.fixture
