@@ -12,7 +12,7 @@ from sglang_core.backend import hookspecs
 from sglang_core.backend.discovery import PLUGINS, PluginEntry, failed, load_entry, plugin_entries
 from sglang_core.backend.interface import Backend, KernelContext
 from sglang_core.backend.kernel import Kernel
-from sglang_core.errors import PluginError
+from sglang_core.errors import ConfigError, PluginError
 
 
 class Providers:
@@ -76,6 +76,8 @@ class Providers:
             caller = self._hooks.subset_hook_caller(hook, remove_plugins=others)
             try:
                 answers += [(name, answer) for answer in caller(**kwargs)]
+            except ConfigError:  # what the user set, and nothing to repair
+                raise
             except Exception as e:
                 raise failed(self._entries[name], f"raised in {hook}", e) from e
         return answers
@@ -92,6 +94,8 @@ def collect_kernels(backend: Backend, ctx: KernelContext, providers: Providers |
     """Every kernel that may run on the device: its backend's own, then the providers'."""
     try:
         kernels = backend.kernels(ctx)
+    except ConfigError:
+        raise
     except Exception as e:
         raise PluginError(
             f"backend {backend.name!r} raised in kernels() for {ctx.device.label}: {type(e).__name__}: {e}; repair or"

@@ -7,7 +7,7 @@ import pytest
 from sglang_core.backend.cpu import CpuBackend
 from sglang_core.backend.interface import KernelContext
 from sglang_core.backend.providers import Providers, collect_kernels
-from sglang_core.errors import PluginError
+from sglang_core.errors import ConfigError, PluginError
 
 KERNELS = """
 from sglang_core.api import Kernel, hookimpl
@@ -65,6 +65,21 @@ def test_a_hook_that_raises_names_its_plugin(install) -> None:
     install_provider(install, "bad", hook("sglang_models", "raise KeyError('boom')"))
     with pytest.raises(PluginError, match=r"'sglang-bad'.*raised in sglang_models: KeyError: 'boom'"):
         Providers().named("sglang_models")
+
+
+def test_what_a_hook_says_of_a_setting_is_the_users_to_mend(install) -> None:
+    """No advice to repair a plugin that found a wrong environment variable."""
+    wrong = "from sglang_core.api import ConfigError; raise ConfigError('ACME_FAST=2 must be 0 or 1')"
+    install_provider(install, "strict", hook("sglang_models", wrong))
+    with pytest.raises(ConfigError, match="^ACME_FAST=2 must be 0 or 1$"):
+        Providers().named("sglang_models")
+
+    class Strict(CpuBackend):
+        def kernels(self, ctx):
+            raise ConfigError("ACME_FAST=2 must be 0 or 1")
+
+    with pytest.raises(ConfigError, match="^ACME_FAST"):
+        collect_kernels(Strict(), context())
 
 
 @pytest.mark.parametrize("answer", ["return 3", "return ['a']"])
