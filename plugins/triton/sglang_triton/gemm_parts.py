@@ -14,18 +14,17 @@ from torch import Tensor
 from sglang_triton.aot_spec import AotSpec
 from sglang_triton.nibbles import numbers_of
 from sglang_triton.numerics import dot, rounded, widen
-from sglang_triton.packed import BLOCK
+from sglang_triton.packed import BLOCK, FEW
 from sglang_triton.tuning import Config, choose
 from sglang_triton.turns import fetch_ahead, take_turn
-
-FEW = 16  # rows of a tile: with 32, a warp's 64 columns spill
 
 
 def config_of(x: Tensor, facts: dict[str, object], num_tokens: int, out_features: int) -> Config | None:
     """None where it is not for such a product. x: [T, K]; `facts`: `packed.format_constexprs` of the weight."""
+    # Tiles of 32 rows would spill: a warp has all 64 columns.
     if num_tokens > FEW or x.element_size() != 2 or facts["ELEMENT"] != "int4" or facts["GROUP"] != BLOCK:
         return None
-    config = choose("gemm.parts", N=out_features)
+    config = choose("gemm.parts", N=out_features, K=x.shape[1])
     return config if config["PARTS"] > 1 and x.shape[1] % (BLOCK * config["PARTS"]) == 0 else None
 
 
@@ -116,7 +115,7 @@ AOT = tuple(
         kernel=_parts,
         signature=_POINTERS | dict.fromkeys(_INTEGERS, "i32"),
         constexprs={"K": 4096, "HAS_ZERO": True, "HAS_BIAS": False, "BLOCK_T": FEW, "BLOCK_K": BLOCK},
-        sizes={"N": out},
+        sizes={"N": out, "K": 4096},
         odd=("T", "scale_stride", "zero_stride"),
         instructions={"sm_": ("mma", "cp.async.cg"), "gfx9": "v_mfma"},
     )

@@ -8,6 +8,7 @@ from torch import Tensor
 from sglang_core.api.ops import Fmt, PackedWeight
 
 BLOCK = 128  # rows and columns that share a scale of fp8.block128; also the longest step along the inputs
+FEW = 16  # rows of a tile of the tensor cores
 FORMATS = (
     "fp8.block128",
     "fp8.token_channel",

@@ -13,7 +13,7 @@ from typing import Any
 
 import triton
 
-from sglang_triton.packed import format_constexprs
+from sglang_triton.packed import BLOCK, FEW, format_constexprs
 
 Sizes = Mapping[str, Any]
 Config = Mapping[str, Any]
@@ -22,6 +22,7 @@ SUMS = (4, 256)  # float32 sums a thread may hold: fewer leave units idle, more 
 
 _WARPS = {"num_warps": (2, 4, 8), "num_stages": (1, 2, 3, 4, 5)}
 _GEMM = {"BLOCK_T": (16, 32, 64, 128), "BLOCK_N": (32, 64, 128, 256), **_WARPS}
+_PARTS = {"PARTS": (1, 4, 8), "BLOCK_N": (32, 64), "num_warps": (4, 8), "num_stages": (2, 3, 4)}
 _ATTENTION = {"M": (16, 32, 64, 128), "N": (16, 32, 64, 128), "num_warps": (4, 8), "num_stages": (1, 2, 3, 4)}
 
 
@@ -40,6 +41,19 @@ def gemm_shared(config: Config, sizes: Sizes) -> int:
     x_bits = 8 if bits == 8 else 16
     tile = columns * (config["BLOCK_T"] * x_bits + config["BLOCK_N"] * bits) // 8
     return tile * (config.get("num_stages", 1) - 1)
+
+
+def parts_fit(config: Config, sizes: Sizes) -> bool:
+    """Parts of whole groups, a warp each. One part is none of it, and then the rest says nothing: one of those is enough."""
+    parts = config["PARTS"]
+    if parts == 1:
+        return config["BLOCK_N"] == min(_PARTS["BLOCK_N"]) and config.get("num_stages", 2) == 2
+    return sizes["K"] % (BLOCK * parts) == 0 and config.get("num_warps", parts) == parts
+
+
+def parts_shared(config: Config, sizes: Sizes) -> int:
+    tile = BLOCK * (FEW * 16 + config["BLOCK_N"] * 4) // 8
+    return config["PARTS"] * tile * (config.get("num_stages", 1) - 1)
 
 
 def attention_fits(config: Config, sizes: Sizes) -> bool:
@@ -81,6 +95,7 @@ class Space:
 
 SPACES = {
     "gemm.linear": Space(axes=_GEMM, grows=("T",), fits=gemm_fits, shared=gemm_shared),
+    "gemm.parts": Space(axes=_PARTS, fits=parts_fit, shared=parts_shared),
     "moe.fused": Space(axes=_GEMM, grows=("S",), fits=gemm_fits, shared=gemm_shared),
     "attn.paged": Space(axes=_ATTENTION, fits=attention_fits, shared=attention_shared),
     "attn.mla_paged": Space(axes=_ATTENTION, fits=attention_fits, shared=latent_shared),

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sglang_triton import tuning
+import torch
+from sglang_triton import gemm_parts, tuning
+from sglang_triton.packed import format_constexprs
 from sglang_triton.search import SPACES
 from sglang_triton.tuner import TritonTuner
 
@@ -193,6 +195,27 @@ def test_candidates_keep_what_is_no_axis_and_leave_out_what_is_senseless() -> No
     assert {c["NATIVE_FP8"] for c in found} == {1}
     assert {c["BLOCK_T"] for c in found} == {16}, "tiles taller than there are rows"
     assert {c["num_stages"] for c in found} == {1, 2, 3, 4, 5}
+
+
+def test_int4_products_of_few_rows_choose_their_parts(folder: Path) -> None:
+    tuner = TritonTuner(
+        TuneContext(device=DeviceInfo(backend="triton", path="triton/interpreter", name="x"), op="gemm.linear")
+    )
+    x, facts = torch.zeros(2, 1024, dtype=torch.bfloat16), format_constexprs("int4.awq.g128", 1024)
+    (choice,) = tuner.choices(lambda: gemm_parts.config_of(x, facts, 2, 256))
+    assert choice.knob == Knob("gemm.parts", (("K", 1024), ("N", 256)))
+    assert {config["PARTS"] for config in choice.candidates} == {1, 4, 8}
+
+
+def test_parts_are_a_warp_each_or_none() -> None:
+    """With one part the kernel is another, whose own entries count: it is tried once."""
+    in_force = {"PARTS": 8, "BLOCK_N": 64, "PTX": 1, "num_warps": 8, "num_stages": 3}
+    space = SPACES["gemm.parts"]
+    found = list(space.candidates(in_force, {"N": 8192, "K": 4096}))
+    assert {(c["PARTS"], c["num_warps"]) for c in found if c["PARTS"] > 1} == {(4, 4), (8, 8)}
+    assert len([c for c in found if c["PARTS"] == 1 and c["num_warps"] == 8]) == 1
+    assert not [c for c in space.candidates(in_force, {"N": 8192, "K": 4608}) if c["PARTS"] == 8], "4.5 groups a part"
+    assert space.shared(in_force, {"N": 8192, "K": 4096}) == 8 * 128 * (2 * 16 + 32) * 2
 
 
 def test_what_cannot_fit_shared_memory_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
