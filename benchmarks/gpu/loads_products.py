@@ -91,6 +91,6 @@ LOADS = [
     experts("DeepSeek-V3", 1, FP8, 31),
     product("fp8 block", 1, 7168, 16_384, FP8, 0.8, 32),
     product("int4", 8, 8192, 8192, INT4, 0.75, 33),
-    product("bf16", 1, 4096, 28_672, "dense", 0.8, 34),
-    product("bf16", 1, 14_336, 4096, "dense", 0.8, 35),
+    product("bf16", 1, 4096, 28_672, "dense", 0.8, 36),
+    product("bf16", 1, 14_336, 4096, "dense", 0.8, 37),
 ]
