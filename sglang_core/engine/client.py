@@ -12,7 +12,7 @@ import contextlib
 import itertools
 import logging
 import secrets
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -116,7 +116,7 @@ class EngineClient:
             client.info = msgspec.convert(facts, EngineInfo)
             client.adapters = dict(client.info.adapters)
         except BaseException:
-            await client.close()
+            await _to_its_end(client.close())
             raise
         return client
 
@@ -462,3 +462,12 @@ def _joined(first: GenerateChunk, then: GenerateChunk) -> GenerateChunk:
         completion_tokens=then.completion_tokens,
         cached_tokens=max(first.cached_tokens, then.cached_tokens),
     )
+
+
+async def _to_its_end(cleaning: Coroutine[object, object, None]) -> None:
+    """Await it though cancelled meanwhile, as one of several engines is where two cannot start. A ZMQ context that is left open hangs whoever collects it."""
+    task = asyncio.ensure_future(cleaning)
+    while not task.done():
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.shield(task)
+    task.result()

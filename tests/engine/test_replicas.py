@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import time
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -12,6 +13,7 @@ import psutil
 import pytest
 
 from sglang_core import Engine
+from sglang_core.engine.link import ProcessLink
 from sglang_core.engine.replicas import Replicas
 from sglang_core.engine.requests import GenerateChunk, GenerateRequest
 from sglang_core.errors import ConfigError, EngineDeadError, RequestError
@@ -178,10 +180,27 @@ def test_two_engines_answer_as_one_and_end_together(engine: Engine) -> None:
     wait_until(lambda: not any(map(is_running, processes)))
 
 
-def test_one_that_cannot_start_ends_the_others() -> None:
+def test_one_that_cannot_start_ends_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither can, and the one that takes longer to end is cancelled meanwhile: its sockets are closed all the same."""
+    stopping: list[ProcessLink] = []
+    closed: list[ProcessLink] = []
+    stop, close = ProcessLink.stop, ProcessLink.closed
+
+    def slowly(link: ProcessLink, grace: float) -> None:
+        stopping.append(link)
+        time.sleep(len(stopping) - 1)
+        stop(link, grace)
+
+    async def noted(link: ProcessLink) -> None:
+        await close(link)
+        closed.append(link)
+
+    monkeypatch.setattr(ProcessLink, "stop", slowly)
+    monkeypatch.setattr(ProcessLink, "closed", noted)
     before = {child.pid for child in psutil.Process().children(recursive=True)}
     with pytest.raises(ConfigError, match="max_total_tokens"):
         Engine(**(SETTINGS | {"max_total_tokens": 10**12}), dp_size=2)  # type: ignore[arg-type]
+    assert len(closed) == 2
     wait_until(lambda: {child.pid for child in psutil.Process().children(recursive=True)} <= before)
     with pytest.raises(ConfigError, match="in_process=True runs one engine, and dp_size=2"):
         Engine(**SETTINGS, dp_size=2, in_process=True)  # type: ignore[arg-type]
